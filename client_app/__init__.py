@@ -1,0 +1,1 @@
+"""What a client runs: local training on private images."""

@@ -1,0 +1,1 @@
+"""What the two sides of a federation agree on, and the auditor's tools."""

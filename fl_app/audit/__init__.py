@@ -1,0 +1,1 @@
+"""The auditor: the only place that may read a client's Truth."""

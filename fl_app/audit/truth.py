@@ -1,0 +1,69 @@
+"""Truth: a client's private batches, left by the client for the auditor alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fl_app.files import whole_file
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a client really trained on in one round.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, C, H, W)
+        In [0, 1], in the order of the first pass.
+    labels : tuple of int
+        N class indices.
+    batches : tuple of tuple of int
+        For each local step the indices of its images in [0, N).
+    round, node : int
+        As in the Observation that they explain.
+    """
+
+    images: Tensor
+    labels: tuple[int, ...]
+    batches: tuple[tuple[int, ...], ...]
+    round: int
+    node: int
+
+
+def truth_path(folder: Path, round_: int, node: int) -> Path:
+    """Return where the Truth of a client and round lies in a run's folder."""
+    return folder / "truth" / f"round-{round_:04d}-node-{node}.safetensors"
+
+
+def write_truth(folder: Path, truth: Truth) -> None:
+    """Leave a Truth in the auditor's run folder, whole or not at all."""
+    path = truth_path(folder, truth.round, truth.node)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = {"batches": json.dumps(truth.batches)}
+    tensors = {"images": truth.images.contiguous(), "labels": torch.tensor(truth.labels)}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=facts)
+
+
+def read_truth(folder: Path, round_: int, node: int) -> Truth | None:
+    """Return the Truth of a client and round, None where the client left none."""
+    path = truth_path(folder, round_, node)
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        images, labels = file.get_tensor("images"), file.get_tensor("labels")
+        batches = json.loads(file.metadata()["batches"])
+    return Truth(
+        images=images,
+        labels=tuple(labels.tolist()),
+        batches=tuple(tuple(batch) for batch in batches),
+        round=round_,
+        node=node,
+    )

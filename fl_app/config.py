@@ -1,0 +1,285 @@
+"""conf/ and the run config, merged into one typed and validated Config.
+
+Later wins: conf/config.yaml, the chosen groups' files, an experiment's file,
+then the free dotlist `overrides`. Unknown keys, wrong types and values out of
+range are refused with the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from fl_app.files import project_file
+from fl_app.protocol import LocalTraining
+
+GROUPS = ("dataset", "model", "client", "attack", "prior")
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used; the message names the key, the value and what is allowed."""
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{name} is {value}; allowed: {low} or more")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which images the clients hold, and how they are split among them."""
+
+    name: str = "photos"
+    source: str = ""
+    partitioner: str = "iid"
+    dirichlet_alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, ("photos", "cifar10", "tiny_imagenet", "imagefolder"))
+        _one_of("partitioner", self.partitioner, ("iid", "dirichlet"))
+        if self.dirichlet_alpha <= 0:
+            raise ValueError(f"dirichlet_alpha is {self.dirichlet_alpha}; allowed: more than 0")
+        if self.name == "imagefolder" and not self.source:
+            raise ValueError("source is empty; allowed for imagefolder: a folder's path")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that the federation trains."""
+
+    name: str = "convnet"
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """Which attack runs on a watched update, and what it may spend."""
+
+    name: str = "flow_matching"
+    iterations: int = 200
+    seconds: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _at_least("iterations", self.iterations, 1)
+        _at_least("seconds", self.seconds, 0)
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The learned prior that attacks may use."""
+
+    weights: str = "compact"
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Which updates the server copies."""
+
+    clients: Any = "all"
+    rounds: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        clients = self.clients
+        share = isinstance(clients, int | float) and not isinstance(clients, bool)
+        ids = isinstance(clients, list) and all(type(c) is int and c >= 0 for c in clients)
+        if not (clients == "all" or (share and 0 < clients <= 1) or ids):
+            raise ValueError(
+                f"clients is {clients!r}; allowed: all, a share in (0, 1], or a list of ids"
+            )
+        if any(round_ < 1 for round_ in self.rounds):
+            raise ValueError(f"rounds is {self.rounds}; allowed: numbers from 1, or [] for every")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """What the auditor may know and needs."""
+
+    truth: bool = True
+    labels: str = "given"
+    lpips_weights: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("labels", self.labels, ("given", "unknown"))
+        if self.labels == "given" and not self.truth:
+            raise ValueError("labels is 'given'; allowed without truth: unknown")
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """The workers that run attacks."""
+
+    workers: int = 0
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("workers", self.workers, 0)
+        _at_least("retries", self.retries, 0)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """The Flower strategy that the curious server runs honestly."""
+
+    name: str = "fedavg"
+    fraction_evaluate: float = 0.5
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, ("fedavg", "fedadam"))
+        if not 0 <= self.fraction_evaluate <= 1:
+            raise ValueError(f"fraction_evaluate is {self.fraction_evaluate}; allowed: 0 to 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run; see conf/config.yaml for each default's why."""
+
+    name: str = "audit"
+    runs_dir: str = "runs"
+    seed: int = 0
+    rounds: int = 2
+    num_clients: int = 4
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    client: LocalTraining = field(default_factory=LocalTraining)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("rounds", self.rounds, 1)
+        _at_least("num_clients", self.num_clients, 1)
+        _at_least("seed", self.seed, 0)
+        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
+            raise ValueError(f"name is {self.name!r}; allowed: a folder's name, no path")
+
+
+def load_config(run_config: Mapping[str, Any] | None = None) -> Config:
+    """Merge conf/ with a run config.
+
+    Parameters
+    ----------
+    run_config : mapping, optional
+        Any of: a group's name (``dataset``, ``model``, ``client``, ``attack``,
+        ``prior``), ``experiment``, and ``overrides``, a dotlist such as
+        ``"client.lr=0.01 rounds=3"``. An empty string is the default.
+
+    Raises
+    ------
+    ConfigError
+        If a key is unknown, or a value has the wrong type or is out of range.
+    """
+    chosen = {key: value for key, value in dict(run_config or {}).items() if value != ""}
+    unknown = set(chosen) - {*GROUPS, "experiment", "overrides"}
+    if unknown:
+        raise ConfigError(
+            f"unknown run-config key {sorted(unknown)[0]!r}; "
+            f"allowed: {', '.join((*GROUPS, 'experiment', 'overrides'))}"
+        )
+    for key, value in chosen.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"run-config key {key} is {value!r}; allowed: a string")
+    defaults = _read("config", "config")
+    groups = {**defaults.pop("groups")}
+    experiment = DictConfig({})
+    if "experiment" in chosen:
+        experiment = _read("experiment", chosen["experiment"])
+        groups.update(experiment.pop("groups", {}))
+    groups.update({key: chosen[key] for key in GROUPS if key in chosen})
+    layers: list[tuple[str, Any]] = [("conf/config.yaml", defaults)]
+    layers += [(f"conf/{group}/{groups[group]}.yaml", {group: _read(group, groups[group])})
+               for group in GROUPS]  # fmt: skip
+    layers += [("experiment", experiment)]
+    try:
+        dotlist = shlex.split(chosen.get("overrides", ""))
+        for item in dotlist:
+            if "=" not in item:
+                raise ConfigError(f"overrides holds {item!r}; allowed: key=value pairs")
+        layers += [("overrides", OmegaConf.from_dotlist(dotlist))]
+    except ValueError as error:
+        raise ConfigError(f"overrides can't be read: {error}") from error
+    return _merge(layers)
+
+
+def _read(group: str, name: str) -> DictConfig:
+    """Read one file of conf/."""
+    folder = project_file("conf") if group == "config" else project_file(f"conf/{group}")
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"{group} is {name!r}; allowed: {', '.join(known) or 'none yet'}")
+    loaded = OmegaConf.load(folder / f"{name}.yaml")
+    assert isinstance(loaded, DictConfig)
+    return loaded
+
+
+def _unlock(node: Any) -> None:
+    """OmegaConf makes frozen dataclasses read-only; merging needs them writable."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if OmegaConf.is_dict(child):
+            _unlock(child)
+
+
+def _merge(layers: list[tuple[str, Any]]) -> Config:
+    merged: Any = OmegaConf.structured(Config)
+    _unlock(merged)
+    for origin, layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            where = error.full_key or "?"
+            message = (error.msg or "").splitlines()[0]
+            if isinstance(error, ConfigKeyError):
+                parent = (
+                    OmegaConf.select(merged, where.rpartition(".")[0]) if "." in where else None
+                )
+                message = f"unknown key; allowed: {', '.join(sorted(parent or merged))}"
+            raise ConfigError(f"{where} (from {origin}): {message}") from error
+    # Check section by section, so that an error can name the section.
+    for section in merged:
+        if OmegaConf.is_dict(merged._get_node(section)):
+            try:
+                OmegaConf.to_object(merged[section])
+            except ValueError as error:
+                raise ConfigError(f"{section}.{error}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config, extra: Mapping[str, Any] | None = None) -> str:
+    """Return the resolved configuration as YAML, with `extra` top-level entries before it."""
+    return OmegaConf.to_yaml(OmegaConf.create({**(extra or {}), **asdict(config)}))
+
+
+def from_yaml(path: Path) -> Config:
+    """Read back a run's resolved configuration (its extra entries are left out).
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or is no configuration of this version.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; is {path.parent} a run's folder?")
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    known = set(Config.__dataclass_fields__)
+    return _merge([(str(path), {key: loaded[key] for key in loaded if key in known})])

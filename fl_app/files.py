@@ -1,0 +1,81 @@
+"""Finding the project's own files, and writing files whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+
+def _roots() -> Iterator[Path]:
+    """Yield the folders that may hold the project's files, nearest first."""
+    yield Path(__file__).resolve().parents[1]
+    # Flower runs an unpacked copy of the app that lacks every binary file, so
+    # look beside the installed distribution as well.
+    try:
+        distribution = metadata.distribution("flowleak")
+    except metadata.PackageNotFoundError:
+        return
+    origin = distribution.read_text("direct_url.json")
+    if origin:
+        url = urlparse(json.loads(origin)["url"])
+        if url.scheme == "file":
+            yield Path(unquote(url.path))
+    site = Path(str(distribution.locate_file("")))
+    yield site
+    yield site / "fl_app"  # conf/ is packed inside fl_app in a wheel
+
+
+def project_file(relative: str) -> Path:
+    """Return the path of a file or folder that the project ships.
+
+    Parameters
+    ----------
+    relative : str
+        Path from the project's top level, for example ``conf/config.yaml``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If none of the places holds it; the message names them.
+    """
+    places = [root / relative for root in _roots()]
+    for place in places:
+        if place.exists():
+            return place
+    raise FileNotFoundError(
+        f"{relative} is part of flowleak but was not found; looked at "
+        + ", ".join(str(place) for place in places)
+        + ". Install the project with `pip install -e .`"
+    )
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` when the block succeeds.
+
+    A reader never sees a half-written file: a full disk or a killed process
+    leaves the old file, or none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all (UTF-8)."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

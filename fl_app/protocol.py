@@ -1,0 +1,218 @@
+"""The words of the wire: what both sides, and an attack, may speak of.
+
+Observation, Knowledge and Reconstruction are three of the project's five
+nouns; Truth and Leakage belong to the auditor (`fl_app.audit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains locally: agreed by the protocol, so the server knows it.
+
+    Attributes
+    ----------
+    optimizer : {"adam", "adamw", "sgd"}
+        As in `torch.optim`; its state starts anew in every round.
+    lr : float
+        Learning rate, > 0.
+    momentum : float
+        Momentum of SGD in [0, 1).
+    nesterov : bool
+        Nesterov's momentum, SGD only.
+    weight_decay : float
+        >= 0; decoupled for adamw, added to the gradient otherwise.
+    batch_size : int
+        Images a local step, B.
+    local_steps : int
+        Local steps a round, K. 0: train whole epochs instead.
+    local_epochs : int
+        Passes over the client's data, when `local_steps` is 0.
+    """
+
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    batch_size: int = 1
+    local_steps: int = 5
+    local_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        allowed = ("adam", "adamw", "sgd")
+        if self.optimizer not in allowed:
+            raise ValueError(f"optimizer is {self.optimizer!r}; allowed: {', '.join(allowed)}")
+        for name, valid, words in (
+            ("lr", self.lr > 0, "more than 0"),
+            ("momentum", 0 <= self.momentum < 1, "0 to less than 1"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("local_steps", self.local_steps >= 0, "0 (whole epochs) or more"),
+            ("local_epochs", self.local_epochs >= 1, "1 or more"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {words}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum is {self.momentum}; allowed with {self.optimizer}: 0")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov is true; allowed only with momentum above 0")
+
+    def batches(self, num_examples: int) -> tuple[tuple[int, ...], ...]:
+        """Return which images each local step trains on, as the server assumes it.
+
+        The images are numbered in the order of the first pass, which loses
+        nothing. Later passes are assumed to keep that order; a client that
+        shuffles them anew is explained only approximately.
+
+        Parameters
+        ----------
+        num_examples : int
+            Distinct images that the client trained on, N.
+
+        Returns
+        -------
+        tuple of tuples of int
+            For each of the K steps the indices of its images in [0, N).
+        """
+        one_pass = [
+            tuple(range(start, min(start + self.batch_size, num_examples)))
+            for start in range(0, num_examples, self.batch_size)
+        ]
+        steps = self.local_steps or self.local_epochs * len(one_pass)
+        return tuple(one_pass[step % len(one_pass)] for step in range(steps))
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Exactly what an honest-but-curious server has seen of one client in one round.
+
+    Attributes
+    ----------
+    w0, w1 : mapping of str to Tensor
+        Parameters by name, as sent to and as returned by the client. The
+        descent direction is ``w0 - w1``: a gradient's sign, not its negative.
+    num_examples : int
+        Images that the client says it trained on, N.
+    round : int
+        Server round, from 1.
+    node : int
+        Flower's node id, from the message's metadata.
+    client : int
+        The partition that the client says it holds; `node` where it says none.
+        For people to read: nothing relies on it.
+    """
+
+    w0: Mapping[str, Tensor]
+    w1: Mapping[str, Tensor]
+    num_examples: int
+    round: int
+    node: int
+    client: int
+
+    @property
+    def id(self) -> str:
+        """A name for files, unique in a run."""
+        return f"round-{self.round:04d}-node-{self.node}"
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the server knows because it runs the protocol; an attack may read nothing else.
+
+    Attributes
+    ----------
+    model : str
+        A name in `fl_app.models`.
+    num_classes : int
+    image_shape : tuple of int
+        (C, H, W) of a client's image.
+    mean, std : tuple of float
+        Per-channel normalisation of images in [0, 1].
+    training : LocalTraining
+    labels : tuple of int or None
+        The client's N labels in training order, where the auditor grants them
+        (as SME assumes); None: unknown.
+    """
+
+    model: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    training: LocalTraining
+    labels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an attack may spend.
+
+    Attributes
+    ----------
+    iterations : int
+        Steps on the images, >= 1.
+    seconds : float
+        Wall-clock limit; 0: none.
+    seed : int
+        Seeds the start images and the prior's noise.
+    """
+
+    iterations: int = 300
+    seconds: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations is {self.iterations}; allowed: 1 or more")
+        if self.seconds < 0:
+            raise ValueError(f"seconds is {self.seconds}; allowed: 0 (no limit) or more")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack believes a client's private images to be.
+
+    Attributes
+    ----------
+    attack : str
+        Name of the attack.
+    explanation : str
+        How it explained the update, and why so.
+    images : Tensor, shape (N, C, H, W)
+        In [0, 1], in training order as the attack believes it.
+    labels : tuple of int
+        N class indices.
+    losses : tuple of float
+        The matching loss by iteration, without the priors.
+    iterations : int
+        Steps made.
+    seconds : float
+        Wall-clock time of the attack.
+    peak_memory : int
+        Bytes that the attack needed at its peak, above what was in use before.
+    flops : int
+        Floating-point operations in all; a multiply-add counts as two.
+    stop_reason : str
+        Why the optimisation ended.
+    options : mapping
+        Every constant that the attack ran with.
+    """
+
+    attack: str
+    explanation: str
+    images: Tensor
+    labels: tuple[int, ...]
+    losses: tuple[float, ...]
+    iterations: int
+    seconds: float
+    peak_memory: int
+    flops: int
+    stop_reason: str
+    options: Mapping[str, float | int | str] = field(default_factory=dict)

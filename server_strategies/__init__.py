@@ -1,0 +1,1 @@
+"""What the server runs: honest training, a curious copy, and the attacks on it."""
