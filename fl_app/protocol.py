@@ -6,6 +6,7 @@ nouns; Truth and Leakage belong to the auditor (`fl_app.audit`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -63,6 +64,12 @@ class LocalTraining:
             raise ValueError(f"momentum is {self.momentum}; allowed with {self.optimizer}: 0")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is true; allowed only with momentum above 0")
+
+    def passes(self, num_examples: int) -> int:
+        """Return how often a client with N examples goes through its data, begun passes too."""
+        if not self.local_steps:
+            return self.local_epochs
+        return math.ceil(self.local_steps * self.batch_size / num_examples)
 
     def batches(self, num_examples: int) -> tuple[tuple[int, ...], ...]:
         """Return which images each local step trains on, as the server assumes it.
@@ -162,11 +169,14 @@ class Budget:
         Wall-clock limit; 0: none.
     seed : int
         Seeds the start images and the prior's noise.
+    device : str
+        The torch device to work on.
     """
 
     iterations: int = 300
     seconds: float = 0.0
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.iterations < 1:

@@ -1,0 +1,56 @@
+"""Surrogate interpolation: one gradient, somewhere between w0 and w1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fl_app.protocol import Knowledge, Observation
+
+
+class Surrogate:
+    """Surrogate model extension (Zhu et al., 2023; the paper, eq. 7 and 8).
+
+    ``1 - cos(w0 - w1, g(w_a, x))`` with ``w_a = (1 - a) w0 + a w1``, over all
+    parameters as one vector; the unknown a starts at 0.5.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On the device to work on; its weights are not read.
+    observation : Observation
+    knowledge : Knowledge
+        With labels.
+    reason : str
+        Why this explanation was chosen.
+    """
+
+    name = "surrogate"
+
+    def __init__(
+        self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
+    ) -> None:
+        self.reason = reason
+        reference = next(model.parameters())
+        self.model = model
+        self.names = [name for name, _ in model.named_parameters()]
+        self.w0 = [observation.w0[name].to(reference) for name in self.names]
+        self.update = [
+            w - observation.w1[n].to(w) for w, n in zip(self.w0, self.names, strict=True)
+        ]
+        self.norm = torch.stack([u.square().sum() for u in self.update]).sum().sqrt()
+        self.labels = torch.tensor(knowledge.labels, device=reference.device)
+        self.alpha = torch.tensor(0.5).to(reference).requires_grad_()
+        self.unknowns = [self.alpha]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
+        weights = [w - self.alpha * u for w, u in zip(self.w0, self.update, strict=True)]
+        logits = functional_call(self.model, dict(zip(self.names, weights, strict=True)), (x,))
+        loss = F.cross_entropy(logits, self.labels)
+        gradient = torch.autograd.grad(loss, weights, create_graph=True)
+        dot = sum((u * g).sum() for u, g in zip(self.update, gradient, strict=True))
+        square = sum(g.square().sum() for g in gradient)
+        return 1 - dot / (self.norm * (square + 1e-30).sqrt())

@@ -1,0 +1,129 @@
+"""The flow-matching prior: the belief that an image is one of nature's.
+
+Straight paths x_t = t x1 + (1 - t) x0 from noise x0 ~ N(0, I) to images x1 in
+[-1, 1]; the network v(x_t, t) regresses x1 - x0 (the paper, eq. 2 and 3), so
+that D(x_t, t) = x_t + (1 - t) v(x_t, t) is a denoiser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fl_app.files import project_file
+from server_strategies.priors.networks import create_network
+
+MODES = ("denoiser", "velocity")
+
+
+def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
+    """Load a trained velocity network, frozen.
+
+    Parameters
+    ----------
+    weights : str
+        A name in ``server_strategies/priors/weights``, or the path of a
+        ``.safetensors`` file made by ``flowleak prior train``.
+    device : torch.device or str
+
+    Raises
+    ------
+    ValueError
+        If there are no such weights, or they do not fit their network.
+    """
+    if weights.endswith(".safetensors"):
+        path = Path(weights).expanduser()
+    else:
+        folder = project_file("server_strategies/priors/weights")
+        path = folder / f"{weights}.safetensors"
+    if not path.is_file():
+        shipped = project_file("server_strategies/priors/weights").glob("*.safetensors")
+        raise ValueError(
+            f"prior weights {weights!r} are not at {path}; allowed: the path of a .safetensors "
+            f"file, or {', '.join(sorted(file.stem for file in shipped)) or 'none shipped'}"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            name = (file.metadata() or {}).get("network", "")
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    network = create_network(name)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the network {name!r}: {error}") from error
+    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class FlowPrior:
+    """A penalty that pulls images towards the data manifold.
+
+    ``denoiser``: ``weight mean|x - D(t x + (1 - t) e, t)|^2`` with fresh noise e
+    and D held constant, so that nothing is back-propagated through the network
+    (Romano et al., 2017, RED; Poole et al., 2023, score distillation).
+    ``velocity``: ``weight mean|v(x, t)|^2``, back-propagated (the paper, eq. 17).
+
+    Attributes
+    ----------
+    network : nn.Module
+        From `load_flow`.
+    weight : float
+        Of the mean over pixels in [-1, 1].
+    mode : {"denoiser", "velocity"}
+    t_start, t_end : float
+        Flow time at the first and the last iteration, linear between; in (0, 1].
+    generator : torch.Generator
+        Draws e, on the images' device.
+    """
+
+    network: nn.Module
+    weight: float
+    mode: str
+    t_start: float
+    t_end: float
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MODES)}")
+        for name in ("t_start", "t_end"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0, at most 1")
+
+    def __call__(self, images: Tensor, progress: float) -> Tensor:
+        """Return the penalty, shape ().
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, 3, H, W)
+            In [0, 1]; H and W divisible by 4.
+        progress : float
+            Share of the attack's iterations done, in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            If the network can't take images of this shape.
+        """
+        if images.shape[1] != 3 or images.shape[2] % 4 or images.shape[3] % 4:
+            raise ValueError(
+                f"the flow prior takes images (N, 3, H, W) with H and W divisible by 4, "
+                f"got {tuple(images.shape)}"
+            )
+        x = 2 * images - 1
+        level = self.t_start + (self.t_end - self.t_start) * progress
+        t = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
+        if self.mode == "velocity":
+            return self.weight * self.network(x, t).square().mean()
+        with torch.no_grad():
+            noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+            x_t = torch.lerp(noise, x, level)
+            denoised = x_t + (1 - level) * self.network(x_t, t)
+        return self.weight * F.mse_loss(x, denoised)
