@@ -1,0 +1,218 @@
+"""The auditor of a run: grants labels, scores reconstructions, keeps the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
+from fl_app.audit.metrics import MEASURES, Leakage, Measure, check_images, feature_mse, score
+from fl_app.audit.perceptual import load_lpips
+from fl_app.audit.report import save_picture
+from fl_app.audit.truth import Truth, read_truth, truth_path
+from fl_app.config import Config
+from fl_app.files import whole_file
+from fl_app.models import create_model
+from fl_app.protocol import Knowledge, Observation, Reconstruction
+
+
+class Auditor:
+    """Stands between the attacks, which may not see the Truth, and the log, which needs it.
+
+    Parameters
+    ----------
+    run_dir : Path
+        The run's folder, as `create_run` made it.
+    config : Config
+        The run's configuration.
+    knowledge : Knowledge
+        What the server knows of every client; without labels.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, knowledge: Knowledge) -> None:
+        self.run_dir = run_dir
+        self.config = config
+        self.knowledge = knowledge
+        self._log = run_dir / "leakage.jsonl"
+
+    def grant(self, observation: Observation) -> Knowledge:
+        """Return what an attack on this observation may know.
+
+        The labels are filled in, in training order, where ``audit.labels`` is
+        ``given``.
+
+        Raises
+        ------
+        ValueError
+            If labels are to be given but the client left no truth, or one of
+            another size than it reported.
+        """
+        if self.config.audit.labels != "given":
+            return self.knowledge
+        truth = self._truth(observation)
+        if truth is None:
+            path = truth_path(self.run_dir, observation.round, observation.node)
+            raise ValueError(
+                f"audit.labels is given, but client {observation.client} left no truth at {path}; "
+                "set audit.labels=unknown, or run the clients where they can write the run's folder"
+            )
+        if len(truth.labels) != observation.num_examples:
+            raise ValueError(
+                f"client {observation.client} reported {observation.num_examples} images, "
+                f"its truth holds {len(truth.labels)}; set audit.labels=unknown to attack it anyway"
+            )
+        return replace(self.knowledge, labels=truth.labels)
+
+    def record(self, observation: Observation, reconstruction: Reconstruction) -> None:
+        """Score a reconstruction, draw it beside the truth, and log both.
+
+        One that can't be scored is logged as failed.
+
+        Raises
+        ------
+        OSError
+            If the log can't be written.
+        """
+        truth = self._truth(observation)
+        leakage = None
+        reasons = {"metrics": "no truth", "label_accuracy": "no truth"}
+        try:
+            if truth is None:
+                check_images(reconstruction.images, reconstruction.labels)
+            else:
+                leakage = self._score(observation, reconstruction, truth)
+                reasons = dict(leakage.reasons)
+        except ValueError as error:
+            self.record_failure(observation, reconstruction.attack, str(error))
+            return
+        picture = None
+        try:
+            picture = self._draw(observation, reconstruction, truth, leakage)
+        except OSError as error:  # the numbers matter more than the picture
+            reasons["picture"] = str(error)
+        rate = reconstruction.iterations / max(reconstruction.seconds, 1e-9)
+        self._append(
+            observation,
+            reconstruction.attack,
+            status="ok",
+            explanation=reconstruction.explanation,
+            metrics=leakage.metrics if leakage else {},
+            psnr_by_step=leakage.psnr_by_step if leakage else (),
+            label_accuracy=leakage.label_accuracy if leakage else None,
+            seconds=reconstruction.seconds,
+            iterations=reconstruction.iterations,
+            iterations_per_second=rate,
+            peak_memory=reconstruction.peak_memory,
+            flops=reconstruction.flops,
+            stop_reason=reconstruction.stop_reason,
+            options=reconstruction.options,
+            picture=picture,
+            losses=thinned(reconstruction.losses),
+            reasons=reasons,
+        )
+
+    def record_failure(self, observation: Observation, attack: str, error: str) -> None:
+        """Log an attack that raised."""
+        self._append(observation, attack, status="failed", error=error, reasons=_absent(error))
+
+    def record_skipped(self, round_: int, node: int, reason: str) -> None:
+        """Log an update on which no attack was run."""
+        line = LogLine(
+            round=round_,
+            node=node,
+            client=None,
+            attack=self.config.attack.name,
+            status="skipped",
+            labels=self.config.audit.labels,
+            error=reason,
+            reasons=_absent(reason) | {"client": reason, "num_examples": reason},
+        )
+        append_line(self._log, line)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the log so far."""
+        return read_lines(self._log)[0]
+
+    def _append(self, observation: Observation, attack: str, **fields: Any) -> None:
+        line = LogLine(
+            round=observation.round,
+            node=observation.node,
+            client=observation.client,
+            num_examples=observation.num_examples,
+            attack=attack,
+            labels=self.config.audit.labels,
+            **fields,
+        )
+        append_line(self._log, line)
+
+    def _truth(self, observation: Observation) -> Truth | None:
+        return read_truth(self.run_dir, observation.round, observation.node)
+
+    @cached_property
+    def _lpips(self) -> tuple[dict[str, Measure], dict[str, str]]:
+        return load_lpips(self.config.audit.lpips_weights)
+
+    def _score(
+        self, observation: Observation, reconstruction: Reconstruction, truth: Truth
+    ) -> Leakage:
+        perceptual, reasons = self._lpips
+        measures = {**MEASURES, **perceptual}
+        try:
+            measures["fmse"] = feature_mse(self._features(observation))
+        except RuntimeError as error:
+            reasons = {**reasons, "fmse": f"w0 does not fit {self.knowledge.model}: {error}"}
+        return score(reconstruction, truth, self.knowledge.mean, measures, reasons)
+
+    def _features(self, observation: Observation) -> Callable[[Tensor], Tensor]:
+        """Return the features of the model that the client was sent, on images in [0, 1]."""
+        known = self.knowledge
+        model = create_model(known.model, known.num_classes, known.image_shape)
+        model.load_state_dict(dict(observation.w0))
+        model.eval()
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (known.mean, known.std))
+        return lambda images: model.features((images - mean) / std)  # type: ignore[operator]
+
+    def _draw(
+        self,
+        observation: Observation,
+        reconstruction: Reconstruction,
+        truth: Truth | None,
+        leakage: Leakage | None,
+    ) -> str:
+        """Write the picture and the tensors behind it; return its path from the run's folder."""
+        path = self._free_path(f"{observation.id}-{reconstruction.attack}")
+        images = reconstruction.images.detach().cpu()
+        tensors = {"images": images.contiguous(), "labels": torch.tensor(reconstruction.labels)}
+        caption = [
+            f"round {observation.round}, client {observation.client}, {reconstruction.attack}"
+        ]
+        if leakage:
+            psnr = leakage.metrics["psnr"]
+            assert psnr is not None
+            caption.append(f"mean PSNR {psnr.mean:.1f} dB, a grey image {psnr.baseline:.1f} dB")
+            images = images[list(leakage.assignment)]
+            tensors["assignment"] = torch.tensor(leakage.assignment)
+        with whole_file(path.with_suffix(".safetensors")) as temporary:
+            save_file(tensors, temporary)
+        save_picture(path, images, truth.images if truth else None, caption)
+        return str(path.relative_to(self.run_dir))
+
+    def _free_path(self, stem: str) -> Path:
+        """Return a PNG's path not yet taken: an attack may be run on one update again."""
+        folder, number = self.run_dir / "reconstructions", 1
+        while True:
+            path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            if not path.exists():
+                return path
+            number += 1
+
+
+def _absent(reason: str) -> dict[str, str]:
+    return dict.fromkeys(("metrics", "label_accuracy", "picture"), reason)

@@ -1,0 +1,268 @@
+"""How much a reconstruction reveals: every metric after one linear assignment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from scipy import stats
+from scipy.optimize import linear_sum_assignment
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from fl_app.audit.truth import Truth
+from fl_app.protocol import Reconstruction
+
+MAX_PSNR = 100.0  # dB, given to an exact copy: infinity would swallow every mean
+
+# Takes reconstructed and true images, both (N, C, H, W) in [0, 1]; returns N values.
+Measure = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MetricScore:
+    """One metric of one reconstruction.
+
+    Attributes
+    ----------
+    values : tuple of float
+        One for each private image, in training order.
+    mean : float
+    low, high : float or None
+        95% interval of the mean; None for a single image.
+    baseline : float
+        The metric's mean when a grey image, the data set's mean colour, stands
+        in for every reconstruction: what is known without an attack.
+    """
+
+    values: tuple[float, ...]
+    mean: float
+    low: float | None
+    high: float | None
+    baseline: float
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """One scored reconstruction.
+
+    Attributes
+    ----------
+    assignment : tuple of int
+        For each private image the index of the reconstruction assigned to it;
+        one assignment serves all metrics.
+    metrics : mapping of str to MetricScore or None
+        psnr (dB), ssim, lpips_vgg, lpips_alex, mse, fmse and tv; None where a
+        metric could not be had.
+    psnr_by_step : tuple of (float or None)
+        For each local step the mean PSNR of the images first used in it; None
+        where a step uses no new image.
+    label_accuracy : float
+        Share of private images whose assigned reconstruction has their label.
+    reasons : mapping of str to str
+        Why a field is None, by the field's or metric's name.
+    """
+
+    assignment: tuple[int, ...]
+    metrics: Mapping[str, MetricScore | None]
+    psnr_by_step: tuple[float | None, ...]
+    label_accuracy: float
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+def assign(reconstructed: Tensor, true: Tensor) -> Tensor:
+    """Match reconstructions to private images, one to one, with the least total MSE.
+
+    Parameters
+    ----------
+    reconstructed, true : Tensor, shape (N, C, H, W)
+
+    Returns
+    -------
+    Tensor of int64, shape (N,)
+        ``reconstructed[result]`` is in the order of `true`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+    """
+    if reconstructed.shape != true.shape:
+        raise ValueError(
+            f"the reconstruction has shape {tuple(reconstructed.shape)}, "
+            f"the private images {tuple(true.shape)}; they must be equal"
+        )
+    cost = torch.cdist(true.flatten(1).double(), reconstructed.flatten(1).double()) ** 2
+    return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
+
+
+def mse(images: Tensor, others: Tensor) -> Tensor:
+    """Return the mean squared error of each pair of images, shape (N,)."""
+    return (images.double() - others.double()).square().flatten(1).mean(1)
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Return ``10 log10(1 / MSE)`` in dB for each pair of images in [0, 1], at most 100."""
+    return (-10 * mse(images, others).log10()).clamp(max=MAX_PSNR)
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Return the structural similarity of each pair of images in [0, 1].
+
+    Gaussian window of sigma 1.5 over 11 x 11 pixels, population covariance
+    (Wang et al., 2004), mean over channels.
+
+    Raises
+    ------
+    ValueError
+        If a side of the images is below 11 pixels.
+    """
+    values = [
+        structural_similarity(
+            a, b, channel_axis=0, data_range=1.0,
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        )
+        for a, b in zip(images.double().numpy(), others.double().numpy(), strict=True)
+    ]  # fmt: skip
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def total_variation(images: Tensor, others: Tensor) -> Tensor:
+    """Return ``mean |dx| + mean |dy|`` of `images` in [0, 1]; `others` does not enter."""
+    dx = images.diff(dim=-1).abs().flatten(1).mean(1)
+    dy = images.diff(dim=-2).abs().flatten(1).mean(1)
+    return dx + dy
+
+
+def feature_mse(features: Callable[[Tensor], Tensor]) -> Measure:
+    """Return the measure FMSE: the MSE between the target model's features of two images.
+
+    Parameters
+    ----------
+    features : callable
+        Maps images (N, C, H, W) in [0, 1] to features (N, ...).
+    """
+
+    @torch.no_grad()
+    def fmse(images: Tensor, others: Tensor) -> Tensor:
+        return mse(features(images), features(others))
+
+    return fmse
+
+
+MEASURES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "mse": mse, "tv": total_variation}
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Return a mean and its two-sided 95% interval by Student's t.
+
+    Parameters
+    ----------
+    values : sequence of float
+        At least one.
+
+    Returns
+    -------
+    mean, low, high : float
+        ``mean -+ t(0.975, n - 1) s / sqrt(n)``; low and high are None for a
+        single value.
+
+    Raises
+    ------
+    ValueError
+        If there is no value.
+    """
+    count = len(values)
+    if not count:
+        raise ValueError("no values: an interval needs at least one")
+    mean = math.fsum(values) / count
+    if count == 1:
+        return mean, None, None
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def score(
+    reconstruction: Reconstruction,
+    truth: Truth,
+    mean: Sequence[float],
+    measures: Mapping[str, Measure] = MEASURES,
+    reasons: Mapping[str, str] | None = None,
+) -> Leakage:
+    """Score a reconstruction against what the client really trained on.
+
+    Parameters
+    ----------
+    reconstruction : Reconstruction
+        Its images in any order.
+    truth : Truth
+    mean : sequence of float
+        The data set's mean colour in [0, 1], one a channel: the grey baseline.
+    measures : mapping of str to Measure
+        Metrics by name. One that raises ValueError gives None and its message.
+    reasons : mapping of str to str, optional
+        Metrics that could not be had, and why; they appear as None.
+
+    Raises
+    ------
+    ValueError
+        As `assign` and `check_images`.
+    """
+    true = truth.images.detach().cpu().float()
+    images = reconstruction.images.detach().cpu().float()
+    check_images(images, reconstruction.labels)
+    order = assign(images, true)
+    images = images[order].clamp(0, 1)
+    grey = torch.tensor(mean).view(-1, 1, 1).expand_as(true)
+
+    why = dict(reasons or {})
+    metrics: dict[str, MetricScore | None] = dict.fromkeys(why)
+    for name, measure in measures.items():
+        try:
+            values = tuple(measure(images, true).tolist())
+            baseline = float(measure(grey, true).mean())
+        except ValueError as error:
+            metrics[name], why[name] = None, str(error)
+            continue
+        metrics[name] = MetricScore(values, *mean_interval(values), baseline)
+    if len(true) == 1:
+        why["interval"] = "one image"
+
+    by_step = _by_step(psnr(images, true).tolist(), truth.batches)
+    if None in by_step:
+        why["psnr_by_step"] = "null where a step trains on no new image"
+    right = [reconstruction.labels[j] == truth.labels[i] for i, j in enumerate(order.tolist())]
+    return Leakage(tuple(order.tolist()), metrics, by_step, sum(right) / len(right), why)
+
+
+def check_images(images: Tensor, labels: Sequence[int]) -> None:
+    """Refuse a reconstruction that is not N labelled images in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If it holds no image, a value that is not finite or out of range, or
+        another number of labels than of images.
+    """
+    if not images.numel():
+        raise ValueError(f"the reconstruction holds no image: its shape is {tuple(images.shape)}")
+    if len(labels) != len(images):
+        raise ValueError(f"the reconstruction has {len(labels)} labels for {len(images)} images")
+    if not images.isfinite().all():
+        raise ValueError("the reconstruction holds values that are not finite")
+    low, high = float(images.min()), float(images.max())
+    if low < -1e-4 or high > 1 + 1e-4:  # beyond what rounding explains
+        raise ValueError(f"the reconstruction's pixels span {low:.4g} to {high:.4g}; allowed: 0..1")
+
+
+def _by_step(values: Sequence[float], batches: Sequence[Sequence[int]]) -> tuple[float | None, ...]:
+    seen: set[int] = set()
+    means: list[float | None] = []
+    for batch in batches:
+        new = set(batch) - seen
+        seen |= new
+        means.append(sum(values[i] for i in new) / len(new) if new else None)
+    return tuple(means)

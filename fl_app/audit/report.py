@@ -1,0 +1,140 @@
+"""What people look at: the pictures of a run and its table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from fl_app.files import whole_file
+
+_TILE = 96  # pixels a tile has at least: 32 x 32 is too small to judge
+_GAP = 12  # pixels between pairs; the two of a pair nearly touch
+_LINE = 16  # pixels a line of the caption
+_MAX_PAIRS = 64
+
+
+def save_picture(
+    path: Path, reconstructed: Tensor, private: Tensor | None, caption: Sequence[str]
+) -> None:
+    """Write a PNG of pairs, private | reconstructed, enlarged without smoothing.
+
+    Parameters
+    ----------
+    path : Path
+        Written whole or not at all.
+    reconstructed : Tensor, shape (N, C, H, W)
+        In [0, 1], in the order of `private`; C is 1 or 3.
+    private : Tensor, shape (N, C, H, W), or None
+        None: there is no truth, and the reconstructions stand alone.
+    caption : sequence of str
+        Lines above the pairs.
+    """
+    shown = min(len(reconstructed), _MAX_PAIRS)
+    lines = list(caption)
+    lines.append("private | reconstructed" if private is not None else "reconstructed (no truth)")
+    if shown < len(reconstructed):
+        lines[-1] += f", the first {shown} of {len(reconstructed)}"
+
+    sources = [reconstructed] if private is None else [private, reconstructed]
+    scale = math.ceil(_TILE / min(reconstructed.shape[-2:]))
+    tiles = [[_tile(images[i], scale) for images in sources] for i in range(shown)]
+    width, height = tiles[0][0].size
+    pair_width = len(sources) * (width + 2) - 2
+    columns = math.ceil(math.sqrt(shown / len(sources)))
+    rows = math.ceil(shown / columns)
+
+    font = ImageFont.load_default(size=12)
+    text_width = math.ceil(max(font.getlength(line) for line in lines))
+    top = _GAP + len(lines) * _LINE
+    size = (
+        max(columns * (pair_width + _GAP), text_width + _GAP) + _GAP,
+        top + rows * (height + _GAP) + _GAP,
+    )
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        draw.text((_GAP, _GAP + number * _LINE), line, fill="black", font=font)
+    for i, pair in enumerate(tiles):
+        row, column = divmod(i, columns)
+        for j, tile in enumerate(pair):
+            left = _GAP + column * (pair_width + _GAP) + j * (width + 2)
+            canvas.paste(tile, (left, top + _GAP + row * (height + _GAP)))
+    with whole_file(path) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
+def _tile(image: Tensor, scale: int) -> Image.Image:
+    """Turn (C, H, W) in [0, 1] into an RGB image, `scale` times as large."""
+    pixels = image.detach().cpu().float().expand(3, -1, -1).permute(1, 2, 0).numpy()
+    tile = Image.fromarray(np.round(pixels * 255).clip(0, 255).astype(np.uint8))
+    return tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
+
+
+def beats_grey(metrics: Mapping[str, Any]) -> bool:
+    """Say whether a line's mean PSNR is above that of a grey image."""
+    score = metrics["psnr"]
+    return score["mean"] is not None and score["mean"] > score["baseline"]
+
+
+def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of a run from the lines of its log.
+
+    A reconstruction that is no better than a grey image is said to be so;
+    failed attacks are red, with their error.
+    """
+    table = Table(title="Leakage (mean and 95% interval over a client's images)")
+    for name in ("Round", "Client"):
+        table.add_column(name, justify="right")
+    table.add_column("Attack")
+    for name in ("PSNR dB", "Grey dB", "SSIM", "LPIPS VGG", "LPIPS Alex", "Seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("Note", overflow="fold")
+    for line in lines:
+        note, style = _note(line)
+        metrics = line["metrics"]
+        psnr = metrics.get("psnr")
+        client = line["client"] if line["client"] is not None else f"node {line['node']}"
+        cells = [
+            str(line["round"]),
+            str(client),
+            line["attack"],
+            _cell(psnr, 1),
+            "-" if psnr is None else _number(psnr["baseline"], 1),
+            *(_cell(metrics.get(name), 3) for name in ("ssim", "lpips_vgg", "lpips_alex")),
+            f"{line['seconds']:.1f}" if line["status"] == "ok" else "-",
+        ]
+        # Text, not str: an error may hold what looks like rich's markup.
+        table.add_row(*(Text(cell) for cell in cells), Text(note), style=style)
+    return table
+
+
+def _note(line: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what to say of a line, and the style to say it in."""
+    if line["status"] == "failed":
+        return f"failed: {line['error']}", "red"
+    if line["status"] == "skipped":
+        return f"skipped: {line['error']}", "yellow"
+    if line["metrics"].get("psnr") is None:
+        return line["reasons"].get("metrics", "not scored"), ""
+    return ("", "") if beats_grey(line["metrics"]) else ("no better than grey", "dim")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _cell(score: Mapping[str, Any] | None, digits: int) -> str:
+    if score is None:
+        return "-"
+    mean = _number(score["mean"], digits)
+    if score["low"] is None or score["high"] is None:
+        return mean
+    return f"{mean} ({_number(score['low'], digits)} to {_number(score['high'], digits)})"
