@@ -1,1 +1,134 @@
-"""Datasets and how clients share them."""
+"""The images that clients hold: four sources, one way to read and to partition them."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+import datasets
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+
+from fl_app.config import DatasetConfig
+from fl_app.data import hub, imagefolder, photos
+from fl_app.data.base import DataError, DatasetInfo, ImageSet, read_images
+
+__all__ = [
+    "DataError",
+    "DatasetInfo",
+    "ImageSet",
+    "dataset_info",
+    "load_partition",
+    "load_split",
+]
+
+_SOURCES = {
+    "photos": photos.SOURCE,
+    "cifar10": hub.SOURCE,
+    "tiny_imagenet": hub.SOURCE,
+    "imagefolder": imagefolder.SOURCE,
+}
+
+
+@lru_cache(maxsize=4)
+def dataset_info(config: DatasetConfig) -> DatasetInfo:
+    """Return the facts of a data set.
+
+    Only `imagefolder` has to look at the images for them.
+
+    Raises
+    ------
+    DataError
+        If an image folder is missing or can't be used.
+    """
+    return _SOURCES[config.name].info(config)
+
+
+@lru_cache(maxsize=4)
+def _encoded_split(config: DatasetConfig, split: str) -> datasets.Dataset:
+    if split not in ("train", "test"):
+        raise DataError(f"split is {split!r}; allowed: train, test")
+    encoded = _SOURCES[config.name].split(config, split)
+    if split == "train" and len(encoded.unique("label")) < 2:
+        raise DataError(f"{config.name}: the train split has fewer than two classes")
+    return encoded
+
+
+@lru_cache(maxsize=2)
+def _partitioner(config: DatasetConfig, num_partitions: int, seed: int) -> Partitioner:
+    """Return flwr-datasets' partitioner over the train split, shuffled as FederatedDataset does."""
+    train = _encoded_split(config, "train")
+    if not 1 <= num_partitions <= len(train):
+        raise DataError(
+            f"num_clients is {num_partitions}; allowed for {config.name}: "
+            f"1 to {len(train)}, its training images"
+        )
+    if config.partitioner == "iid":
+        partitioner: Partitioner = IidPartitioner(num_partitions)
+    else:
+        partitioner = DirichletPartitioner(
+            num_partitions,
+            partition_by="label",
+            alpha=config.dirichlet_alpha,
+            min_partition_size=1,  # skew is asked for; only an empty client is of no use
+            seed=seed,
+        )
+    partitioner.dataset = train.shuffle(seed=seed, keep_in_memory=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for each new draw
+            partitioner.load_partition(0)
+    except ValueError as error:
+        raise DataError(
+            f"dataset.dirichlet_alpha is {config.dirichlet_alpha}: some of {num_partitions} "
+            "clients got no image in eleven draws; raise it, or lower num_clients"
+        ) from error
+    return partitioner
+
+
+@lru_cache(maxsize=8)
+def load_partition(
+    config: DatasetConfig, partition: int, num_partitions: int, seed: int
+) -> ImageSet:
+    """Return a client's part of the train split; only its own images are decoded.
+
+    The parts of all clients are disjoint and cover the split. They depend on
+    the arguments alone, so every process cuts them alike.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+        Names the data set and the partitioner: ``iid``, equal shares of a
+        shuffle, or ``dirichlet``, per-class shares drawn from
+        Dir(`dirichlet_alpha`) (Yurochkin et al., 2019, arXiv:1905.12022).
+    partition : int
+        In [0, num_partitions).
+    num_partitions : int
+    seed : int
+
+    Raises
+    ------
+    DataError
+        If the data is not there or is broken, or can't be cut in so many parts.
+    """
+    if not 0 <= partition < num_partitions:
+        raise DataError(f"partition is {partition}; allowed: 0 to {num_partitions - 1}")
+    part = _partitioner(config, num_partitions, seed).load_partition(partition)
+    return read_images(part, dataset_info(config), config.name)
+
+
+@lru_cache(maxsize=2)
+def load_split(config: DatasetConfig, split: str) -> ImageSet:
+    """Return a whole split.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+    split : {"train", "test"}
+        Tiny-ImageNet's labelled validation images are its test split.
+
+    Raises
+    ------
+    DataError
+        If the data is not there or is broken.
+    """
+    return read_images(_encoded_split(config, split), dataset_info(config), config.name)

@@ -1,0 +1,179 @@
+"""What every data set is made of: its facts, its images, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fl_app.config import DatasetConfig
+from fl_app.files import project_file
+
+# Client processes share one console with Flower's own log.
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity_error()
+
+
+class DataError(ValueError):
+    """Data that is not there or can't be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The facts of a data set that every side of the protocol knows.
+
+    Attributes
+    ----------
+    num_classes : int
+        Labels are 0 to ``num_classes - 1``.
+    image_shape : tuple of int
+        (C, H, W) of every image.
+    mean, std : tuple of float
+        Per channel, over the train split's pixels in [0, 1]; they normalise a model's input.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and their labels, in memory. Shared between callers: don't write into them.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, C, H, W), uint8
+        In [0, 255].
+    labels : Tensor, shape (N,), int64
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from; one for each name in `DatasetConfig`.
+
+    Attributes
+    ----------
+    info : callable
+        ``info(config) -> DatasetInfo``.
+    split : callable
+        ``split(config, "train" | "test") -> datasets.Dataset`` with the columns
+        ``image`` (`datasets.Image`, still encoded) and ``label`` (int).
+    """
+
+    info: Callable[[DatasetConfig], DatasetInfo]
+    split: Callable[[DatasetConfig, str], datasets.Dataset]
+
+
+def find_folder(source: str) -> Path:
+    """Return the folder that a configuration names.
+
+    A relative path is looked for from the working directory, then from the
+    project's folder: Flower starts client processes in a directory of its own.
+
+    Raises
+    ------
+    DataError
+        If no place holds it.
+    """
+    if not source:
+        raise DataError("dataset.source is empty; set it to a folder's path")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    try:
+        # An absolute path stands for itself here too.
+        found = project_file(str(path))
+    except FileNotFoundError:
+        found = None
+    if found is None or not found.is_dir():
+        raise DataError(
+            f"dataset.source is {source!r}, but {path.absolute()} is not a folder; "
+            "set dataset.source to the absolute path of a folder that this machine can read"
+        )
+    return found.resolve()
+
+
+def encoded(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Return a `datasets.Dataset` whose column ``image`` is left encoded when it is read."""
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def read_image(file: BytesIO | str, where: str) -> np.ndarray:
+    """Return an image file's pixels, shape (3, H, W), uint8; grey images get three channels.
+
+    Raises
+    ------
+    DataError
+        If the file is broken or has more than 8 bits a channel; it names `where`.
+    """
+    try:
+        with Image.open(file) as image:
+            mode = image.mode
+            rgb = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
+        raise DataError(f"{where} can't be read as an image: {error}") from error
+    if mode.startswith(("I", "F")):
+        # Pillow would clip these to white without a word.
+        raise DataError(f"{where} has mode {mode}; allowed: 8 bits a channel. Convert it first")
+    return rgb.transpose(2, 0, 1)
+
+
+def read_images(dataset: datasets.Dataset, info: DatasetInfo, name: str) -> ImageSet:
+    """Decode every row of an `encoded` data set.
+
+    Raises
+    ------
+    DataError
+        If an image is broken or not of ``info.image_shape``, or a label is not a class.
+    """
+    images = np.empty((len(dataset), *info.image_shape), dtype=np.uint8)
+    labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < info.num_classes:
+        raise DataError(
+            f"{name} has labels from {labels.min()} to {labels.max()}; "
+            f"allowed: 0 to {info.num_classes - 1}"
+        )
+    for row, image in enumerate(dataset["image"]):
+        where = f"{name}: {image['path'] or f'image {row}'}"
+        file = BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+        pixels = read_image(file, where)
+        if pixels.shape != info.image_shape:
+            raise DataError(
+                f"{where} has shape {pixels.shape} (C, H, W); all images must have "
+                f"{info.image_shape}. Resize or remove it"
+            )
+        images[row] = pixels
+    return ImageSet(torch.from_numpy(images), labels)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation of each channel.
+
+    Parameters
+    ----------
+    images : Tensor, shape (N, C, H, W), uint8
+
+    Returns
+    -------
+    mean, std : tuple of float
+        Of the pixels in [0, 1].
+    """
+    pixels = images.double() / 255
+    mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3), correction=0)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,81 @@
+"""CIFAR-10 and Tiny-ImageNet, from the Hugging Face hub or a local folder in its layout."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from flwr_datasets import FederatedDataset
+
+from fl_app.config import DatasetConfig
+from fl_app.data.base import DataError, DatasetInfo, Source, encoded, find_folder
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a data set is laid out on the hub."""
+
+    image: str  # column
+    test: str  # split
+
+
+_LAYOUTS = {
+    "cifar10": _Layout(image="img", test="test"),
+    "tiny_imagenet": _Layout(image="image", test="valid"),  # its test split has no labels
+}
+_INFOS = {
+    "cifar10": DatasetInfo(
+        num_classes=10,
+        image_shape=(3, 32, 32),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+    "tiny_imagenet": DatasetInfo(
+        num_classes=200,
+        image_shape=(3, 64, 64),
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+    ),
+}
+
+
+def _location(source: str) -> str:
+    """Return what `datasets.load_dataset` should open: a folder that exists, or a hub name."""
+    try:
+        return str(find_folder(source))
+    except DataError:
+        # ORG/NAME; a path that starts with ., / or ~ is never tried on the hub.
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+            return source
+        raise
+
+
+def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
+    layout = _LAYOUTS[config.name]
+    location = _location(config.source)
+    try:
+        # Unshuffled: partitions are cut the same way for every source.
+        federated = FederatedDataset(dataset=location, partitioners={}, shuffle=False)
+        loaded = federated.load_split(layout.test if split == "test" else split)
+    except Exception as error:  # from the network, the hub, pyarrow or the disk
+        where, help_ = location, "the folder must have the layout of the hub's data set"
+        if not Path(location).is_dir():
+            where = f"the hub's {location} (no folder here has that name)"
+            help_ = "to use a local copy, set dataset.source=/path/to/folder"
+        raise DataError(
+            f"{config.name}: the {split} split can't be loaded from {where}; {help_}. "
+            f"Cause: {error}"
+        ) from error
+    missing = {layout.image, "label"} - set(loaded.column_names)
+    if missing:
+        raise DataError(
+            f"{config.name}: {location} has the columns {', '.join(loaded.column_names)}; "
+            f"needed: {layout.image}, label"
+        )
+    columns = loaded.select_columns([layout.image, "label"])
+    return encoded(columns.rename_columns({layout.image: "image", "label": "label"}))
+
+
+SOURCE = Source(info=lambda config: _INFOS[config.name], split=_split)

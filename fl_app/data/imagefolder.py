@@ -1,0 +1,84 @@
+"""Your own images: SOURCE/train/CLASS/*.png and SOURCE/test/CLASS/*.png."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from fl_app.config import DatasetConfig
+from fl_app.data.base import (
+    DataError,
+    DatasetInfo,
+    Source,
+    channel_statistics,
+    encoded,
+    find_folder,
+    read_image,
+    read_images,
+)
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Images that the mean and standard deviation are taken from, evenly spaced.
+STATISTICS_IMAGES = 1000
+
+
+def _classes(folder: Path) -> list[str]:
+    """Return the names of the class folders, sorted; the place in the list is the label."""
+    if not folder.is_dir():
+        raise DataError(
+            f"imagefolder: {folder} is not a folder; needed: {folder}/CLASS/ with images"
+        )
+    return sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
+    )
+
+
+def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
+    root = find_folder(config.source)
+    known = _classes(root / "train")
+    paths: list[str] = []
+    labels: list[int] = []
+    for name in _classes(root / split):
+        folder = root / split / name
+        if name not in known:
+            raise DataError(
+                f"imagefolder: {folder} has no folder in train; allowed: {', '.join(known)}"
+            )
+        files = sorted(
+            str(file)
+            for file in folder.iterdir()
+            if file.suffix.lower() in SUFFIXES and file.name[0] != "."
+        )
+        if not files:
+            raise DataError(f"imagefolder: {folder} holds no image ({', '.join(SUFFIXES)})")
+        paths += files
+        labels += [known.index(name)] * len(files)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return encoded(datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features))
+
+
+def _info(config: DatasetConfig) -> DatasetInfo:
+    """Return the facts: the first image gives the shape, a sample of train the statistics."""
+    train = _split(config, "train")
+    if not len(train):
+        raise DataError(f"imagefolder: {config.source}/train holds no class folder")
+    first = train[0]["image"]["path"]
+    _, height, width = read_image(first, f"imagefolder: {first}").shape
+    info = DatasetInfo(
+        num_classes=len(_classes(find_folder(config.source) / "train")),
+        image_shape=(3, height, width),
+        mean=(),
+        std=(),
+    )
+    rows = np.unique(np.linspace(0, len(train) - 1, STATISTICS_IMAGES).astype(int))
+    sample = read_images(train.select(rows), info, "imagefolder")
+    mean, std = channel_statistics(sample.images)
+    if min(std) == 0:
+        raise DataError(f"imagefolder: a channel of {config.source}/train has one value throughout")
+    return replace(info, mean=mean, std=std)
+
+
+SOURCE = Source(info=_info, split=_split)
