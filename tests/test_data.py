@@ -246,7 +246,7 @@ def test_wrong_layout(hub_folder: Path) -> None:
     with pytest.raises(DataError, match="has the columns img, label; needed: image, label"):
         # Tiny-ImageNet's train split has another image column.
         load_split(DatasetConfig(name="tiny_imagenet", source=str(hub_folder)), "train")
-    with pytest.raises(DataError, match="test split can't be loaded.*must have the layout.*valid"):
+    with pytest.raises(DataError, match=r"test split can't be loaded.*must have the layout.*valid"):
         load_split(DatasetConfig(name="tiny_imagenet", source=str(hub_folder)), "test")
 
 

@@ -149,7 +149,7 @@ def read_images(dataset: datasets.Dataset, info: DatasetInfo, name: str) -> Imag
             f"{name} has labels from {labels.min()} to {labels.max()}; "
             f"allowed: 0 to {info.num_classes - 1}"
         )
-    for row, image in enumerate(dataset["image"]):
+    for row, image in enumerate(dataset["image"][:]):
         where = f"{name}: {image['path'] or f'image {row}'}"
         file = BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
         pixels = read_image(file, where)
