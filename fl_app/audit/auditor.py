@@ -196,7 +196,10 @@ class Auditor:
         if leakage:
             psnr = leakage.metrics["psnr"]
             assert psnr is not None
-            caption.append(f"mean PSNR {psnr.mean:.1f} dB, a grey image {psnr.baseline:.1f} dB")
+            verdict = "" if psnr.mean > psnr.baseline else ": no better than grey"
+            caption.append(
+                f"mean PSNR {psnr.mean:.1f} dB, a grey image {psnr.baseline:.1f} dB{verdict}"
+            )
             images = images[list(leakage.assignment)]
             tensors["assignment"] = torch.tensor(leakage.assignment)
         with whole_file(path.with_suffix(".safetensors")) as temporary:

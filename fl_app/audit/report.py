@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from rich import box
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -85,56 +86,64 @@ def beats_grey(metrics: Mapping[str, Any]) -> bool:
 
 
 def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of a run from the lines of its log.
+    """Return the table of a run from the lines of its log; it fits 80 columns.
 
     A reconstruction that is no better than a grey image is said to be so;
-    failed attacks are red, with their error.
+    failed attacks are red, with their error below the table.
     """
-    table = Table(title="Leakage (mean and 95% interval over a client's images)")
+    table = Table(
+        title="Leakage: mean over a client's images, PSNR with its 95% interval",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
     for name in ("Round", "Client"):
         table.add_column(name, justify="right")
-    table.add_column("Attack")
-    for name in ("PSNR dB", "Grey dB", "SSIM", "LPIPS VGG", "LPIPS Alex", "Seconds"):
+    table.add_column("Attack", overflow="fold")
+    table.add_column("PSNR dB", justify="right", no_wrap=True)
+    for name in ("Grey dB", "SSIM", "LPIPS VGG", "LPIPS Alex", "Time s"):
         table.add_column(name, justify="right")
-    table.add_column("Note", overflow="fold")
+    table.add_column("Note")
+    errors = Text(justify="left")
     for line in lines:
         note, style = _note(line)
         metrics = line["metrics"]
-        psnr = metrics.get("psnr")
-        client = line["client"] if line["client"] is not None else f"node {line['node']}"
         cells = [
             str(line["round"]),
-            str(client),
+            "-" if line["client"] is None else str(line["client"]),
             line["attack"],
-            _cell(psnr, 1),
-            "-" if psnr is None else _number(psnr["baseline"], 1),
-            *(_cell(metrics.get(name), 3) for name in ("ssim", "lpips_vgg", "lpips_alex")),
+            _number(metrics, "psnr", "mean", 1) + _half_width(metrics.get("psnr")),
+            _number(metrics, "psnr", "baseline", 1),
+            *(_number(metrics, name, "mean", 3) for name in ("ssim", "lpips_vgg", "lpips_alex")),
             f"{line['seconds']:.1f}" if line["status"] == "ok" else "-",
+            note,
         ]
-        # Text, not str: an error may hold what looks like rich's markup.
-        table.add_row(*(Text(cell) for cell in cells), Text(note), style=style)
+        # Text, not str: a name may look like rich's markup.
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+        if line["status"] != "ok":
+            who = f"client {line['client']}" if line["client"] is not None else "client unknown"
+            where = f"round {line['round']}, {who} (node {line['node']}), {line['attack']}"
+            errors.append(f"{where} {line['status']}: {line['error']}\n", style=style)
+    table.caption = errors if errors else None
+    table.caption_style = "none"
     return table
 
 
 def _note(line: Mapping[str, Any]) -> tuple[str, str]:
     """Return what to say of a line, and the style to say it in."""
-    if line["status"] == "failed":
-        return f"failed: {line['error']}", "red"
-    if line["status"] == "skipped":
-        return f"skipped: {line['error']}", "yellow"
+    if line["status"] != "ok":
+        return line["status"], "red" if line["status"] == "failed" else "yellow"
     if line["metrics"].get("psnr") is None:
         return line["reasons"].get("metrics", "not scored"), ""
     return ("", "") if beats_grey(line["metrics"]) else ("no better than grey", "dim")
 
 
-def _number(value: float | None, digits: int) -> str:
+def _number(metrics: Mapping[str, Any], name: str, field: str, digits: int) -> str:
+    value = (metrics.get(name) or {}).get(field)
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _cell(score: Mapping[str, Any] | None, digits: int) -> str:
-    if score is None:
-        return "-"
-    mean = _number(score["mean"], digits)
-    if score["low"] is None or score["high"] is None:
-        return mean
-    return f"{mean} ({_number(score['low'], digits)} to {_number(score['high'], digits)})"
+def _half_width(score: Mapping[str, Any] | None) -> str:
+    if score is None or score["low"] is None or score["high"] is None:
+        return ""
+    return f" ±{(score['high'] - score['low']) / 2:.1f}"
