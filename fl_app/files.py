@@ -12,23 +12,49 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 
+def _origin() -> tuple[Path, bool] | None:
+    """Return the folder that flowleak was installed from, and whether editable."""
+    try:
+        text = metadata.distribution("flowleak").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return None
+    facts = json.loads(text) if text else {}
+    url = urlparse(facts.get("url", ""))
+    if url.scheme != "file":
+        return None
+    return Path(unquote(url.path)), bool(facts.get("dir_info", {}).get("editable"))
+
+
 def _roots() -> Iterator[Path]:
     """Yield the folders that may hold the project's files, nearest first."""
     yield Path(__file__).resolve().parents[1]
     # Flower runs an unpacked copy of the app that lacks every binary file, so
     # look beside the installed distribution as well.
+    origin = _origin()
+    if origin:
+        yield origin[0]
     try:
-        distribution = metadata.distribution("flowleak")
+        site = Path(str(metadata.distribution("flowleak").locate_file("")))
     except metadata.PackageNotFoundError:
         return
-    origin = distribution.read_text("direct_url.json")
-    if origin:
-        url = urlparse(json.loads(origin)["url"])
-        if url.scheme == "file":
-            yield Path(unquote(url.path))
-    site = Path(str(distribution.locate_file("")))
     yield site
     yield site / "fl_app"  # conf/ is packed inside fl_app in a wheel
+
+
+def user_path(path: str) -> Path:
+    """Return a path from the configuration as an absolute one.
+
+    Parameters
+    ----------
+    path : str
+        Absolute, from the home folder (``~``), or relative: to the project's
+        folder where it is installed editable, else to the working folder. A
+        Flower app's working folder is where its SuperLink was once started,
+        not where `flwr run` was typed.
+    """
+    origin = _origin()
+    base = origin[0] if origin and origin[1] else Path.cwd()
+    return (base / Path(path).expanduser()).absolute()
 
 
 def project_file(relative: str) -> Path:

@@ -1,0 +1,119 @@
+"""The ClientApp: real clients that train locally and know nothing of attacks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+
+from client_app.training import choose_batches, evaluate, in_training_order, local_seed, train
+from fl_app.audit.truth import Truth, write_truth
+from fl_app.config import Config, ConfigError, load_config
+from fl_app.data import DatasetInfo, ImageSet, dataset_info, load_partition, load_split
+from fl_app.models import create_model
+
+app = ClientApp()
+_log = logging.getLogger("flwr")  # Flower streams it to the user
+
+
+def _partition(context: Context) -> tuple[int, int]:
+    """Return which partition of how many this client holds."""
+    values = []
+    for key in ("partition-id", "num-partitions"):
+        value = context.node_config.get(key)
+        if type(value) is not int or value < 0:
+            raise ConfigError(
+                f"node config {key} is {value!r}; allowed: an int, as in "
+                "flower-supernode --node-config 'partition-id=0 num-partitions=4'"
+            )
+        values.append(value)
+    return values[0], values[1]
+
+
+def _received_model(
+    msg: Message, config: Config, info: DatasetInfo, device: torch.device
+) -> nn.Module:
+    """Return the global model that the server sent."""
+    model = create_model(config.model.name, info.num_classes, info.image_shape)
+    arrays = msg.content["arrays"]
+    assert isinstance(arrays, ArrayRecord)
+    model.load_state_dict(arrays.to_torch_state_dict())
+    return model.to(device)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@app.train()
+def train_locally(msg: Message, context: Context) -> Message:
+    """Train the global model on this client's images and return its weights."""
+    config = load_config(context.run_config)
+    info = dataset_info(config.dataset)
+    partition, num_partitions = _partition(context)
+    data = load_partition(config.dataset, partition, num_partitions, config.seed)
+    settings = msg.content["config"]
+    assert isinstance(settings, ConfigRecord)
+    round_ = int(settings["server-round"])  # type: ignore[arg-type]
+
+    seed = local_seed(config.seed, partition, round_)
+    generator = torch.Generator().manual_seed(seed)
+    order, batches = in_training_order(
+        choose_batches(len(data.labels), config.client, generator),
+    )
+    images, labels = data.images[order].float() / 255, data.labels[order]
+    device = _device()
+    model = _received_model(msg, config, info, device)
+    # A model with randomness of its own (dropout) repeats too.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        steps = [torch.tensor(batch) for batch in batches]
+        loss = train(
+            model, images.to(device), labels.to(device), steps, config.client, info.mean, info.std
+        )
+    if config.audit.truth and settings.get("audit-dir"):
+        truth = Truth(images, tuple(labels.tolist()), batches, round_, msg.metadata.dst_node_id)
+        _leave_truth(Path(str(settings["audit-dir"])), truth)
+
+    reply = RecordDict(
+        {
+            "arrays": ArrayRecord(_on_cpu(model)),
+            "metrics": MetricRecord({"num-examples": len(order), "loss": loss}),
+            "client": ConfigRecord({"partition-id": partition}),
+        }
+    )
+    return Message(reply, reply_to=msg)
+
+
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+def _leave_truth(folder: Path, truth: Truth) -> None:
+    """Leave the private batch in the auditor's folder, never in a Message.
+
+    Only in a folder that is already there: on a machine that is not the
+    auditor's, a server can't make a client write its images anywhere.
+    """
+    if folder.is_dir():
+        write_truth(folder, truth)
+    else:
+        _log.warning("audit-dir %s is not on this machine: no truth is left there", folder)
+
+
+@app.evaluate()
+def evaluate_globally(msg: Message, context: Context) -> Message:
+    """Evaluate the global model on this client's share of the test images."""
+    config = load_config(context.run_config)
+    info = dataset_info(config.dataset)
+    partition, num_partitions = _partition(context)
+    test = load_split(config.dataset, "test")
+    share = ImageSet(test.images[partition::num_partitions], test.labels[partition::num_partitions])
+    model = _received_model(msg, config, info, _device())
+    loss, accuracy = evaluate(model, share, info.mean, info.std)
+    metrics = MetricRecord({"num-examples": len(share.labels), "loss": loss, "accuracy": accuracy})
+    return Message(RecordDict({"metrics": metrics}), reply_to=msg)

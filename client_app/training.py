@@ -1,0 +1,203 @@
+"""A client's local training: plain functions of tensors, without Flower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fl_app.data import ImageSet
+from fl_app.protocol import LocalTraining
+
+_EVALUATION_BATCH = 256  # only bounds the memory
+
+
+def local_seed(seed: int, partition: int, round_: int) -> int:
+    """Return a seed for one client and round; neighbours give unrelated seeds.
+
+    Parameters
+    ----------
+    seed : int
+        The run's, >= 0.
+    partition, round_ : int
+        >= 0.
+    """
+    return int(np.random.SeedSequence([seed, partition, round_]).generate_state(1)[0])
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return ``(images - mean) / std``, channel by channel.
+
+    Parameters
+    ----------
+    images : Tensor, shape (..., C, H, W)
+        uint8 in 0..255, or any float type in [0, 1], which is kept.
+    mean, std : sequence of float
+        C values for images in [0, 1].
+    """
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    return (images - _per_channel(mean, images)) / _per_channel(std, images)
+
+
+def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+
+
+def choose_batches(
+    num_local: int, training: LocalTraining, generator: torch.Generator
+) -> list[Tensor]:
+    """Draw the images of each local step, as a shuffling DataLoader does.
+
+    Each pass over the client's data is shuffled anew and cut into batches of B;
+    the last batch of a pass may be smaller.
+
+    Parameters
+    ----------
+    num_local : int
+        Images that the client holds, >= 1.
+    training : LocalTraining
+        K local steps, or whole epochs.
+    generator : torch.Generator
+        On the CPU; decides the order.
+
+    Returns
+    -------
+    list of Tensor
+        For each local step the int64 indices of its images in [0, num_local).
+
+    Raises
+    ------
+    ValueError
+        If the client holds no image.
+    """
+    if num_local < 1:
+        raise ValueError("the client holds no image; fewer clients or another partitioner help")
+    batches: list[Tensor] = []
+    passes = 0
+    while len(batches) < training.local_steps or (
+        not training.local_steps and passes < training.local_epochs
+    ):
+        order = torch.randperm(num_local, generator=generator)
+        batches += order.split(training.batch_size)
+        passes += 1
+    return batches[: training.local_steps or None]
+
+
+def in_training_order(batches: Sequence[Tensor]) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
+    """Renumber the images that were trained on by their first use.
+
+    Parameters
+    ----------
+    batches : sequence of Tensor
+        For each local step indices into the client's data.
+
+    Returns
+    -------
+    order : Tensor, shape (N,)
+        The distinct indices, by first use.
+    renumbered : tuple of tuple of int
+        `batches` with each index replaced by its position in `order`.
+    """
+    order = list(dict.fromkeys(torch.cat(list(batches)).tolist()))
+    position = {index: i for i, index in enumerate(order)}
+    renumbered = tuple(tuple(position[i] for i in batch.tolist()) for batch in batches)
+    return torch.tensor(order), renumbered
+
+
+def create_optimizer(model: nn.Module, training: LocalTraining) -> torch.optim.Optimizer:
+    """Return the client's optimiser, fresh as at the start of every round."""
+    weights = model.parameters()
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            weights,
+            lr=training.lr,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
+            weight_decay=training.weight_decay,
+        )
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[training.optimizer]
+    return kind(weights, lr=training.lr, weight_decay=training.weight_decay)
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    batches: Sequence[Tensor],
+    training: LocalTraining,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> float:
+    """Train `model` in place with cross-entropy, one optimiser step a batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In the images' float type and on their device; left in training mode.
+    images : Tensor, shape (N, C, H, W)
+        In [0, 1].
+    labels : Tensor of int64, shape (N,)
+    batches : sequence of Tensor
+        For each local step indices in [0, N).
+    training : LocalTraining
+        The optimiser and its settings.
+    mean, std : sequence of float
+        Per-channel normalisation.
+
+    Returns
+    -------
+    float
+        The mean loss over the steps, each before its update.
+    """
+    optimizer = create_optimizer(model, training)
+    model.train()
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(normalise(images[batch], mean, std)), labels[batch])
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, image_set: ImageSet, mean: Sequence[float], std: Sequence[float]
+) -> tuple[float, float]:
+    """Return a model's mean cross-entropy and its accuracy in [0, 1].
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left in evaluation mode.
+    image_set : ImageSet
+        At least one image; moved to the model's device batch by batch.
+    mean, std : sequence of float
+        Per-channel normalisation.
+
+    Raises
+    ------
+    ValueError
+        If there is no image.
+    """
+    if not len(image_set.labels):
+        raise ValueError("no image to evaluate on")
+    model.eval()
+    device = next(model.parameters()).device
+    loss, right = 0.0, 0
+    batches = zip(
+        image_set.images.split(_EVALUATION_BATCH),
+        image_set.labels.split(_EVALUATION_BATCH),
+        strict=True,
+    )
+    for images, labels in batches:
+        labels = labels.to(device)
+        logits = model(normalise(images.to(device), mean, std))
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        right += int((logits.argmax(1) == labels).sum())
+    return loss / len(image_set.labels), right / len(image_set.labels)

@@ -1,0 +1,201 @@
+"""The ServerApp: read the config, train, attack what was seen, close the log."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAdam, FedAvg, Result, Strategy
+from rich.console import Console
+from safetensors.torch import save_file
+
+from fl_app.audit.auditor import Auditor
+from fl_app.audit.report import leakage_table
+from fl_app.audit.runs import create_run
+from fl_app.config import Config, ConfigError, load_config
+from fl_app.data import DataError, dataset_info
+from fl_app.files import user_path, whole_file, write_text
+from fl_app.models import create_model
+from fl_app.protocol import Knowledge, Observation, Reconstruction
+from server_strategies.attack_pool import AttackPool, Job
+from server_strategies.attacks import check_attack
+from server_strategies.honest_but_curious import HonestButCurious
+from server_strategies.observations import ObservationStore
+
+app = ServerApp()
+
+_LOG_WIDTH = 140  # Flower streams the output as a log, where rich would assume 80 columns
+
+_PATIENCE = 30.0  # seconds without another node connecting, before too few is an error
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one audit."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    try:
+        config, knowledge, model = _prepare(context.run_config)
+        wait_for_nodes(grid, config.num_clients)
+    except (ConfigError, DataError) as error:
+        console.print(f"[bold red]Nothing was started:[/] {error}", highlight=False)
+        raise
+    run_dir = create_run(replace(config, runs_dir=str(user_path(config.runs_dir))))
+    console.print(f"Run folder: {run_dir}", highlight=False, soft_wrap=True)
+    auditor = Auditor(run_dir, config, knowledge)
+    _train_and_attack(grid, config, auditor, model, console)
+    _tell(console, run_dir, auditor.lines())
+
+
+def _prepare(run_config: Mapping[str, Any]) -> tuple[Config, Knowledge, ArrayRecord]:
+    """Refuse what can't work, before anything starts."""
+    config = load_config(run_config)
+    check_attack(config.attack)
+    info = dataset_info(config.dataset)
+    try:
+        model = create_model(config.model.name, info.num_classes, info.image_shape, config.seed)
+    except ValueError as error:
+        raise ConfigError(f"model.name: {error}") from error
+    knowledge = Knowledge(
+        model=config.model.name,
+        num_classes=info.num_classes,
+        image_shape=info.image_shape,
+        mean=info.mean,
+        std=info.std,
+        training=config.client,
+    )
+    return config, knowledge, ArrayRecord(model.state_dict())
+
+
+def wait_for_nodes(grid: Grid, num_clients: int, patience: float = _PATIENCE) -> None:
+    """Wait until every client is connected.
+
+    Flower's strategies would wait for missing clients for ever.
+
+    Parameters
+    ----------
+    grid : Grid
+    num_clients : int
+        Clients that the configuration expects, one a partition.
+    patience : float
+        Seconds to wait after the last change.
+
+    Raises
+    ------
+    ConfigError
+        If there are more or, after `patience`, fewer clients.
+    """
+    connected, since = -1, time.monotonic()
+    while connected != num_clients:
+        now = len(list(grid.get_node_ids()))
+        if now != connected:
+            connected, since = now, time.monotonic()
+        elif connected > num_clients or time.monotonic() - since > patience:
+            raise ConfigError(
+                f"num_clients is {num_clients}, but {connected} clients are connected; set "
+                f"overrides='num_clients={connected}', or in a simulation add "
+                f"--federation-config 'num-supernodes={num_clients}' to flwr run"
+            )
+        else:
+            time.sleep(0.2)
+
+
+def create_strategy(config: Config) -> Strategy:
+    """Return the strategy that the curious server runs honestly, with all clients in each round."""
+    kinds: dict[str, type[FedAvg]] = {"fedavg": FedAvg, "fedadam": FedAdam}
+    return kinds[config.strategy.name](
+        fraction_evaluate=config.strategy.fraction_evaluate,
+        min_train_nodes=config.num_clients,
+        min_available_nodes=config.num_clients,
+        min_evaluate_nodes=1,
+    )
+
+
+def _train_and_attack(
+    grid: Grid, config: Config, auditor: Auditor, model: ArrayRecord, console: Console
+) -> None:
+    store = ObservationStore(auditor.run_dir)
+    log_lock = threading.Lock()  # the leakage log has one writer at a time
+
+    def on_result(job: Job, reconstruction: Reconstruction) -> None:
+        with log_lock:
+            auditor.record(job.observation, reconstruction)
+
+    def on_error(job: Job, error: str) -> None:
+        with log_lock:
+            auditor.record_failure(job.observation, job.attack.name, error)
+
+    def on_skipped(round_: int, node: int, reason: str) -> None:
+        with log_lock:
+            auditor.record_skipped(round_, node, reason)
+
+    with AttackPool(auditor.run_dir, config.pool, on_result, on_error) as pool:
+
+        def on_observation(observation: Observation) -> None:
+            _check_size(observation, config)
+            knowledge = auditor.grant(observation)
+            store.save(observation)
+            pool.submit(Job(observation, knowledge, config.attack, config.prior, config.seed))
+
+        strategy = HonestButCurious(
+            create_strategy(config),
+            watch=config.watch,
+            on_observation=on_observation,
+            on_skipped=on_skipped,
+            seed=config.seed,
+        )
+        # Only in an audit are clients told where to leave their private batches.
+        settings = {"audit-dir": str(auditor.run_dir)} if config.audit.truth else {}
+        result = strategy.start(
+            grid=grid,
+            initial_arrays=model,
+            num_rounds=config.rounds,
+            train_config=ConfigRecord(dict(settings)),
+        )
+        _save_training(auditor.run_dir, result)
+        pool.drain(console)
+
+
+def _check_size(observation: Observation, config: Config) -> None:
+    """Refuse a number of images that the protocol rules out, before an attack allocates them."""
+    most = config.client.local_steps * config.client.batch_size
+    if most and observation.num_examples > most:
+        raise ValueError(
+            f"num-examples is {observation.num_examples}; "
+            f"{config.client.local_steps} local steps of {config.client.batch_size} use {most}"
+        )
+
+
+def _save_training(run_dir: Path, result: Result) -> None:
+    """Save each round's metrics and the final model, if any round could be aggregated."""
+    rounds = [
+        {
+            "round": round_,
+            "train": dict(result.train_metrics_clientapp.get(round_, {})),
+            "evaluate": dict(result.evaluate_metrics_clientapp.get(round_, {})),
+        }
+        for round_ in sorted(
+            result.train_metrics_clientapp.keys() | result.evaluate_metrics_clientapp.keys()
+        )
+    ]
+    write_text(run_dir / "training.json", json.dumps(rounds, indent=2))
+    if result.arrays:
+        with whole_file(run_dir / "model.safetensors") as temporary:
+            save_file(dict(result.arrays.to_torch_state_dict()), temporary)
+
+
+def _tell(console: Console, run_dir: Path, lines: list[dict[str, Any]]) -> None:
+    """Print what leaked, and where it lies."""
+    console.print(leakage_table(lines))
+    paths = [run_dir / "leakage.jsonl"]
+    paths += [run_dir / line["picture"] for line in lines if line["picture"]][:1]
+    for name, path in zip(("Leakage log", "A picture"), paths, strict=False):
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,212 @@
+"""HonestButCurious: runs any Flower strategy as it is, and copies what the server sees."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fl_app.config import WatchConfig
+from fl_app.protocol import Observation
+
+_log = logging.getLogger("flwr")  # Flower streams it to the user
+
+
+class HonestButCurious(Strategy):
+    """Wrap a strategy; hand out an Observation of each watched client's update.
+
+    Nothing of the training changes: messages and replies are passed on as they
+    came, and an error while observing is logged and goes no further. Make this
+    the outermost wrapper, so that it sees replies before the server clips or
+    adds noise to them.
+
+    Parameters
+    ----------
+    inner : Strategy
+        Decides everything about the training.
+    watch : WatchConfig
+        Which clients and rounds are watched. Ids match the partition that a
+        client reports, or its node id. A share picks that share of a round's
+        replies, rounded up, the same clients for the same seed.
+    on_observation : callable
+        Takes each Observation, in the server's thread.
+    on_skipped : callable
+        Takes round, node and the reason for each watched update that could not
+        be observed: the client failed, or sent what is no update of the model.
+    seed : int
+        Seeds the share's pick.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        watch: WatchConfig,
+        on_observation: Callable[[Observation], None],
+        on_skipped: Callable[[int, int, str], None],
+        seed: int = 0,
+    ) -> None:
+        self._inner = inner
+        self._watch = watch
+        self._on_observation = on_observation
+        self._on_skipped = on_skipped
+        self._seed = seed
+        self._sent: dict[int, Mapping[str, Tensor]] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the inner strategy write its messages, and copy the weights in them."""
+        messages = list(self._inner.configure_train(server_round, arrays, config, grid))
+        self._sent = {}
+        if self._watches_round(server_round):
+            try:
+                self._sent = _copies(messages)
+            except Exception as error:  # whatever it is, training goes on
+                _log.warning("round %d can't be watched: %s", server_round, error)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Observe the watched replies, then let the inner strategy aggregate all."""
+        received = list(replies)
+        if self._watches_round(server_round):
+            for reply in self._watched(received):
+                self._observe_safely(server_round, reply)
+        return self._inner.aggregate_train(server_round, received)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Delegate."""
+        return self._inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Delegate."""
+        return self._inner.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Delegate."""
+        self._inner.summary()
+
+    def _watches_round(self, server_round: int) -> bool:
+        return not self._watch.rounds or server_round in self._watch.rounds
+
+    def _watched(self, replies: list[Message]) -> list[Message]:
+        clients = self._watch.clients
+        if clients == "all":
+            return replies
+        if isinstance(clients, list):
+            return [r for r in replies if {_client(r), r.metadata.src_node_id} & set(clients)]
+        chosen = sorted(replies, key=lambda reply: _draw(self._seed, _client(reply)))
+        return chosen[: math.ceil(clients * len(replies))]
+
+    def _observe_safely(self, server_round: int, reply: Message) -> None:
+        node = reply.metadata.src_node_id
+        try:
+            self._on_observation(self._observe(server_round, reply))
+        except Exception as error:  # whatever it is, training goes on
+            reason = str(error) or type(error).__name__
+            _log.warning("round %d, node %d is not observed: %s", server_round, node, reason)
+            try:
+                self._on_skipped(server_round, node, reason)
+            except Exception as failure:
+                _log.warning("round %d, node %d can't be logged: %s", server_round, node, failure)
+
+    def _observe(self, server_round: int, reply: Message) -> Observation:
+        """Copy one update, or raise ValueError with what is wrong with it."""
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            raise ValueError(f"the client failed: {reply.error.reason}")
+        if node not in self._sent:
+            raise ValueError("no model was sent to this node in this round")
+        w0, w1 = self._sent[node], _copy(reply)
+        _check_update(w0, w1)
+        return Observation(
+            w0={name: _as_loaded(w0[name], w1[name]) for name in w0},
+            w1={name: w1[name] for name in w0},  # in the model's order
+            num_examples=_num_examples(reply),
+            round=server_round,
+            node=node,
+            client=_client(reply),
+        )
+
+
+def _copy(message: Message) -> dict[str, Tensor]:
+    """Return the message's weights, sharing no memory with it."""
+    records = list(message.content.array_records.values())
+    if len(records) != 1:
+        raise ValueError(f"the message holds {len(records)} ArrayRecords; expected one")
+    return {
+        name: tensor.detach().clone() for name, tensor in records[0].to_torch_state_dict().items()
+    }
+
+
+def _copies(messages: list[Message]) -> dict[int, Mapping[str, Tensor]]:
+    """Return a copy of what each node was sent; messages of one content share one copy."""
+    by_content: dict[int, dict[str, Tensor]] = {}
+    for message in messages:
+        if id(message.content) not in by_content:
+            by_content[id(message.content)] = _copy(message)
+    return {m.metadata.dst_node_id: by_content[id(m.content)] for m in messages}
+
+
+def _check_update(w0: Mapping[str, Tensor], w1: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if `w1` can't be an update of `w0`; the message names the array."""
+    for problem, names in (("misses", w0.keys() - w1.keys()), ("adds", w1.keys() - w0.keys())):
+        if names:
+            raise ValueError(f"the update {problem} arrays: {', '.join(sorted(names))}")
+    for name, sent in w0.items():
+        if w1[name].shape != sent.shape:
+            raise ValueError(
+                f"the update's {name} has shape {tuple(w1[name].shape)}; "
+                f"expected {tuple(sent.shape)}"
+            )
+        if not torch.isfinite(w1[name]).all():
+            raise ValueError(f"the update's {name} holds NaN or infinity")
+
+
+def _as_loaded(sent: Tensor, returned: Tensor) -> Tensor:
+    """Return sent weights as the client's model holds them.
+
+    FedAdam and server-side noise make float64, which a float32 model rounds
+    when it loads them: the update is what was added to the rounded ones.
+    """
+    if sent.dtype == torch.float64 and returned.dtype == torch.float32:
+        return sent.float()
+    return sent
+
+
+def _num_examples(reply: Message) -> int:
+    counts = [
+        r["num-examples"] for r in reply.content.metric_records.values() if "num-examples" in r
+    ]
+    if len(counts) != 1:
+        raise ValueError("the reply has no num-examples" if not counts else "two num-examples")
+    count = counts[0]
+    if isinstance(count, list) or count < 1 or count != int(count):
+        raise ValueError(f"num-examples is {count}; allowed: a whole number of 1 or more")
+    return int(count)
+
+
+def _client(reply: Message) -> int:
+    """Return the partition that the client says it holds, its node id where it says none."""
+    partition = None
+    if reply.has_content() and "client" in reply.content.config_records:
+        partition = reply.content.config_records["client"].get("partition-id")
+    return partition if type(partition) is int else reply.metadata.src_node_id
+
+
+def _draw(seed: int, client: int) -> bytes:
+    """Return pseudo-random bytes that depend on nothing but the arguments."""
+    return hashlib.sha256(f"{seed}:{client}".encode()).digest()
