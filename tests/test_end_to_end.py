@@ -30,7 +30,9 @@ def _free_ports(count: int) -> list[str]:
 
 def _superlinks(port: str) -> list[int]:
     """Return the process that serves this port; the port makes it ours."""
-    listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        ["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True
+    ).stdout
     lines = (line.split() for line in listing.splitlines())
     return [
         int(words[0])
@@ -61,6 +63,7 @@ def flwr(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flwr]:
         return done.stdout
 
     yield run
+    assert _superlinks(http), "the first run leaves a SuperLink behind; it must be found"
     for pid in _superlinks(http):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
