@@ -11,13 +11,16 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fl_app.files import project_file
-from fl_app.protocol import LocalTraining
+from fl_app.protocol import Knowledge, LocalTraining
+
+if TYPE_CHECKING:
+    from fl_app.data import DatasetInfo
 
 GROUPS = ("dataset", "model", "client", "attack", "prior")
 
@@ -165,6 +168,17 @@ class Config:
         _at_least("seed", self.seed, 0)
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; allowed: a folder's name, no path")
+
+    def knowledge(self, info: DatasetInfo) -> Knowledge:
+        """Return what the server knows of every client, the data's facts included; no labels."""
+        return Knowledge(
+            model=self.model.name,
+            num_classes=info.num_classes,
+            image_shape=info.image_shape,
+            mean=info.mean,
+            std=info.std,
+            training=self.client,
+        )
 
 
 def load_config(run_config: Mapping[str, Any] | None = None) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +22,7 @@ from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, dataset_info
 from fl_app.files import user_path, whole_file, write_text
 from fl_app.models import create_model
-from fl_app.protocol import Knowledge, Observation, Reconstruction
+from fl_app.protocol import Knowledge, Observation
 from server_strategies.attack_pool import AttackPool, Job
 from server_strategies.attacks import check_attack
 from server_strategies.honest_but_curious import HonestButCurious
@@ -64,15 +63,7 @@ def _prepare(run_config: Mapping[str, Any]) -> tuple[Config, Knowledge, ArrayRec
         model = create_model(config.model.name, info.num_classes, info.image_shape, config.seed)
     except ValueError as error:
         raise ConfigError(f"model.name: {error}") from error
-    knowledge = Knowledge(
-        model=config.model.name,
-        num_classes=info.num_classes,
-        image_shape=info.image_shape,
-        mean=info.mean,
-        std=info.std,
-        training=config.client,
-    )
-    return config, knowledge, ArrayRecord(model.state_dict())
+    return config, config.knowledge(info), ArrayRecord(model.state_dict())
 
 
 def wait_for_nodes(grid: Grid, num_clients: int, patience: float = _PATIENCE) -> None:
@@ -119,25 +110,21 @@ def create_strategy(config: Config) -> Strategy:
     )
 
 
+def open_pool(auditor: Auditor) -> AttackPool:
+    """Return a pool of attacks, to be used as a context, whose outcomes the auditor records."""
+    return AttackPool(
+        auditor.run_dir,
+        auditor.config.pool,
+        on_result=lambda job, found: auditor.record(job.observation, found),
+        on_error=lambda job, error: auditor.record_failure(job.observation, job.attack.name, error),
+    )
+
+
 def _train_and_attack(
     grid: Grid, config: Config, auditor: Auditor, model: ArrayRecord, console: Console
 ) -> None:
     store = ObservationStore(auditor.run_dir)
-    log_lock = threading.Lock()  # the leakage log has one writer at a time
-
-    def on_result(job: Job, reconstruction: Reconstruction) -> None:
-        with log_lock:
-            auditor.record(job.observation, reconstruction)
-
-    def on_error(job: Job, error: str) -> None:
-        with log_lock:
-            auditor.record_failure(job.observation, job.attack.name, error)
-
-    def on_skipped(round_: int, node: int, reason: str) -> None:
-        with log_lock:
-            auditor.record_skipped(round_, node, reason)
-
-    with AttackPool(auditor.run_dir, config.pool, on_result, on_error) as pool:
+    with open_pool(auditor) as pool:
 
         def on_observation(observation: Observation) -> None:
             _check_size(observation, config)
@@ -149,7 +136,7 @@ def _train_and_attack(
             create_strategy(config),
             watch=config.watch,
             on_observation=on_observation,
-            on_skipped=on_skipped,
+            on_skipped=auditor.record_skipped,
             seed=config.seed,
         )
         # Only in an audit are clients told where to leave their private batches.

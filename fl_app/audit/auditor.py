@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fl_app.audit.perceptual import load_lpips
 from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, read_truth, truth_path
 from fl_app.config import Config
-from fl_app.files import whole_file
+from fl_app.files import user_path, whole_file
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 
@@ -41,6 +42,7 @@ class Auditor:
         self.config = config
         self.knowledge = knowledge
         self._log = run_dir / "leakage.jsonl"
+        self._lock = Lock()
 
     def grant(self, observation: Observation) -> Knowledge:
         """Return what an attack on this observation may know.
@@ -134,7 +136,7 @@ class Auditor:
             error=reason,
             reasons=_absent(reason) | {"client": reason, "num_examples": reason},
         )
-        append_line(self._log, line)
+        self._write(line)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the log so far."""
@@ -150,14 +152,19 @@ class Auditor:
             labels=self.config.audit.labels,
             **fields,
         )
-        append_line(self._log, line)
+        self._write(line)
+
+    def _write(self, line: LogLine) -> None:
+        with self._lock:  # training and the attack pool log from their own threads
+            append_line(self._log, line)
 
     def _truth(self, observation: Observation) -> Truth | None:
         return read_truth(self.run_dir, observation.round, observation.node)
 
     @cached_property
     def _lpips(self) -> tuple[dict[str, Measure], dict[str, str]]:
-        return load_lpips(self.config.audit.lpips_weights)
+        weights = self.config.audit.lpips_weights
+        return load_lpips(weights if weights in ("", "download") else str(user_path(weights)))
 
     def _score(
         self, observation: Observation, reconstruction: Reconstruction, truth: Truth

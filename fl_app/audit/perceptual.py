@@ -37,7 +37,8 @@ def load_lpips(folder: str = "") -> tuple[dict[str, Measure], dict[str, str]]:
     folder : str
         Holds ``alexnet_features.safetensors`` and ``vgg16_features.safetensors``
         with torchvision's names ``features.*``, in any float type. Empty: the
-        cache of torch.hub, else torchvision's download (233 and 528 MB).
+        cache of torch.hub. ``download``: the cache, else torchvision's download
+        (233 and 528 MB), which no first run should wait for unasked.
 
     Returns
     -------
@@ -54,16 +55,19 @@ def load_lpips(folder: str = "") -> tuple[dict[str, Measure], dict[str, str]]:
             measures[name] = _measure(name, folder)
         # Whatever ails the weights, the audit goes on without this metric and says why.
         except Exception as error:
-            source = folder or "torchvision's cache and download"
+            source = folder or "torch.hub's cache (lpips_weights=download would fetch them)"
             reasons[name] = f"no trunk weights from {source}: {type(error).__name__}: {error}"
     return measures, reasons
 
 
 def _trunk_weights(name: str, folder: str) -> dict[str, Tensor]:
     _, enum, file, _ = _NETS[name]
-    if folder:
+    if folder not in ("", "download"):
         return load_file(Path(folder).expanduser() / f"{file}_features.safetensors")
     url = getattr(import_torchvision().models, enum).IMAGENET1K_V1.url
+    cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not folder and not cached.exists():
+        raise FileNotFoundError(f"{cached} does not exist")
     # torch.hub offers no timeout of its own.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)

@@ -36,7 +36,7 @@ def create_run(config: Config) -> Path:
     versions = {package: _version(package) for package in _PACKAGES}
     extra = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **versions},
     }
     write_text(run_dir / "config.yaml", to_yaml(config, extra))
@@ -74,7 +74,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the checkout's commit, with ``-dirty`` after it where files differ from it."""
     try:
         checkout = project_file(".git").parent

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_app.files import project_file
+from fl_app.files import project_file, user_path
 from server_strategies.priors.networks import create_network
 
 MODES = ("denoiser", "velocity")
@@ -38,15 +38,18 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     """
     if weights.endswith(".safetensors"):
         path = Path(weights).expanduser()
+        if not path.is_file():
+            path = user_path(weights)  # a worker's working directory is not the user's
+        if not path.is_file():
+            raise ValueError(f"prior weights {weights!r}: there is no such file")
     else:
-        folder = project_file("server_strategies/priors/weights")
-        path = folder / f"{weights}.safetensors"
-    if not path.is_file():
-        shipped = project_file("server_strategies/priors/weights").glob("*.safetensors")
-        raise ValueError(
-            f"prior weights {weights!r} are not at {path}; allowed: the path of a .safetensors "
-            f"file, or {', '.join(sorted(file.stem for file in shipped)) or 'none shipped'}"
-        )
+        try:
+            path = project_file(f"server_strategies/priors/weights/{weights}.safetensors")
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"prior weights {weights!r} are not shipped; allowed: a name of those that are, "
+                f"or the path of a .safetensors file ({error})"
+            ) from error
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             name = (file.metadata() or {}).get("network", "")
@@ -58,7 +61,8 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the network {name!r}: {error}") from error
-    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = network.eval().requires_grad_(False).to(device)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)

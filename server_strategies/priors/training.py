@@ -193,9 +193,8 @@ class Trainer:
         self.validation, self.images = images[-held_out:], images[:-held_out]
         torch.manual_seed(settings.seed)
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.network = create_network(settings.network).to(
-            self.device, memory_format=torch.channels_last
-        )
+        network = create_network(settings.network).to(self.device)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99)

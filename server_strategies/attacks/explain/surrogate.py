@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.explain.distance import CosineDistance
 
 
 class Surrogate:
@@ -40,7 +41,7 @@ class Surrogate:
         self.update = [
             w - observation.w1[n].to(w) for w, n in zip(self.w0, self.names, strict=True)
         ]
-        self.norm = torch.stack([u.square().sum() for u in self.update]).sum().sqrt()
+        self.distance = CosineDistance(self.update)
         self.labels = torch.tensor(knowledge.labels, device=reference.device)
         self.alpha = torch.tensor(0.5).to(reference).requires_grad_()
         self.unknowns = [self.alpha]
@@ -51,6 +52,4 @@ class Surrogate:
         logits = functional_call(self.model, dict(zip(self.names, weights, strict=True)), (x,))
         loss = F.cross_entropy(logits, self.labels)
         gradient = torch.autograd.grad(loss, weights, create_graph=True)
-        dot = sum((u * g).sum() for u, g in zip(self.update, gradient, strict=True))
-        square = sum(g.square().sum() for g in gradient)
-        return 1 - dot / (self.norm * (square + 1e-30).sqrt())
+        return self.distance(gradient)

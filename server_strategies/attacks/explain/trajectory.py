@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
+from server_strategies.attacks.explain.distance import CosineDistance
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim's defaults, which Flower's clients use
 
@@ -21,9 +22,11 @@ class AdamStep(torch.autograd.Function):
     With ``m' = b1 m + (1 - b1) g``, ``v' = b2 v + (1 - b2) g^2`` and
     ``D = sqrt(v' / c2 + s^2) + eps``: ``w' = w - (lr / c1) m' / D``, where c1 and
     c2 are the bias corrections. s = 0 is Adam itself, which is nearly the sign
-    of g: its slope is useless, so an attack smooths it with s > 0. Written by
-    hand because elementwise work on every weight is most of what a simulated
-    step costs: five passes forward instead of nine, eight backward.
+    of g: its slope is useless, so an attack smooths it with s > 0.
+
+    Elementwise work on every weight is most of what a simulated step costs, and
+    it is bound by memory. So all of a step is done on one piece of the tensor
+    after the other, each small enough to stay in the cache.
     """
 
     @staticmethod
@@ -32,27 +35,45 @@ class AdamStep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return w', m', v'."""
         c1, c2 = 1 - BETA1**step, 1 - BETA2**step
-        m = torch.lerp(m, g, 1 - BETA1)
-        v = torch.addcmul(BETA2 * v, g, g, value=1 - BETA2)
-        root = torch.add(s.square(), v, alpha=1 / c2).sqrt_()
-        scale = root + EPS
-        ctx.save_for_backward(g, m, root, scale)
+        new_w, new_m, new_v, root = (torch.empty_like(w) for _ in range(4))
+        floor = s.square()
+        for w_, g_, m_, v_, new_w_, new_m_, new_v_, root_ in _pieces(
+            w, g, m, v, new_w, new_m, new_v, root
+        ):
+            torch.lerp(m_, g_, 1 - BETA1, out=new_m_)
+            torch.mul(v_, BETA2, out=new_v_).addcmul_(g_, g_, value=1 - BETA2)
+            torch.div(new_v_, c2, out=root_).add_(floor).sqrt_()
+            torch.addcdiv(w_, new_m_, root_ + EPS, value=-lr / c1, out=new_w_)
+        ctx.save_for_backward(g, new_m, root)
         ctx.rate, ctx.c2 = lr / c1, c2
-        return torch.addcdiv(w, m, scale, value=-ctx.rate), m, v
+        return new_w, new_m, new_v
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, dw: Tensor, dm: Tensor, dv: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of w, g, m and v."""
-        g, m, root, scale = ctx.saved_tensors
-        pull = dw.mul(-ctx.rate).div_(scale)
-        # dD/dv' = 1 / (2 c2 root); where root is 0, m is 0 too and nothing pulls.
-        slope = (pull * m).div_(scale).div_(root.clamp_min(1e-30))
-        dv = torch.add(dv, slope, alpha=-0.5 / ctx.c2)
-        dm = dm + pull
-        dg = torch.addcmul((1 - BETA1) * dm, g, dv, value=2 * (1 - BETA2))
-        return dw, dg, BETA1 * dm, BETA2 * dv, None, None, None
+        g, m, root = ctx.saved_tensors
+        dg, old_dm, old_dv = (torch.empty_like(g) for _ in range(3))
+        for g_, m_, root_, dw_, dm_, dv_, dg_, old_dm_, old_dv_ in _pieces(
+            g, m, root, dw, dm, dv, dg, old_dm, old_dv
+        ):
+            scale = root_ + EPS
+            pull = (dw_ * -ctx.rate).div_(scale)
+            # dD/dv' = 1 / (2 c2 root); where root is 0, m is 0 too and nothing pulls.
+            slope = (pull * m_).div_(scale).div_(root_.clamp_min(1e-30))
+            torch.add(dv_, slope, alpha=-0.5 / ctx.c2, out=old_dv_)
+            torch.add(dm_, pull, out=old_dm_).mul_(1 - BETA1)
+            torch.addcmul(old_dm_, g_, old_dv_, value=2 * (1 - BETA2), out=dg_)
+            old_dm_.mul_(BETA1 / (1 - BETA1))
+            old_dv_.mul_(BETA2)
+        return dw, dg, old_dm, old_dv, None, None, None
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same stretch of every tensor, flat, short enough for the cache on a CPU."""
+    size = 1 << 15 if tensors[0].device.type == "cpu" else tensors[0].numel()
+    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
 
 def simulate(
@@ -142,8 +163,8 @@ class Trajectory:
         reference = next(model.parameters())
         self.model, self.training, self.smoothing = model, knowledge.training, smoothing
         self.w0 = {n: observation.w0[n].to(reference) for n, _ in model.named_parameters()}
-        self.displacement = {n: observation.w1[n].to(w) - w for n, w in self.w0.items()}
-        self.norm = torch.stack([d.square().sum() for d in self.displacement.values()]).sum().sqrt()
+        displacement = [observation.w1[name].to(w) - w for name, w in self.w0.items()]
+        self.distance = CosineDistance(displacement)
         self.labels = torch.tensor(knowledge.labels, device=reference.device)
         self.batches = [
             torch.tensor(batch, device=reference.device)
@@ -155,7 +176,4 @@ class Trajectory:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
         batches = [(x[batch], self.labels[batch]) for batch in self.batches]
         weights = simulate(self.model, self.w0, batches, self.training, self.smoothing)
-        moved = {name: weights[name] - w for name, w in self.w0.items()}
-        dot = sum((moved[name] * d).sum() for name, d in self.displacement.items())
-        square = sum(d.square().sum() for d in moved.values())
-        return 1 - dot / (self.norm * (square + 1e-30).sqrt())
+        return self.distance([weights[name] - w for name, w in self.w0.items()])

@@ -1,0 +1,302 @@
+"""Benchmarks: `flowleak bench NAME`, the command behind every figure of the project.
+
+A benchmark is a list of cases. A case is run on draws: each draw takes fresh
+images and a fresh model, trains one client as Flower's clients train, attacks
+the update that a server would see, and scores the result against the truth.
+Rows are kept in a JSON file after every draw, so a killed benchmark goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from client_app.training import normalise, train
+from fl_app.audit.metrics import MEASURES, Measure, feature_mse, mean_interval, score
+from fl_app.audit.perceptual import load_lpips
+from fl_app.audit.truth import Truth
+from fl_app.config import AttackConfig, PriorConfig
+from fl_app.data import DatasetInfo, ImageSet
+from fl_app.files import write_text
+from fl_app.models import create_model
+from fl_app.protocol import Knowledge, LocalTraining, Observation
+from server_strategies.attacks import run_attack
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a benchmark's table.
+
+    Attributes
+    ----------
+    training : LocalTraining
+    attack : AttackConfig
+    bar : float or None
+        Mean PSNR in dB over the draws that the case has to reach.
+    model : str
+    """
+
+    training: LocalTraining
+    attack: AttackConfig
+    bar: float | None = None
+    model: str = "convnet"
+
+    @property
+    def client(self) -> str:
+        """The client's side in words."""
+        t = self.training
+        momentum = f" momentum {t.momentum:g}" if t.momentum else ""
+        return f"{t.optimizer} {t.lr:g}{momentum} K={t.local_steps} B={t.batch_size}"
+
+    @property
+    def name(self) -> str:
+        """Names the case in the results: everything that decides it but the draw."""
+        options = "".join(f" {key}={value}" for key, value in sorted(self.attack.options.items()))
+        return f"{self.client}, {self.attack.name}{options} x{self.attack.iterations}"
+
+
+_ADAM = LocalTraining(optimizer="adam", lr=1e-3, local_steps=5)
+_SGD = LocalTraining(optimizer="sgd", lr=0.01, local_steps=5)
+
+BENCHMARKS: dict[str, tuple[Case, ...]] = {
+    "quick": (
+        Case(replace(_ADAM, batch_size=1), AttackConfig("flow_matching", 200), bar=21.5),
+        Case(replace(_ADAM, batch_size=4), AttackConfig("flow_matching", 200), bar=21.0),
+        Case(replace(_SGD, batch_size=4), AttackConfig("flow_matching", 200), bar=22.0),
+        Case(replace(_SGD, batch_size=4), AttackConfig("sme", 300), bar=21.0),
+    ),
+}
+
+
+def draw_client(
+    case: Case, images: ImageSet, info: DatasetInfo, seed: int
+) -> tuple[Observation, Knowledge, Truth]:
+    """Train one client from a freshly initialised model on freshly drawn images.
+
+    Parameters
+    ----------
+    case : Case
+        With `local_steps` above 0.
+    images : ImageSet
+        To draw K B images from, without replacement.
+    info : DatasetInfo
+    seed : int
+        Decides the images and the model; the same for every case, so that cases
+        with as many images are compared on the same ones.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than K B images.
+    """
+    training = case.training
+    count = training.local_steps * training.batch_size
+    if count > len(images):
+        raise ValueError(f"{case.client} needs {count} images, the split holds {len(images)}")
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randperm(len(images), generator=generator)[:count]
+    private, labels = images.images[picks].float() / 255, images.labels[picks]
+    model = create_model(case.model, info.num_classes, info.image_shape, seed)
+    w0 = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = training.batches(count)
+    train(model, private, labels, [torch.tensor(b) for b in batches], training, info.mean, info.std)
+    observation = Observation(w0, model.state_dict(), count, round=1, node=seed, client=seed)
+    known = tuple(labels.tolist())
+    knowledge = Knowledge(
+        case.model, info.num_classes, info.image_shape, info.mean, info.std, training, known
+    )
+    return observation, knowledge, Truth(private, known, batches, round=1, node=seed)
+
+
+@dataclass
+class Benchmark:
+    """A benchmark's rows, kept in a file.
+
+    Attributes
+    ----------
+    name : str
+    cases : sequence of Case
+    info : DatasetInfo
+    images : ImageSet
+    facts : mapping
+        What the results depend on beside the cases; a file with other facts is
+        not resumed.
+    path : Path or None
+        Where the rows are kept; None: nowhere.
+    prior : PriorConfig
+    lpips_weights : str
+        See `load_lpips`.
+    """
+
+    name: str
+    cases: Sequence[Case]
+    info: DatasetInfo
+    images: ImageSet
+    facts: Mapping[str, Any]
+    path: Path | None = None
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    lpips_weights: str = ""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.path and self.path.exists():
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            if kept["facts"] != dict(self.facts):
+                raise ValueError(
+                    f"{self.path} holds results of {kept['facts']}, not of {dict(self.facts)}; "
+                    "choose another --out"
+                )
+            self.rows = kept["rows"]
+
+    def run(self, draws: int, seed: int, console: Console) -> None:
+        """Run every case on every draw that has no row yet, draw by draw."""
+        done = {(row["case"], row["seed"]) for row in self.rows}
+        todo = [
+            (case, number)
+            for number in range(seed, seed + draws)
+            for case in self.cases
+            if (case.name, number) not in done
+        ]
+        if not todo:
+            return
+        perceptual, reasons = load_lpips(self.lpips_weights)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(self.name, total=len(todo))
+            for case, number in todo:
+                bar.update(task, description=f"{case.client}, {case.attack.name}, draw {number}")
+                self.rows.append(self._row(case, number, perceptual, reasons))
+                self.save()
+                bar.advance(task)
+
+    def _row(
+        self, case: Case, seed: int, perceptual: Mapping[str, Measure], reasons: Mapping[str, str]
+    ) -> dict[str, Any]:
+        observation, knowledge, truth = draw_client(case, self.images, self.info, seed)
+        found = run_attack(observation, knowledge, case.attack, self.prior, seed)
+        model = create_model(case.model, self.info.num_classes, self.info.image_shape)
+        model.load_state_dict(dict(observation.w0))
+        measures = {
+            **MEASURES,
+            **perceptual,
+            "fmse": feature_mse(
+                lambda x: model.features(normalise(x, self.info.mean, self.info.std))  # type: ignore[operator]
+            ),
+        }
+        leakage = score(found, truth, self.info.mean, measures, reasons)
+        return {
+            "case": case.name,
+            "seed": seed,
+            "explanation": found.explanation,
+            "options": dict(found.options),
+            "metrics": {k: v and asdict(v) for k, v in leakage.metrics.items()},
+            "psnr_by_step": leakage.psnr_by_step,
+            "reasons": dict(leakage.reasons),
+            "loss": found.losses[-1],
+            "iterations": found.iterations,
+            "seconds": found.seconds,
+            "iterations_per_second": found.iterations / found.seconds,
+            "peak_memory": found.peak_memory,
+            "gflop_per_iteration": found.flops / found.iterations / 1e9,
+        }
+
+    def save(self) -> None:
+        """Write facts, machine, summary and rows, whole or not at all."""
+        if self.path:
+            content = {
+                "benchmark": self.name,
+                "facts": dict(self.facts),
+                "machine": machine(),
+                "summary": [self.summary(case) for case in self.cases],
+                "rows": self.rows,
+            }
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+    def summary(self, case: Case) -> dict[str, Any]:
+        """Return a case's means and 95% intervals over draws, beside its baselines."""
+        rows = [row for row in self.rows if row["case"] == case.name]
+        entry: dict[str, Any] = {"case": case.name, "draws": len(rows), "bar": case.bar}
+        if not rows:
+            return entry
+        for metric in rows[0]["metrics"]:
+            scores = [row["metrics"][metric] for row in rows]
+            if None in scores:
+                entry[metric] = None
+                continue
+            mean, low, high = mean_interval([s["mean"] for s in scores])
+            grey = mean_interval([s["baseline"] for s in scores])[0]
+            entry[metric] = {"mean": mean, "low": low, "high": high, "baseline": grey}
+        steps = zip(*(row["psnr_by_step"] for row in rows), strict=True)
+        entry["psnr_by_step"] = [sum(values) / len(values) for values in steps]
+        for key in ("seconds", "iterations_per_second", "gflop_per_iteration"):
+            entry[key] = sum(row[key] for row in rows) / len(rows)
+        return entry
+
+    def table(self) -> Table:
+        """Return the summary as a table, means with 95% intervals over draws."""
+        table = Table(title=f"{self.name}: mean over draws, 95% interval", title_justify="left")
+        for column in (
+            "client", "attack", "draws", "PSNR dB", "bar", "grey", "by local step",
+            "SSIM", "LPIPS VGG", "s", "it/s",
+        ):  # fmt: skip
+            table.add_column(column)
+        for case in self.cases:
+            line = self.summary(case)
+            if not line["draws"]:
+                continue
+            psnr = line["psnr"]
+            beaten = psnr["mean"] > psnr["baseline"]
+            half = "" if psnr["low"] is None else f" ± {psnr['high'] - psnr['mean']:.1f}"
+            table.add_row(
+                case.client,
+                case.name.split(", ", 1)[1],
+                str(line["draws"]),
+                f"{psnr['mean']:.2f}{half}" + ("" if beaten else " (no better than grey)"),
+                "" if case.bar is None else f"{case.bar:g}",
+                f"{psnr['baseline']:.1f}",
+                " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
+                f"{line['ssim']['mean']:.3f}",
+                f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
+                f"{line['seconds']:.0f}",
+                f"{line['iterations_per_second']:.1f}",
+            )
+        return table
+
+    def shortfalls(self) -> list[str]:
+        """Return, in words, every case whose mean PSNR is below its bar."""
+        short = []
+        for case in self.cases:
+            line = self.summary(case)
+            if case.bar is not None and (not line["draws"] or line["psnr"]["mean"] < case.bar):
+                reached = f"{line['psnr']['mean']:.2f} dB" if line["draws"] else "nothing"
+                short.append(f"{case.name}: {reached}, the bar is {case.bar:g} dB")
+        return short
+
+
+def machine() -> dict[str, Any]:
+    """Return what a time depends on: processor, cores, device and versions."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "numpy", "flowleak")},
+    }

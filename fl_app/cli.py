@@ -1,0 +1,218 @@
+"""The command `flowleak`: look at runs, attack them again, train priors, run benchmarks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fl_app.audit.auditor import Auditor
+from fl_app.audit.leakage_log import read_lines
+from fl_app.audit.report import leakage_table
+from fl_app.audit.runs import find_run, git_commit, list_runs
+from fl_app.bench import BENCHMARKS, Benchmark
+from fl_app.config import AttackConfig, ConfigError, DatasetConfig, from_yaml, load_config
+from fl_app.data import dataset_info, load_split
+from fl_app.files import user_path
+from fl_app.server_app import open_pool
+from server_strategies.attack_pool import Job, pending
+from server_strategies.attacks import check_attack
+from server_strategies.observations import ObservationStore
+from server_strategies.priors.training import Trainer, TrainingSettings, load_images
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+prior_app = typer.Typer(no_args_is_help=True, help="Flow-matching priors.")
+app.add_typer(prior_app, name="prior")
+console = Console()
+
+RunsDir = Annotated[Path, typer.Option(help="Where the runs are.")]
+
+
+def main() -> None:
+    """Run the command; what a user can mend is one line, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(Text(f"flowleak: {error}", style="red"))
+        raise SystemExit(2) from error
+
+
+@app.command()
+def runs(runs_dir: RunsDir = Path("runs")) -> None:
+    """List the runs: when, what, how many attacks, the most that leaked."""
+    folder = user_path(str(runs_dir))
+    table = Table("run", "started", "data", "client", "attack", "lines", "best PSNR dB", "grey")
+    for run in list_runs(folder):
+        config = from_yaml(run / "config.yaml")
+        lines = read_lines(run / "leakage.jsonl")[0]
+        scores = [line["metrics"]["psnr"] for line in lines if line["metrics"].get("psnr")]
+        best = max(scores, key=lambda score: score["mean"] or 0, default=None)
+        started = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("started")
+        table.add_row(
+            run.name,
+            str(started),
+            config.dataset.name,
+            f"{config.client.optimizer} {config.client.lr:g}",
+            config.attack.name,
+            str(len(lines)),
+            f"{best['mean']:.1f}" if best else "-",
+            f"{best['baseline']:.1f}" if best else "-",
+        )
+    console.print(table if table.row_count else f"No runs in {folder}")
+
+
+@app.command()
+def show(run: str, runs_dir: RunsDir = Path("runs")) -> None:
+    """Show a run's leakage table, and where its pictures are."""
+    folder = find_run(user_path(str(runs_dir)), run)
+    lines, torn = read_lines(folder / "leakage.jsonl")
+    console.print(leakage_table(lines))
+    if torn:
+        console.print(f"{torn} torn lines were left out", style="yellow")
+    for line in lines:
+        if line["picture"]:
+            console.print(folder / line["picture"], soft_wrap=True, highlight=False)
+
+
+@app.command()
+def attack(
+    run: str,
+    attack: Annotated[
+        str, typer.Option(help="Attack to run; default: finish what the run left unfinished.")
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Settings of the attack, e.g. iterations=500 options.lr=0.4"),
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Attack a run's recorded Observations again; the lines join its log."""
+    folder = find_run(user_path(str(runs_dir)), run)
+    config = from_yaml(folder / "config.yaml")
+    store = ObservationStore(folder)
+    auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
+    if attack:
+        chosen = _attack_config(attack, set_ or [])
+        wanted = [(id_, chosen, config.prior, config.seed) for id_ in store.ids()]
+    else:
+        wanted = [(e.observation, e.attack, e.prior, e.seed) for e in pending(folder)]
+    if not wanted:
+        console.print("Nothing to do: no observation, or every attack of the run has its line")
+        return
+    with open_pool(auditor) as pool:
+        for id_, attack_config, prior, seed in wanted:
+            seen = store.load(id_)
+            pool.submit(Job(seen, auditor.grant(seen), attack_config, prior, seed))
+        pool.drain(console)
+    console.print(leakage_table(auditor.lines()[-len(wanted) :]))
+
+
+def _attack_config(name: str, settings: list[str]) -> AttackConfig:
+    pairs = [pair for setting in settings for pair in setting.split()]
+    overrides = " ".join(f"attack.{pair}" for pair in pairs)
+    chosen = load_config({"attack": name, "overrides": overrides}).attack
+    check_attack(chosen)
+    return chosen
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}")],
+    dataset: Annotated[
+        str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
+    ] = "cifar10",
+    split: str = "test",
+    draws: int = 8,
+    seed: int = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file of all rows; an existing one is gone on with.")
+    ] = None,
+    lpips_weights: Annotated[
+        str, typer.Option(help="Folder of LPIPS trunk weights; 'download': torchvision's.")
+    ] = "",
+    bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
+) -> None:
+    """Measure attacks on freshly drawn clients, print the table, keep every row."""
+    if name not in BENCHMARKS:
+        raise ConfigError(f"benchmark is {name!r}; allowed: {', '.join(BENCHMARKS)}")
+    if draws < 1:
+        raise ConfigError(f"draws is {draws}; allowed: 1 or more")
+    data = _dataset_config(dataset)
+    benchmark = Benchmark(
+        name,
+        BENCHMARKS[name],
+        dataset_info(data),
+        load_split(data, split),
+        facts={"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()},
+        path=out,
+        lpips_weights=lpips_weights,
+    )
+    benchmark.run(draws, seed, console)
+    console.print(benchmark.table())
+    if out:
+        console.print(f"Rows: {out}", highlight=False, soft_wrap=True)
+    short = benchmark.shortfalls()
+    for words in short:
+        console.print(f"Short of its bar: {words}", style="yellow")
+    if bars and short:
+        raise typer.Exit(1)
+
+
+def _dataset_config(choice: str) -> DatasetConfig:
+    """Return the data set that a name or a folder means."""
+    if re.fullmatch(r"\w+", choice) and not Path(choice).is_dir():
+        return load_config({"dataset": choice}).dataset
+    if not Path(choice).is_dir():
+        raise ConfigError(f"dataset is {choice!r}: no known name, and no such folder")
+    name = "imagefolder"
+    if any(Path(choice).rglob("*.parquet")):
+        name = "tiny_imagenet" if "tiny" in Path(choice).resolve().name else "cifar10"
+    return load_config({"dataset": name, "overrides": f"dataset.source={choice}"}).dataset
+
+
+@prior_app.command("train")
+def train_prior(
+    source: Annotated[Path, typer.Argument(help="A folder of images, or a .npy file.")],
+    layout: Annotated[
+        str, typer.Option(help="images: a file is an image; mosaic: a grid of 32x32 tiles.")
+    ] = "images",
+    network: str = TrainingSettings.network,
+    images: Annotated[int, typer.Option(help="Images to see.")] = TrainingSettings.images,
+    minutes: Annotated[float, typer.Option(help="Time limit over all resumptions; 0: none.")] = 0,
+    batch_size: int = TrainingSettings.batch_size,
+    learning_rate: float = TrainingSettings.learning_rate,
+    focus: Annotated[
+        float, typer.Option(help="Share of flow times in [0.6, 1].")
+    ] = TrainingSettings.focus,
+    seed: int = TrainingSettings.seed,
+    folder: Annotated[
+        Path, typer.Option(help="Checkpoint and progress; one found there is resumed.")
+    ] = Path("checkpoints/prior"),
+    describe: Annotated[str, typer.Option(help="What the images are, for the card.")] = "",
+    out: Annotated[
+        Path, typer.Option(help="The weights (.safetensors); their card lies beside them.")
+    ] = Path("checkpoints/prior/prior.safetensors"),
+) -> None:
+    """Train a flow prior; a killed training resumes with the same command."""
+    settings = TrainingSettings(
+        network=network,
+        images=images,
+        minutes=minutes,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        focus=focus,
+        seed=seed,
+    )
+    loaded, broken = load_images(source, layout)
+    skipped = f", {broken} broken files skipped" if broken else ""
+    console.print(f"{len(loaded):,} images{skipped}")
+    trainer = Trainer(loaded, settings, folder, describe or source.name)
+    trainer.run(console)
+    trainer.export(out, git_commit() or "unknown")
+    console.print(f"Weights: {out}", highlight=False, soft_wrap=True)

@@ -1,0 +1,48 @@
+"""The configuration: defaults, groups, overrides, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fl_app.config import ConfigError, from_yaml, load_config, to_yaml
+
+
+def test_groups_and_overrides_win_over_defaults() -> None:
+    assert load_config().client.optimizer == "adam"
+    config = load_config({"client": "sgd", "overrides": "client.lr=0.1 watch.clients=0.5"})
+    assert (config.client.optimizer, config.client.lr, config.watch.clients) == ("sgd", 0.1, 0.5)
+    assert load_config({"overrides": "attack.options.lr=0.4"}).attack.options == {"lr": 0.4}
+    assert load_config({"attack": ""}) == load_config()
+
+
+def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
+    config = load_config({"attack": "sme", "overrides": "watch.rounds=[1,3] name=x"})
+    (tmp_path / "config.yaml").write_text(to_yaml(config, {"versions": {"torch": "2"}}))
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("run_config", "message"),
+    [
+        ({"attack": "magic"}, "attack is 'magic'; allowed: flow_matching, sme"),
+        ({"nonsense": "1"}, "unknown run-config key 'nonsense'; allowed: dataset"),
+        ({"attack": 3}, "attack is 3; allowed: a string"),
+        ({"overrides": "rounds"}, "allowed: key=value"),
+        ({"overrides": "client.speed=1"}, "client.speed .*unknown key; allowed: batch_size"),
+        ({"overrides": "client.lr=fast"}, "client.lr .*'fast'"),
+        ({"overrides": "client.lr=0"}, "client.lr is 0.0; allowed: more than 0"),
+        ({"overrides": "client.batch_size=1.5"}, "client.batch_size"),
+        ({"overrides": "client.momentum=0.9"}, "allowed with adam: 0"),
+        ({"overrides": "rounds=0"}, "rounds is 0; allowed: 1 or more"),
+        ({"overrides": "watch.clients=some"}, "clients is 'some'; allowed: all, a share"),
+        ({"overrides": "name=../x"}, "name is '../x'; allowed: a folder's name"),
+        ({"overrides": "audit.truth=false"}, "labels is 'given'; allowed without truth: unknown"),
+        ({"dataset": "imagefolder"}, "dataset.source is empty"),
+        ({"overrides": "strategy.fraction_evaluate=2"}, "allowed: 0 to 1"),
+    ],
+)
+def test_nonsense_is_refused_with_what_is_allowed(run_config: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(run_config)
