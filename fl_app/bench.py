@@ -80,6 +80,12 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
 }
 
 
+_COLUMNS = [
+    "client", "attack", "draws", "PSNR dB", "bar", "grey dB", "PSNR by local step",
+    "SSIM", "LPIPS VGG", "s", "it/s",
+]  # fmt: skip
+
+
 def draw_client(
     case: Case, images: ImageSet, info: DatasetInfo, seed: int
 ) -> tuple[Observation, Knowledge, Truth]:
@@ -251,12 +257,20 @@ class Benchmark:
 
     def table(self) -> Table:
         """Return the summary as a table, means with 95% intervals over draws."""
-        table = Table(title=f"{self.name}: mean over draws, 95% interval", title_justify="left")
-        for column in (
-            "client", "attack", "draws", "PSNR dB", "bar", "grey", "by local step",
-            "SSIM", "LPIPS VGG", "s", "it/s",
-        ):  # fmt: skip
-            table.add_column(column)
+        table = Table(*_COLUMNS, title=f"{self.name}: mean over draws, 95% interval")
+        for cells in self._cells():
+            table.add_row(*cells)
+        return table
+
+    def markdown(self, command: str) -> str:
+        """Return the summary in Markdown, with the command that makes it."""
+        facts = ", ".join(f"{key} {value}" for key, value in {**self.facts, **machine()}.items())
+        rows = [_COLUMNS, ["---"] * len(_COLUMNS), *self._cells()]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([f"# {self.name}", "", f"`{command}`", "", *lines, "", facts, ""])
+
+    def _cells(self) -> list[list[str]]:
+        rows = []
         for case in self.cases:
             line = self.summary(case)
             if not line["draws"]:
@@ -264,20 +278,22 @@ class Benchmark:
             psnr = line["psnr"]
             beaten = psnr["mean"] > psnr["baseline"]
             half = "" if psnr["low"] is None else f" ± {psnr['high'] - psnr['mean']:.1f}"
-            table.add_row(
-                case.client,
-                case.name.split(", ", 1)[1],
-                str(line["draws"]),
-                f"{psnr['mean']:.2f}{half}" + ("" if beaten else " (no better than grey)"),
-                "" if case.bar is None else f"{case.bar:g}",
-                f"{psnr['baseline']:.1f}",
-                " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
-                f"{line['ssim']['mean']:.3f}",
-                f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
-                f"{line['seconds']:.0f}",
-                f"{line['iterations_per_second']:.1f}",
+            rows.append(
+                [
+                    case.client,
+                    case.name.split(", ", 1)[1],
+                    str(line["draws"]),
+                    f"{psnr['mean']:.2f}{half}" + ("" if beaten else " (no better than grey)"),
+                    "" if case.bar is None else f"{case.bar:g}",
+                    f"{psnr['baseline']:.1f}",
+                    " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
+                    f"{line['ssim']['mean']:.3f}",
+                    f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
+                    f"{line['seconds']:.0f}",
+                    f"{line['iterations_per_second']:.1f}",
+                ]
             )
-        return table
+        return rows
 
     def shortfalls(self) -> list[str]:
         """Return, in words, every case whose mean PSNR is below its bar."""

@@ -19,7 +19,7 @@ from fl_app.audit.runs import find_run, git_commit, list_runs
 from fl_app.bench import BENCHMARKS, Benchmark
 from fl_app.config import AttackConfig, ConfigError, DatasetConfig, from_yaml, load_config
 from fl_app.data import dataset_info, load_split
-from fl_app.files import user_path
+from fl_app.files import user_path, write_text
 from fl_app.server_app import open_pool
 from server_strategies.attack_pool import Job, pending
 from server_strategies.attacks import check_attack
@@ -131,7 +131,10 @@ def bench(
     draws: int = 8,
     seed: int = 0,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file of all rows; an existing one is gone on with.")
+        Path | None,
+        typer.Option(
+            help="JSON file of all rows (a .md table beside it); an existing one is gone on with."
+        ),
     ] = None,
     lpips_weights: Annotated[
         str, typer.Option(help="Folder of LPIPS trunk weights; 'download': torchvision's.")
@@ -156,7 +159,9 @@ def bench(
     benchmark.run(draws, seed, console)
     console.print(benchmark.table())
     if out:
-        console.print(f"Rows: {out}", highlight=False, soft_wrap=True)
+        command = f"flowleak bench {name} --dataset {data.name} --split {split} --draws {draws}"
+        write_text(out.with_suffix(".md"), benchmark.markdown(f"{command} --seed {seed}"))
+        console.print(f"Rows: {out}, table: {out.with_suffix('.md')}", soft_wrap=True)
     short = benchmark.shortfalls()
     for words in short:
         console.print(f"Short of its bar: {words}", style="yellow")

@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fl_app.config import AttackConfig, PoolConfig, PriorConfig
 from fl_app.files import write_text
@@ -28,7 +28,7 @@ from server_strategies.attacks import run_attack
 Report = Callable[[int, float], None]
 Runner = Callable[[Observation, Knowledge, AttackConfig, PriorConfig, int, Report], Reconstruction]
 
-_LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
+_LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
 
@@ -197,27 +197,27 @@ class AttackPool:
     def drain(self, console: Console) -> None:
         """Wait until every job has an outcome, and show how far the attacks are.
 
-        A terminal gets a progress bar; anything else a line every ten seconds.
+        A terminal gets a progress bar; anything else a line every five seconds.
         """
         columns = (
             TextColumn("attacks"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
         )
         told = time.monotonic()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=len(self._futures))
+            bar = progress.add_task("", total=1.0)
             while wait(self._futures, timeout=0.5).not_done:
-                done = sum(future.done() for future in self._futures)
-                state = self._state()
-                progress.update(bar, completed=done, description=state)
+                share, state = self._state()
+                progress.update(bar, completed=share, description=state)
                 if not console.is_terminal and time.monotonic() - told > _LINE_EVERY:
                     told = time.monotonic()
-                    line = f"attacks: {done} of {len(self._futures)} done; {state}"
-                    console.print(line, highlight=False, soft_wrap=True)
-            progress.update(bar, completed=len(self._futures), description="")
+                    drawn = "#" * int(20 * share) + "-" * (20 - int(20 * share))
+                    line = f"attacks [{drawn}] {share:4.0%}  {state}"
+                    console.print(line, highlight=False, soft_wrap=True, markup=False)
+            progress.update(bar, completed=1.0, description="")
         for future in self._futures:
             future.result()
 
@@ -309,8 +309,9 @@ class AttackPool:
         worker = ray.remote(_Worker).options(**options)  # type: ignore[attr-defined]
         return worker.remote(self._runner, max(1, cores // self._size))
 
-    def _state(self) -> str:
-        """Say how far each running attack is."""
+    def _state(self) -> tuple[float, str]:
+        """Return the share of all attacks' work that is done, and each running attack's state."""
+        done = float(sum(future.done() for future in self._futures))
         words = []
         for job, worker in list(self._running):
             try:
@@ -320,9 +321,10 @@ class AttackPool:
             state = "starting"
             if progress:
                 state = f"{progress[0]}/{job.attack.iterations}, loss {progress[1]:.4g}"
+                done += progress[0] / job.attack.iterations
             seen = job.observation
             words.append(f"round {seen.round} client {seen.client}: {state}")
-        return "; ".join(words)
+        return min(1.0, done / max(1, len(self._futures))), "; ".join(words)
 
 
 def _concise(error: Exception) -> str:
