@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from client_app.training import choose_batches, evaluate, in_training_order, local_seed, train
 from fl_app.audit.truth import Truth, write_truth
 from fl_app.config import Config, ConfigError, load_config
-from fl_app.data import DatasetInfo, ImageSet, dataset_info, load_partition, load_split
+from fl_app.data import ImageSet, dataset_info, load_partition, load_split
 from fl_app.models import create_model
+from fl_app.protocol import DatasetInfo
 
 app = ClientApp()
 _log = logging.getLogger("flwr")  # Flower streams it to the user

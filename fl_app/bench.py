@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from client_app.training import normalise, train
@@ -28,10 +27,11 @@ from fl_app.audit.metrics import MEASURES, Measure, feature_mse, mean_interval, 
 from fl_app.audit.perceptual import load_lpips
 from fl_app.audit.truth import Truth
 from fl_app.config import AttackConfig, PriorConfig
-from fl_app.data import DatasetInfo, ImageSet
+from fl_app.data import ImageSet
 from fl_app.files import write_text
 from fl_app.models import create_model
-from fl_app.protocol import Knowledge, LocalTraining, Observation
+from fl_app.progress import progress_bar
+from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import run_attack
 
 
@@ -178,13 +178,7 @@ class Benchmark:
         if not todo:
             return
         perceptual, reasons = load_lpips(self.lpips_weights)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
+        with progress_bar(console) as bar:
             task = bar.add_task(self.name, total=len(todo))
             for case, number in todo:
                 bar.update(task, description=f"{case.client}, {case.attack.name}, draw {number}")

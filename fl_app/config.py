@@ -11,16 +11,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fl_app.files import project_file
-from fl_app.protocol import Knowledge, LocalTraining
-
-if TYPE_CHECKING:
-    from fl_app.data import DatasetInfo
+from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining
 
 GROUPS = ("dataset", "model", "client", "attack", "prior")
 

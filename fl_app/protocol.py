@@ -14,6 +14,26 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class DatasetInfo:
+    """The facts of a data set that every side of the protocol knows.
+
+    Attributes
+    ----------
+    num_classes : int
+        Labels are 0 to ``num_classes - 1``.
+    image_shape : tuple of int
+        (C, H, W) of every image.
+    mean, std : tuple of float
+        Per channel, over the train split's pixels in [0, 1]; they normalise a model's input.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class LocalTraining:
     """How a client trains locally: agreed by the protocol, so the server knows it.
 

@@ -223,7 +223,7 @@ def test_without_weights_lpips_is_a_reason_not_a_random_network(
         raise URLError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    measures, reasons = perceptual.load_lpips()
+    measures, reasons = perceptual.load_lpips("download")
     assert measures == {} and "no network" in reasons["lpips_vgg"]
     assert socket.getdefaulttimeout() is None
 

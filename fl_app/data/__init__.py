@@ -10,11 +10,11 @@ from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Part
 
 from fl_app.config import DatasetConfig
 from fl_app.data import hub, imagefolder, photos
-from fl_app.data.base import DataError, DatasetInfo, ImageSet, read_images
+from fl_app.data.base import DataError, ImageSet, read_images
+from fl_app.protocol import DatasetInfo
 
 __all__ = [
     "DataError",
-    "DatasetInfo",
     "ImageSet",
     "dataset_info",
     "load_partition",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fl_app.config import DatasetConfig
 from fl_app.files import project_file
+from fl_app.protocol import DatasetInfo
 
 # Client processes share one console with Flower's own log.
 datasets.disable_progress_bars()
@@ -23,26 +24,6 @@ datasets.logging.set_verbosity_error()
 
 class DataError(ValueError):
     """Data that is not there or can't be used; the message says which, why and what to do."""
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """The facts of a data set that every side of the protocol knows.
-
-    Attributes
-    ----------
-    num_classes : int
-        Labels are 0 to ``num_classes - 1``.
-    image_shape : tuple of int
-        (C, H, W) of every image.
-    mean, std : tuple of float
-        Per channel, over the train split's pixels in [0, 1]; they normalise a model's input.
-    """
-
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import datasets
 from flwr_datasets import FederatedDataset
 
 from fl_app.config import DatasetConfig
-from fl_app.data.base import DataError, DatasetInfo, Source, encoded, find_folder
+from fl_app.data.base import DataError, Source, encoded, find_folder
+from fl_app.protocol import DatasetInfo
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import numpy as np
 from fl_app.config import DatasetConfig
 from fl_app.data.base import (
     DataError,
-    DatasetInfo,
     Source,
     channel_statistics,
     encoded,
@@ -19,6 +18,7 @@ from fl_app.data.base import (
     read_image,
     read_images,
 )
+from fl_app.protocol import DatasetInfo
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Images that the mean and standard deviation are taken from, evenly spaced.

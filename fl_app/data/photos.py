@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from fl_app.config import DatasetConfig
-from fl_app.data.base import DataError, DatasetInfo, Source, encoded
+from fl_app.data.base import DataError, Source, encoded
+from fl_app.protocol import DatasetInfo
 
 # The label is the place in this list. All are in the wheel itself; scikit-image
 # fetches most of its other pictures from the network.

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_app.files import whole_file, write_text
+from fl_app.progress import progress_bar
 from server_strategies.priors.networks import create_network
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -265,14 +265,8 @@ class Trainer:
 
     def run(self, console: Console, report_every: int = 500) -> None:
         """Train to the end of the budget, with a progress bar and checkpoints."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("training", total=1000)
+        with progress_bar(console) as bar:
+            task = bar.add_task("training", total=1.0)
             batches, last = self.batches(), time.monotonic()
             while self.progress < 1:
                 loss = self.step(next(batches)).item()
@@ -284,7 +278,7 @@ class Trainer:
                 rate = self.images_seen / max(self.seconds, 1e-9)
                 bar.update(
                     task,
-                    completed=int(1000 * self.progress),
+                    completed=self.progress,
                     description=f"{self.images_seen:,} images, {rate:.0f}/s, "
                     f"loss {self.smooth_loss:.4f}",
                 )

@@ -122,7 +122,7 @@ def simulate(
                 descent = g + training.momentum * first[i] if training.nesterov else first[i]
                 weights[i] = weights[i] - lr * descent
             else:
-                scale = smoothing * g.detach().abs().mean()
+                scale = smoothing * torch.linalg.vector_norm(g.detach(), 1) / g.numel()
                 weights[i], first[i], second[i] = AdamStep.apply(
                     weights[i], g, first[i], second[i], scale, lr, step
                 )
