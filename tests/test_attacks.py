@@ -15,8 +15,9 @@ from fl_app.config import AttackConfig, ConfigError, DatasetConfig, PriorConfig
 from fl_app.data import dataset_info, load_split
 from fl_app.protocol import Budget, LocalTraining
 from server_strategies.attacks import ATTACKS, check_attack, run_attack
+from server_strategies.attacks.flow_matching import flow_matching
 from server_strategies.attacks.optimise import AttackError, optimise, step_schedule
-from server_strategies.attacks.sme import sme
+from server_strategies.priors.flow import load_flow
 
 ONE_STEP = replace(CLIENTS["sgd"], batch_size=6, local_steps=1)
 
@@ -66,8 +67,8 @@ def test_a_photograph_is_reconstructed(training: str) -> None:
     config = DatasetConfig("photos")
     images, info = load_split(config, "test"), dataset_info(config)
     case = Case(LocalTraining(training, lr=1e-3, local_steps=2), AttackConfig())
-    observation, knowledge, truth = draw_client(case, images, info, seed=2)
-    found = sme(observation, knowledge, None, Budget(80), explain="auto", lr=0.3, tv=0.03)
+    observation, knowledge, truth = draw_client(case, images, info, seed=3)
+    found = flow_matching(observation, knowledge, load_flow("compact"), Budget(60))
     leakage = score(found, truth, info.mean)
     psnr = leakage.metrics["psnr"]
     assert psnr is not None
