@@ -75,7 +75,11 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
         Case(replace(_ADAM, batch_size=1), AttackConfig("flow_matching", 200), bar=21.5),
         Case(replace(_ADAM, batch_size=4), AttackConfig("flow_matching", 200), bar=21.0),
         Case(replace(_SGD, batch_size=4), AttackConfig("flow_matching", 200), bar=22.0),
-        Case(replace(_SGD, batch_size=4), AttackConfig("sme", 300), bar=21.0),
+        Case(
+            replace(_SGD, batch_size=4),
+            AttackConfig("flow_matching", 200, options={"explain": "surrogate"}),
+        ),
+        Case(replace(_SGD, batch_size=4), AttackConfig("sme", 300, options={"tv": 0.03}), bar=21.0),
     ),
 }
 
