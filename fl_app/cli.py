@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -53,7 +53,7 @@ def runs(runs_dir: RunsDir = Path("runs")) -> None:
         lines = read_lines(run / "leakage.jsonl")[0]
         scores = [line["metrics"]["psnr"] for line in lines if line["metrics"].get("psnr")]
         best = max(scores, key=lambda score: score["mean"] or 0, default=None)
-        started = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("started")
+        started = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "started")
         table.add_row(
             run.name,
             str(started),
