@@ -255,7 +255,9 @@ class Benchmark:
 
     def table(self) -> Table:
         """Return the summary as a table, means with 95% intervals over draws."""
-        table = Table(*_COLUMNS, title=f"{self.name}: mean over draws, 95% interval")
+        table = Table(title=f"{self.name}: mean over draws, 95% interval")
+        for name in _COLUMNS:
+            table.add_column(name, overflow="fold")
         for cells in self._cells():
             table.add_row(*cells)
         return table
