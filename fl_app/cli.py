@@ -56,7 +56,7 @@ def runs(runs_dir: RunsDir = Path("runs")) -> None:
         started = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "started")
         table.add_row(
             run.name,
-            str(started),
+            str(started)[:16],
             config.dataset.name,
             f"{config.client.optimizer} {config.client.lr:g}",
             config.attack.name,

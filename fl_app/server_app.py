@@ -50,8 +50,12 @@ def main(grid: Grid, context: Context) -> None:
     run_dir = create_run(replace(config, runs_dir=str(user_path(config.runs_dir))))
     console.print(f"Run folder: {run_dir}", highlight=False, soft_wrap=True)
     auditor = Auditor(run_dir, config, knowledge)
-    _train_and_attack(grid, config, auditor, model, console)
-    _tell(console, run_dir, auditor.lines())
+    trained = _train_and_attack(grid, config, auditor, model, console)
+    lines = auditor.lines()
+    _tell(console, run_dir, lines)
+    if not trained:
+        reason = next((line["error"] for line in lines if line["error"]), "see the log above")
+        raise RuntimeError(f"no client trained in any round: {reason}")
 
 
 def _prepare(run_config: Mapping[str, Any]) -> tuple[Config, Knowledge, ArrayRecord]:
@@ -122,7 +126,8 @@ def open_pool(auditor: Auditor) -> AttackPool:
 
 def _train_and_attack(
     grid: Grid, config: Config, auditor: Auditor, model: ArrayRecord, console: Console
-) -> None:
+) -> bool:
+    """Run all rounds and the attacks on them; return whether any round could be aggregated."""
     store = ObservationStore(auditor.run_dir)
     with open_pool(auditor) as pool:
 
@@ -149,6 +154,7 @@ def _train_and_attack(
         )
         _save_training(auditor.run_dir, result)
         pool.drain(console)
+    return bool(result.train_metrics_clientapp)
 
 
 def _check_size(observation: Observation, config: Config) -> None:

@@ -33,7 +33,8 @@ class HonestButCurious(Strategy):
         Decides everything about the training.
     watch : WatchConfig
         Which clients and rounds are watched. Ids match the partition that a
-        client reports, or its node id. A share picks that share of a round's
+        client reports, or its node id; a client that failed reports none and is
+        watched too. A share picks that share of a round's
         replies, rounded up, the same clients for the same seed.
     on_observation : callable
         Takes each Observation, in the server's thread.
@@ -107,7 +108,12 @@ class HonestButCurious(Strategy):
         if clients == "all":
             return replies
         if isinstance(clients, list):
-            return [r for r in replies if {_client(r), r.metadata.src_node_id} & set(clients)]
+            # A client that failed can't say which partition it holds: it may be a watched one.
+            return [
+                r
+                for r in replies
+                if r.has_error() or {_client(r), r.metadata.src_node_id} & set(clients)
+            ]
         chosen = sorted(replies, key=lambda reply: _draw(self._seed, _client(reply)))
         return chosen[: math.ceil(clients * len(replies))]
 

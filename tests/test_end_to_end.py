@@ -117,3 +117,16 @@ def test_bad_value_is_refused_before_anything_starts(flwr: Flwr, tmp_path: Path)
     assert status == "finished:failed"
     assert "client.lr is -1" in log
     assert not (tmp_path / "runs").exists()
+
+
+def test_missing_data_fails_the_run_and_says_so(flwr: Flwr, tmp_path: Path) -> None:
+    missing = tmp_path / "no_such_folder"
+    status, log = _run(
+        flwr,
+        f"dataset.name=cifar10 dataset.source={missing} rounds=1 runs_dir={tmp_path} name=none",
+    )
+    assert status == "finished:failed"
+    assert f"{missing} is not a folder" in log
+    lines = _lines(tmp_path / "none" / "leakage.jsonl")
+    assert {line["status"] for line in lines} == {"skipped"}
+    assert "no client trained in any round" in log

@@ -391,3 +391,10 @@ def test_observation_survives_the_store(tmp_path: Path) -> None:
 def test_store_refuses_ids_that_it_did_not_make(tmp_path: Path, id_: str) -> None:
     with pytest.raises(ValueError, match="observation id"):
         ObservationStore(tmp_path).load(id_)
+
+
+def test_a_failed_client_leaves_a_line_also_where_ids_are_watched() -> None:
+    skipped: list[tuple[int, int, str]] = []
+    clients = [toy_client(0.1, 0), toy_client(0.2, 1, raises="no data")]
+    start(watch(average(), [], skipped, clients=[1]), clients, 1)
+    assert skipped == [(1, 101, "the client failed: no data")]
