@@ -1,9 +1,9 @@
 """Deep leakage with a generative flow matching denoiser: the attack of the paper.
 
 An explanation of the update + a flow-matching prior + a little total variation
-(eq. 18). The paper explains by a surrogate with alpha optimised jointly, which
-is what `explain="auto"` chooses for SGD clients; clients that use Adam are
-explained by their simulated trajectory, because there a surrogate fails.
+(eq. 18). The paper explains by a surrogate with alpha fitted jointly, which is
+`explain="surrogate"`. By default the client's own optimiser is simulated where
+that is possible: it explains SGD better, and Adam at all.
 """
 
 from __future__ import annotations
