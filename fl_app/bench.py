@@ -22,8 +22,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from client_app.training import normalise, train
-from fl_app.audit.metrics import MEASURES, Measure, feature_mse, mean_interval, score
+from client_app.training import train
+from fl_app.audit.metrics import (
+    MEASURES,
+    Measure,
+    feature_mse,
+    mean_interval,
+    score,
+    target_features,
+)
 from fl_app.audit.perceptual import load_lpips
 from fl_app.audit.truth import Truth
 from fl_app.config import AttackConfig, PriorConfig
@@ -195,15 +202,8 @@ class Benchmark:
     ) -> dict[str, Any]:
         observation, knowledge, truth = draw_client(case, self.images, self.info, seed)
         found = run_attack(observation, knowledge, case.attack, self.prior, seed)
-        model = create_model(case.model, self.info.num_classes, self.info.image_shape)
-        model.load_state_dict(dict(observation.w0))
-        measures = {
-            **MEASURES,
-            **perceptual,
-            "fmse": feature_mse(
-                lambda x: model.features(normalise(x, self.info.mean, self.info.std))  # type: ignore[operator]
-            ),
-        }
+        features = target_features(observation, knowledge)
+        measures = {**MEASURES, **perceptual, "fmse": feature_mse(features)}
         leakage = score(found, truth, self.info.mean, measures, reasons)
         return {
             "case": case.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +10,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
-from fl_app.audit.metrics import MEASURES, Leakage, Measure, check_images, feature_mse, score
+from fl_app.audit.metrics import (
+    MEASURES,
+    Leakage,
+    Measure,
+    check_images,
+    feature_mse,
+    score,
+    target_features,
+)
 from fl_app.audit.perceptual import load_lpips
 from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.files import user_path, whole_file
-from fl_app.models import create_model
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 
 
@@ -172,19 +177,10 @@ class Auditor:
         perceptual, reasons = self._lpips
         measures = {**MEASURES, **perceptual}
         try:
-            measures["fmse"] = feature_mse(self._features(observation))
+            measures["fmse"] = feature_mse(target_features(observation, self.knowledge))
         except RuntimeError as error:
             reasons = {**reasons, "fmse": f"w0 does not fit {self.knowledge.model}: {error}"}
         return score(reconstruction, truth, self.knowledge.mean, measures, reasons)
-
-    def _features(self, observation: Observation) -> Callable[[Tensor], Tensor]:
-        """Return the features of the model that the client was sent, on images in [0, 1]."""
-        known = self.knowledge
-        model = create_model(known.model, known.num_classes, known.image_shape)
-        model.load_state_dict(dict(observation.w0))
-        model.eval()
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (known.mean, known.std))
-        return lambda images: model.features((images - mean) / std)  # type: ignore[operator]
 
     def _draw(
         self,

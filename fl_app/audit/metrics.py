@@ -13,7 +13,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from fl_app.audit.truth import Truth
-from fl_app.protocol import Reconstruction
+from fl_app.models import create_model
+from fl_app.protocol import Knowledge, Observation, Reconstruction
 
 MAX_PSNR = 100.0  # dB, given to an exact copy: infinity would swallow every mean
 
@@ -150,6 +151,21 @@ def feature_mse(features: Callable[[Tensor], Tensor]) -> Measure:
         return mse(features(images), features(others))
 
     return fmse
+
+
+def target_features(observation: Observation, knowledge: Knowledge) -> Callable[[Tensor], Tensor]:
+    """Return the features, on images in [0, 1], of the model that the client was sent.
+
+    Raises
+    ------
+    RuntimeError
+        If w0 does not fit the model.
+    """
+    model = create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape)
+    model.load_state_dict(dict(observation.w0))
+    model.eval()
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (knowledge.mean, knowledge.std))
+    return lambda images: model.features((images - mean) / std)  # type: ignore[operator]
 
 
 MEASURES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "mse": mse, "tv": total_variation}
