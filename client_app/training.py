@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_app.data import ImageSet
+from fl_app.optimizers import create_optimizer
 from fl_app.protocol import LocalTraining
 
 _EVALUATION_BATCH = 256  # only bounds the memory
@@ -108,21 +109,6 @@ def in_training_order(batches: Sequence[Tensor]) -> tuple[Tensor, tuple[tuple[in
     return torch.tensor(order), renumbered
 
 
-def create_optimizer(model: nn.Module, training: LocalTraining) -> torch.optim.Optimizer:
-    """Return the client's optimiser, fresh as at the start of every round."""
-    weights = model.parameters()
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            weights,
-            lr=training.lr,
-            momentum=training.momentum,
-            nesterov=training.nesterov,
-            weight_decay=training.weight_decay,
-        )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[training.optimizer]
-    return kind(weights, lr=training.lr, weight_decay=training.weight_decay)
-
-
 def train(
     model: nn.Module,
     images: Tensor,
@@ -153,13 +139,15 @@ def train(
     float
         The mean loss over the steps, each before its update.
     """
-    optimizer = create_optimizer(model, training)
+    optimizer = create_optimizer(model.parameters(), training)
     model.train()
     losses = []
     for batch in batches:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(normalise(images[batch], mean, std)), labels[batch])
         loss.backward()
+        if training.max_grad_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         optimizer.step()
         losses.append(float(loss.detach()))
     return sum(losses) / len(losses)

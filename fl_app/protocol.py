@@ -49,6 +49,9 @@ class LocalTraining:
         Nesterov's momentum, SGD only.
     weight_decay : float
         >= 0; decoupled for adamw, added to the gradient otherwise.
+    max_grad_norm : float
+        Before each step a longer gradient is scaled down to this L2 norm over
+        all parameters, as `torch.nn.utils.clip_grad_norm_` does; 0: never.
     batch_size : int
         Images a local step, B.
     local_steps : int
@@ -62,6 +65,7 @@ class LocalTraining:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
     batch_size: int = 1
     local_steps: int = 5
     local_epochs: int = 1
@@ -74,6 +78,7 @@ class LocalTraining:
             ("lr", self.lr > 0, "more than 0"),
             ("momentum", 0 <= self.momentum < 1, "0 to less than 1"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("max_grad_norm", self.max_grad_norm >= 0, "0 (no clipping) or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("local_steps", self.local_steps >= 0, "0 (whole epochs) or more"),
             ("local_epochs", self.local_epochs >= 1, "1 or more"),
@@ -147,6 +152,12 @@ class Observation:
     def id(self) -> str:
         """A name for files, unique in a run."""
         return f"round-{self.round:04d}-node-{self.node}"
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the weights that an optimiser steps: all but BatchNorm's running statistics."""
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        return tuple(name for name in self.w0 if not name.endswith(statistics))
 
 
 @dataclass(frozen=True)
@@ -233,6 +244,10 @@ class Reconstruction:
         Why the optimisation ended.
     options : mapping
         Every constant that the attack ran with.
+    diagnosis : tuple of str
+        Sentences on what is likely wrong with the update or its explanation.
+    labels_source : str
+        "given" by the auditor, or the method that recovered them from the update.
     """
 
     attack: str
@@ -246,3 +261,5 @@ class Reconstruction:
     flops: int
     stop_reason: str
     options: Mapping[str, float | int | str] = field(default_factory=dict)
+    diagnosis: tuple[str, ...] = ()
+    labels_source: str = "given"

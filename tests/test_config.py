@@ -34,6 +34,10 @@ def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
         ({"overrides": "client.lr=fast"}, "client.lr .*'fast'"),
         ({"overrides": "client.lr=0"}, "client.lr is 0.0; allowed: more than 0"),
         ({"overrides": "client.batch_size=1.5"}, "client.batch_size"),
+        (
+            {"overrides": "client.max_grad_norm=-1"},
+            r"client.max_grad_norm is -1.0; allowed: 0 \(no clipping\) or more",
+        ),
         ({"overrides": "client.momentum=0.9"}, "allowed with adam: 0"),
         ({"overrides": "rounds=0"}, "rounds is 0; allowed: 1 or more"),
         ({"overrides": "watch.clients=some"}, "clients is 'some'; allowed: all, a share"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from client_app.training import normalise, train
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain import explain
 from server_strategies.attacks.explain.distance import CosineDistance
-from server_strategies.attacks.explain.trajectory import AdamStep, simulate
+from server_strategies.attacks.explain.trajectory import simulate
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.24, 0.26)
 SHAPE = (3, 8, 8)
@@ -28,23 +31,36 @@ CLIENTS = {
     ),
     "adam": LocalTraining("adam", lr=1e-3, weight_decay=0.01, batch_size=2, local_steps=3),
     "adamw": LocalTraining("adamw", lr=1e-3, weight_decay=0.1, batch_size=2, local_steps=3),
+    "clipped": LocalTraining(
+        "sgd",
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=0.01,
+        max_grad_norm=0.5,
+        batch_size=2,
+        local_steps=3,
+    ),
     "epochs": LocalTraining("adam", lr=1e-3, batch_size=4, local_steps=0, local_epochs=2),
 }
 
 
 def client(
-    training: LocalTraining, dtype: torch.dtype = torch.float32
+    training: LocalTraining,
+    dtype: torch.dtype = torch.float32,
+    *,
+    architecture: str = "convnet",
+    count: int = 6,
 ) -> tuple[Observation, Knowledge, Tensor]:
     """Train a real client on random images; return what the server sees, and the images."""
     generator = torch.Generator().manual_seed(3)
-    images = torch.rand((6, *SHAPE), generator=generator, dtype=dtype)
-    labels = torch.randint(10, (6,), generator=generator)
-    model = create_model("convnet", 10, SHAPE, seed=1).to(dtype)
+    images = torch.rand((count, *SHAPE), generator=generator, dtype=dtype)
+    labels = torch.randint(10, (count,), generator=generator)
+    model = create_model(architecture, 10, SHAPE, seed=1).to(dtype)
     w0 = {name: value.clone() for name, value in model.state_dict().items()}
-    batches = [torch.tensor(batch) for batch in training.batches(6)]
+    batches = [torch.tensor(batch) for batch in training.batches(count)]
     train(model, images, labels, batches, training, MEAN, STD)
-    observation = Observation(w0, model.state_dict(), 6, round=1, node=1, client=1)
-    knowledge = Knowledge("convnet", 10, SHAPE, MEAN, STD, training, tuple(labels.tolist()))
+    observation = Observation(w0, model.state_dict(), count, round=1, node=1, client=1)
+    knowledge = Knowledge(architecture, 10, SHAPE, MEAN, STD, training, tuple(labels.tolist()))
     return observation, knowledge, normalise(images, MEAN, STD)
 
 
@@ -62,16 +78,63 @@ def test_simulation_is_the_clients_own_training(
         assert (found[key] - expected).norm() <= bound * expected.norm(), key
 
 
-def test_adam_step_has_the_right_gradient() -> None:
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("steps", [3, 9])  # 9: the graphs are computed anew on the way back
+def test_the_adjoint_is_autograds_gradient(name: str, steps: int) -> None:
+    training = replace(CLIENTS[name], local_steps=steps)
+    observation, knowledge, x = client(training, torch.float64)
+    labels = torch.tensor(knowledge.labels)
+    model = create_model("convnet", 10, SHAPE).to(torch.float64)
     generator = torch.Generator().manual_seed(0)
-    w, g, m = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(3))
-    v, s = torch.rand(7, generator=generator, dtype=torch.float64), torch.tensor(0.3).double()
-    inputs = [value.requires_grad_() for value in (w, g, m, v)]
+    pull = {k: torch.randn(w.shape, generator=generator).to(w) for k, w in observation.w0.items()}
 
-    def step(*values: Tensor) -> tuple[Tensor, ...]:
-        return AdamStep.apply(*values, s, 0.1, 2)
+    def gradient(simulation: Callable[..., dict[str, Tensor]]) -> Tensor:
+        start = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+        start.requires_grad_()
+        batches = [(start[list(b)], labels[list(b)]) for b in training.batches(6)]
+        weights = simulation(model, dict(observation.w0), batches, training, 0.3)
+        sum((pull[k] * w).sum() for k, w in weights.items()).backward()
+        assert start.grad is not None
+        return start.grad
 
-    assert torch.autograd.gradcheck(step, inputs)
+    expected = gradient(slow_simulation)
+    assert (gradient(simulate) - expected).norm() <= 1e-10 * expected.norm()
+
+
+def slow_simulation(
+    model: nn.Module,
+    w0: dict[str, Tensor],
+    batches: list[tuple[Tensor, Tensor]],
+    training: LocalTraining,
+    smoothing: float,
+) -> dict[str, Tensor]:
+    """The textbook's loop, with one autograd graph over all of it."""
+    w = {k: value.clone().requires_grad_() for k, value in w0.items()}
+    m, v = ({k: torch.zeros_like(value) for k, value in w0.items()} for _ in range(2))
+    for step, (x, y) in enumerate(batches, start=1):
+        loss = F.cross_entropy(functional_call(model, w, (x,)), y)
+        g = dict(zip(w, torch.autograd.grad(loss, list(w.values()), create_graph=True)))
+        if training.max_grad_norm:
+            length = torch.cat([part.flatten() for part in g.values()]).norm()
+            if length > training.max_grad_norm:
+                g = {k: training.max_grad_norm / (length + 1e-6) * part for k, part in g.items()}
+        for k in w:
+            if training.optimizer == "adamw":
+                w[k] = w[k] - training.lr * training.weight_decay * w[k]
+            else:
+                g[k] = g[k] + training.weight_decay * w[k]
+            if training.optimizer == "sgd":
+                m[k] = training.momentum * m[k] + g[k]
+                look = g[k] + training.momentum * m[k] if training.nesterov else m[k]
+                w[k] = w[k] - training.lr * look
+            else:
+                # The smoothing's scale is a constant of the step, not differentiated.
+                root = smoothing * g[k].detach().abs().mean()
+                m[k] = 0.9 * m[k] + 0.1 * g[k]
+                v[k] = 0.999 * v[k] + 0.001 * g[k] ** 2
+                scale = (v[k] / (1 - 0.999**step) + root**2).sqrt() + 1e-8
+                w[k] = w[k] - training.lr * m[k] / (1 - 0.9**step) / scale
+    return w
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

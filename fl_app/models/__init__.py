@@ -8,8 +8,12 @@ import torch
 from torch import nn
 
 from fl_app.models.convnet import ConvNet
+from fl_app.models.mlp import MLP
 
-MODELS: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {"convnet": ConvNet}
+MODELS: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {
+    "convnet": ConvNet,
+    "mlp": MLP,
+}
 
 
 def create_model(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.explain.distance import CosineDistance
+from server_strategies.attacks.explain.gradient import loss_gradient
 
 
 class Surrogate:
@@ -49,7 +48,5 @@ class Surrogate:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
         weights = [w - self.alpha * u for w, u in zip(self.w0, self.update, strict=True)]
-        logits = functional_call(self.model, dict(zip(self.names, weights, strict=True)), (x,))
-        loss = F.cross_entropy(logits, self.labels)
-        gradient = torch.autograd.grad(loss, weights, create_graph=True)
-        return self.distance(gradient)
+        by_name = dict(zip(self.names, weights, strict=True))
+        return self.distance(loss_gradient(self.model, by_name, x, self.labels))

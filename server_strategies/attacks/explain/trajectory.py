@@ -1,84 +1,171 @@
-"""The optimiser's trajectory: the client's own K local steps, simulated differentiably."""
+"""The optimiser's trajectory: the client's own K local steps, simulated differentiably.
+
+The gradient comes from the adjoint method, not from a graph over all K steps:
+autograd differentiates one local gradient at a time, and what an optimiser does
+with it, elementwise work on every weight that is bound by memory, is written out
+and done in place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.explain.distance import CosineDistance
+from server_strategies.attacks.explain.distance import CosineDistance, norm
+from server_strategies.attacks.explain.gradient import loss_gradient
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim's defaults, which Flower's clients use
+KEPT_GRAPHS = 8  # longer trajectories compute each step's graph anew on the way back
 
 
-class AdamStep(torch.autograd.Function):
-    """One step of Adam on one tensor, with its gradient written out.
+class Optimizer(Protocol):
+    """A client's optimiser, run forwards once and then backwards once."""
 
-    With ``m' = b1 m + (1 - b1) g``, ``v' = b2 v + (1 - b2) g^2`` and
-    ``D = sqrt(v' / c2 + s^2) + eps``: ``w' = w - (lr / c1) m' / D``, where c1 and
-    c2 are the bias corrections. s = 0 is Adam itself, which is nearly the sign
-    of g: its slope is useless, so an attack smooths it with s > 0.
+    def step(self, w: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
+        """Return the weights after one step from `w` along the gradient `g`."""
+        ...
 
-    Elementwise work on every weight is most of what a simulated step costs, and
-    it is bound by memory. So all of a step is done on one piece of the tensor
-    after the other, each small enough to stay in the cache.
+    def step_back(self, dw: list[Tensor]) -> list[Tensor]:
+        """Undo the last step on the adjoints.
+
+        Turns `dw`, the loss's gradient in the weights after the step, in place
+        into its part in those before the step, and returns the gradient in g.
+        """
+        ...
+
+
+class Sgd:
+    """SGD with momentum: ``m' = mu m + g``, ``w' = w - lr m'`` (Nesterov: ``g + mu m'``)."""
+
+    def __init__(self, training: LocalTraining) -> None:
+        self.lr, self.nesterov = training.lr, training.nesterov
+        self.momentum, self.decay = training.momentum, training.weight_decay
+        self.m: list[Tensor] = []
+        self.dm: list[Tensor] = []
+
+    def step(self, w: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
+        """See `Optimizer`."""
+        if self.decay:
+            g = [g_ + self.decay * w_ for g_, w_ in zip(g, w, strict=True)]
+        if not self.momentum:
+            return [torch.add(w_, g_, alpha=-self.lr) for w_, g_ in zip(w, g, strict=True)]
+        # torch's first momentum buffer is the gradient itself, as from zeros.
+        before = self.m or [torch.zeros_like(g_) for g_ in g]
+        self.m = [torch.add(g_, m, alpha=self.momentum) for g_, m in zip(g, before, strict=True)]
+        descent = self.m
+        if self.nesterov:
+            descent = [
+                torch.add(g_, m, alpha=self.momentum) for g_, m in zip(g, self.m, strict=True)
+            ]
+        return [torch.add(w_, d, alpha=-self.lr) for w_, d in zip(w, descent, strict=True)]
+
+    def step_back(self, dw: list[Tensor]) -> list[Tensor]:
+        """See `Optimizer`."""
+        if not self.momentum:
+            dg = [-self.lr * d for d in dw]
+        else:
+            self.dm = self.dm or [torch.zeros_like(d) for d in dw]
+            look = self.momentum if self.nesterov else 1.0
+            for dm, d in zip(self.dm, dw, strict=True):
+                dm.add_(d, alpha=-self.lr * look)
+            dg = [dm.clone() for dm in self.dm]
+            if self.nesterov:
+                for dg_, d in zip(dg, dw, strict=True):
+                    dg_.add_(d, alpha=-self.lr)
+            for dm in self.dm:
+                dm.mul_(self.momentum)
+        if self.decay:
+            for d, dg_ in zip(dw, dg, strict=True):
+                d.add_(dg_, alpha=self.decay)
+        return dg
+
+
+class Adam:
+    """Adam and AdamW, smoothed.
+
+    ``m' = b1 m + (1 - b1) g``, ``v' = b2 v + (1 - b2) g^2``,
+    ``w' = w - (lr / c1) m' / (sqrt(v' / c2 + s^2) + eps)`` with the bias corrections
+    c1 and c2. s = 0 is Adam itself, which is nearly the sign of g: its slope is
+    useless, so an attack takes ``s = r mean|g|`` by tensor and step.
     """
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, w: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, lr: float, step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return w', m', v'."""
-        c1, c2 = 1 - BETA1**step, 1 - BETA2**step
-        new_w, new_m, new_v, root = (torch.empty_like(w) for _ in range(4))
-        floor = s.square()
-        for w_, g_, m_, v_, new_w_, new_m_, new_v_, root_ in _pieces(
-            w, g, m, v, new_w, new_m, new_v, root
-        ):
-            torch.lerp(m_, g_, 1 - BETA1, out=new_m_)
-            torch.mul(v_, BETA2, out=new_v_).addcmul_(g_, g_, value=1 - BETA2)
-            torch.div(new_v_, c2, out=root_).add_(floor).sqrt_()
-            torch.addcdiv(w_, new_m_, root_ + EPS, value=-lr / c1, out=new_w_)
-        ctx.save_for_backward(g, new_m, root)
-        ctx.rate, ctx.c2 = lr / c1, c2
-        return new_w, new_m, new_v
+    def __init__(self, training: LocalTraining, smoothing: float) -> None:
+        self.lr, self.smoothing = training.lr, smoothing
+        self.decoupled = training.optimizer == "adamw"
+        self.decay = training.weight_decay
+        # Of every step: the gradient, the first moment and the smoothed root.
+        self.tape: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+        self.m: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.dm: list[Tensor] = []
+        self.dv: list[Tensor] = []
 
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, dw: Tensor, dm: Tensor, dv: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of w, g, m and v."""
-        g, m, root = ctx.saved_tensors
-        dg, old_dm, old_dv = (torch.empty_like(g) for _ in range(3))
-        for g_, m_, root_, dw_, dm_, dv_, dg_, old_dm_, old_dv_ in _pieces(
-            g, m, root, dw, dm, dv, dg, old_dm, old_dv
-        ):
-            scale = root_ + EPS
-            pull = (dw_ * -ctx.rate).div_(scale)
-            # dD/dv' = 1 / (2 c2 root); where root is 0, m is 0 too and nothing pulls.
-            slope = (pull * m_).div_(scale).div_(root_.clamp_min(1e-30))
-            torch.add(dv_, slope, alpha=-0.5 / ctx.c2, out=old_dv_)
-            torch.add(dm_, pull, out=old_dm_).mul_(1 - BETA1)
-            torch.addcmul(old_dm_, g_, old_dv_, value=2 * (1 - BETA2), out=dg_)
-            old_dm_.mul_(BETA1 / (1 - BETA1))
-            old_dv_.mul_(BETA2)
-        return dw, dg, old_dm, old_dv, None, None, None
+    def step(self, w: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
+        """See `Optimizer`."""
+        if self.decay and self.decoupled:
+            w = [w_ * (1 - self.lr * self.decay) for w_ in w]
+        elif self.decay:
+            g = [g_ + self.decay * w_ for g_, w_ in zip(g, w, strict=True)]
+        if not self.tape:
+            self.m, self.v = ([torch.zeros_like(w_) for w_ in w] for _ in range(2))
+        count = len(self.tape) + 1
+        c1, c2 = 1 - BETA1**count, 1 - BETA2**count
+        new_w, new_m, roots = ([torch.empty_like(w_) for w_ in w] for _ in range(3))
+        for all_of_one in zip(w, g, self.m, self.v, new_w, new_m, roots, strict=True):
+            scale = self.smoothing * torch.linalg.vector_norm(all_of_one[1], 1)
+            # The least number keeps the root's slope finite where g is zero.
+            floor = (scale / all_of_one[1].numel()).square() + 1e-30
+            for w_, g_, m_, v_, new_w_, new_m_, root_ in _pieces(*all_of_one):
+                torch.lerp(m_, g_, 1 - BETA1, out=new_m_)
+                v_.mul_(BETA2).addcmul_(g_, g_, value=1 - BETA2)
+                torch.add(floor, v_, alpha=1 / c2, out=root_).sqrt_()
+                torch.addcdiv(w_, new_m_, root_ + EPS, value=-self.lr / c1, out=new_w_)
+        self.m = new_m
+        self.tape.append((list(g), new_m, roots))
+        return new_w
+
+    def step_back(self, dw: list[Tensor]) -> list[Tensor]:
+        """See `Optimizer`."""
+        if not self.dm:
+            self.dm, self.dv = ([torch.zeros_like(d) for d in dw] for _ in range(2))
+        count = len(self.tape)
+        rate, c2 = self.lr / (1 - BETA1**count), 1 - BETA2**count
+        g, m, roots = self.tape.pop()
+        dg = [torch.empty_like(d) for d in dw]
+        for all_of_one in zip(dw, g, m, roots, self.dm, self.dv, dg, strict=True):
+            for dw_, g_, m_, root_, dm_, dv_, dg_ in _pieces(*all_of_one):
+                scale = root_ + EPS
+                pull = dw_ / scale
+                dm_.add_(pull, alpha=-rate)
+                # d root / d v' = 1 / (2 c2 root)
+                pull.mul_(m_).div_(scale)
+                dv_.addcdiv_(pull, root_, value=0.5 * rate / c2)
+                torch.mul(dm_, 1 - BETA1, out=dg_).addcmul_(g_, dv_, value=2 * (1 - BETA2))
+                dm_.mul_(BETA1)
+                dv_.mul_(BETA2)
+        if self.decay and self.decoupled:
+            for d in dw:
+                d.mul_(1 - self.lr * self.decay)
+        elif self.decay:
+            for d, dg_ in zip(dw, dg, strict=True):
+                d.add_(dg_, alpha=self.decay)
+        return dg
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the same stretch of every tensor, flat, short enough for the cache on a CPU."""
     size = 1 << 15 if tensors[0].device.type == "cpu" else tensors[0].numel()
-    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
+    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
 
 
 def simulate(
     model: nn.Module,
-    w0: dict[str, Tensor],
+    w0: Mapping[str, Tensor],
     batches: Sequence[tuple[Tensor, Tensor]],
     training: LocalTraining,
     smoothing: float = 0.0,
@@ -89,44 +176,94 @@ def simulate(
     ----------
     model : nn.Module
         Gives the architecture; its own weights are not read.
-    w0 : dict of str to Tensor
+    w0 : mapping of str to Tensor
         Start, by parameter name.
-    batches : sequence of (Tensor (B, C, H, W), Tensor (B,))
-        Normalised images and labels of each local step, in order.
+    batches : sequence of (Tensor (B, C, H, W), Tensor (B,) or (B, num_classes))
+        Normalised images and labels, or probabilities, of each local step, in order.
     training : LocalTraining
     smoothing : float
-        r in ``s = r mean|g|``, by tensor and step, which is added (as a root of
-        squares) to Adam's denominator. 0: exactly the client's arithmetic.
+        See `Adam`. 0: exactly the client's arithmetic.
 
     Returns
     -------
     dict of str to Tensor
-        The weights after the last step.
+        The weights after the last step; they can be back-propagated once.
     """
-    names, weights = list(w0), [w.detach().requires_grad_() for w in w0.values()]
-    first = [torch.zeros_like(w) for w in weights]
-    second = [torch.zeros_like(w) for w in weights]
-    lr, decay = training.lr, training.weight_decay
-    for step, (x, y) in enumerate(batches, start=1):
-        logits = functional_call(model, dict(zip(names, weights, strict=True)), (x,))
-        loss = F.cross_entropy(logits, y)
-        gradient = list(torch.autograd.grad(loss, weights, create_graph=True))
-        if decay and training.optimizer == "adamw":
-            weights = [w * (1 - lr * decay) for w in weights]
-        elif decay:
-            gradient = [g + decay * w for g, w in zip(gradient, weights, strict=True)]
-        for i, g in enumerate(gradient):
-            if training.optimizer == "sgd":
-                # torch's first momentum buffer is the gradient itself, as from zeros.
-                first[i] = training.momentum * first[i] + g
-                descent = g + training.momentum * first[i] if training.nesterov else first[i]
-                weights[i] = weights[i] - lr * descent
-            else:
-                scale = smoothing * torch.linalg.vector_norm(g.detach(), 1) / g.numel()
-                weights[i], first[i], second[i] = AdamStep.apply(
-                    weights[i], g, first[i], second[i], scale, lr, step
-                )
-    return dict(zip(names, weights, strict=True))
+    optimizer = Sgd(training) if training.optimizer == "sgd" else Adam(training, smoothing)
+    steps = _Steps(model, list(w0), training.max_grad_norm, len(batches) > KEPT_GRAPHS)
+    flat = [part for batch in batches for part in batch]
+    weights = _Simulation.apply(steps, optimizer, [w.detach() for w in w0.values()], *flat)
+    return dict(zip(w0, weights, strict=True))
+
+
+@dataclass
+class _Steps:
+    """The local gradients of a simulation: in order forwards, in reverse backwards."""
+
+    model: nn.Module
+    names: list[str]
+    max_grad_norm: float
+    recompute: bool
+    tape: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = field(default_factory=list)
+
+    def gradient(self, w: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
+        """Return the client's gradient at `w`, remembering how it came about."""
+        w = [w_.detach().requires_grad_() for w_ in w]
+        leaves = [part.detach().requires_grad_(part.requires_grad) for part in batch]
+        gradient = [] if self.recompute else self._differentiable(w, leaves)
+        self.tape.append((w, leaves, gradient))
+        return [g.detach() for g in gradient or self._differentiable(w, leaves)]
+
+    def _differentiable(self, w: list[Tensor], batch: list[Tensor]) -> list[Tensor]:
+        x, y = batch
+        gradient = loss_gradient(self.model, dict(zip(self.names, w, strict=True)), x, y)
+        if self.max_grad_norm:
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_, which can't be differentiated.
+            factor = (self.max_grad_norm / (norm(gradient) + 1e-6)).clamp(max=1)
+            gradient = [factor * g for g in gradient]
+        return list(gradient)
+
+    def pull_back(self, dg: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Return the last remembered gradient's pull on its weights and on its batch."""
+        w, batch, gradient = self.tape.pop()
+        first = not self.tape  # nothing asks for the gradient in w0
+        wanted = [part for part in batch if part.requires_grad] + ([] if first else w)
+        pulls = iter(
+            torch.autograd.grad(
+                gradient or self._differentiable(w, batch), wanted, dg, allow_unused=True
+            )
+        )
+        on_batch = [next(pulls) if part.requires_grad else None for part in batch]
+        return list(pulls), on_batch
+
+
+class _Simulation(torch.autograd.Function):
+    """w_K of a client's batches (x, y, x, y, ...), by the adjoint method."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, steps: _Steps, optimizer: Optimizer, w0: list[Tensor], *batches: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.steps, ctx.optimizer, w = steps, optimizer, w0
+        with torch.enable_grad():
+            for batch in zip(batches[::2], batches[1::2], strict=True):
+                g = steps.gradient(w, batch)
+                with torch.no_grad():
+                    w = optimizer.step(w, g)
+        return tuple(w)
+
+    @staticmethod
+    def backward(ctx: Any, *last: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dw, on_batches = [d.clone() for d in last], []
+        while ctx.steps.tape:
+            dg = ctx.optimizer.step_back(dw)
+            with torch.enable_grad():
+                on_weights, on_batch = ctx.steps.pull_back(dg)
+            for d, pull in zip(dw, on_weights):  # none for w0
+                if pull is not None:
+                    d.add_(pull)
+            on_batches[:0] = on_batch
+        return None, None, None, *on_batches
 
 
 class Trajectory:
