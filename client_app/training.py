@@ -79,10 +79,12 @@ def choose_batches(
         raise ValueError("the client holds no image; fewer clients or another partitioner help")
     batches: list[Tensor] = []
     passes = 0
+    order = torch.randperm(num_local, generator=generator)
     while len(batches) < training.local_steps or (
         not training.local_steps and passes < training.local_epochs
     ):
-        order = torch.randperm(num_local, generator=generator)
+        if passes and training.reshuffle:
+            order = torch.randperm(num_local, generator=generator)
         batches += order.split(training.batch_size)
         passes += 1
     return batches[: training.local_steps or None]

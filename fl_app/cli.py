@@ -20,11 +20,16 @@ from fl_app.bench import BENCHMARKS, Benchmark
 from fl_app.config import AttackConfig, ConfigError, DatasetConfig, from_yaml, load_config
 from fl_app.data import dataset_info, load_split
 from fl_app.files import user_path, write_text
+from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
+from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
 from fl_app.server_app import open_pool
 from server_strategies.attack_pool import Job, pending
 from server_strategies.attacks import check_attack
 from server_strategies.observations import ObservationStore
-from server_strategies.priors.training import Trainer, TrainingSettings, load_images
+from server_strategies.priors.flow import find_weights
+from server_strategies.priors.images import load_images
+from server_strategies.priors.networks import NETWORKS
+from server_strategies.priors.training import Trainer, TrainingSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 prior_app = typer.Typer(no_args_is_help=True, help="Flow-matching priors.")
@@ -123,7 +128,7 @@ def _attack_config(name: str, settings: list[str]) -> AttackConfig:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}")],
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join((*BENCHMARKS, 'labels'))}")],
     dataset: Annotated[
         str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
     ] = "cifar10",
@@ -142,27 +147,32 @@ def bench(
     bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
 ) -> None:
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
-    if name not in BENCHMARKS:
-        raise ConfigError(f"benchmark is {name!r}; allowed: {', '.join(BENCHMARKS)}")
+    if name not in (*BENCHMARKS, "labels"):
+        raise ConfigError(f"benchmark is {name!r}; allowed: {', '.join((*BENCHMARKS, 'labels'))}")
     if draws < 1:
         raise ConfigError(f"draws is {draws}; allowed: 1 or more")
     data = _dataset_config(dataset)
-    benchmark = Benchmark(
-        name,
-        BENCHMARKS[name],
-        dataset_info(data),
-        load_split(data, split),
-        facts={"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()},
-        path=out,
-        lpips_weights=lpips_weights,
-    )
-    benchmark.run(draws, seed, console)
-    console.print(benchmark.table())
+    info, images = dataset_info(data), load_split(data, split)
+    facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
+    command = f"flowleak bench {name} --dataset {data.name} --split {split} --draws {draws}"
+    command += f" --seed {seed}"
+    if name == "labels":
+        rows = run_label_bench(images, info, draws, seed, console)
+        console.print(label_table(rows))
+        if out:
+            save_label_bench(out, rows, command, facts)
+        short = label_shortfalls(rows)
+    else:
+        benchmark = Benchmark(
+            name, BENCHMARKS[name], info, images, facts, path=out, lpips_weights=lpips_weights
+        )
+        benchmark.run(draws, seed, console)
+        console.print(benchmark.table())
+        if out:
+            write_text(out.with_suffix(".md"), benchmark.markdown(command))
+        short = benchmark.shortfalls()
     if out:
-        command = f"flowleak bench {name} --dataset {data.name} --split {split} --draws {draws}"
-        write_text(out.with_suffix(".md"), benchmark.markdown(f"{command} --seed {seed}"))
         console.print(f"Rows: {out}, table: {out.with_suffix('.md')}", soft_wrap=True)
-    short = benchmark.shortfalls()
     for words in short:
         console.print(f"Short of its bar: {words}", style="yellow")
     if bars and short:
@@ -183,17 +193,24 @@ def _dataset_config(choice: str) -> DatasetConfig:
 
 @prior_app.command("train")
 def train_prior(
-    source: Annotated[Path, typer.Argument(help="A folder of images, or a .npy file.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images or of parquet files, a data set on the hub, or a .npy file."
+        ),
+    ],
     layout: Annotated[
         str, typer.Option(help="images: a file is an image; mosaic: a grid of 32x32 tiles.")
     ] = "images",
-    network: str = TrainingSettings.network,
+    network: Annotated[
+        str, typer.Option(help=f"One of: {', '.join(NETWORKS)}.")
+    ] = TrainingSettings.network,
     images: Annotated[int, typer.Option(help="Images to see.")] = TrainingSettings.images,
     minutes: Annotated[float, typer.Option(help="Time limit over all resumptions; 0: none.")] = 0,
     batch_size: int = TrainingSettings.batch_size,
     learning_rate: float = TrainingSettings.learning_rate,
     focus: Annotated[
-        float, typer.Option(help="Share of flow times in [0.6, 1].")
+        float, typer.Option(help="Share of flow times in [0.6, 1]; 0.4: uniform.")
     ] = TrainingSettings.focus,
     seed: int = TrainingSettings.seed,
     folder: Annotated[
@@ -215,9 +232,29 @@ def train_prior(
         seed=seed,
     )
     loaded, broken = load_images(source, layout)
-    skipped = f", {broken} broken files skipped" if broken else ""
+    skipped = f", {broken} broken ones skipped" if broken else ""
     console.print(f"{len(loaded):,} images{skipped}")
-    trainer = Trainer(loaded, settings, folder, describe or source.name)
+    trainer = Trainer(loaded, settings, folder, describe or Path(source).name)
     trainer.run(console)
     trainer.export(out, git_commit() or "unknown")
     console.print(f"Weights: {out}", highlight=False, soft_wrap=True)
+
+
+@prior_app.command("evaluate")
+def evaluate_prior(
+    weights: Annotated[str, typer.Argument(help="A shipped prior's name, or a .safetensors file.")],
+    dataset: Annotated[
+        str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
+    ] = "cifar10",
+    images: Annotated[int, typer.Option(help="Test images to denoise.")] = 64,
+) -> None:
+    """Measure how well a flow prior denoises, and write it into its model card."""
+    card = find_weights(weights).with_suffix(".md")
+    data = _dataset_config(dataset)
+    test = load_split(data, "test").images
+    rows = evaluate_denoising(weights, test, images)
+    console.print(denoising_table(rows))
+    command = f"flowleak prior evaluate {card.stem} --dataset {data.name} --images {images}"
+    what = f"{images} of {len(test):,} {data.name} test images"
+    write_card(card, rows, what, command, git_commit() or "unknown")
+    console.print(f"Card: {card}", highlight=False, soft_wrap=True)

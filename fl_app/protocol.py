@@ -58,6 +58,9 @@ class LocalTraining:
         Local steps a round, K. 0: train whole epochs instead.
     local_epochs : int
         Passes over the client's data, when `local_steps` is 0.
+    reshuffle : bool
+        Whether every pass over the data takes it in a new random order, as a
+        DataLoader with ``shuffle=True`` does, or in that of the first.
     """
 
     optimizer: str = "adam"
@@ -69,6 +72,7 @@ class LocalTraining:
     batch_size: int = 1
     local_steps: int = 5
     local_epochs: int = 1
+    reshuffle: bool = True
 
     def __post_init__(self) -> None:
         allowed = ("adam", "adamw", "sgd")
@@ -173,10 +177,15 @@ class Knowledge:
         (C, H, W) of a client's image.
     mean, std : tuple of float
         Per-channel normalisation of images in [0, 1].
-    training : LocalTraining
+    training : LocalTraining or None
+        None: unknown, an attack has to guess it.
     labels : tuple of int or None
         The client's N labels in training order, where the auditor grants them
-        (as SME assumes); None: unknown.
+        (as SME assumes) or an attack recovered them; None: unknown.
+    labels_source : str
+        "given", or how an attack recovered them.
+    inferred : tuple of str
+        What an attack inferred from the update itself, and how, in words.
     """
 
     model: str
@@ -184,8 +193,23 @@ class Knowledge:
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    training: LocalTraining
+    training: LocalTraining | None
     labels: tuple[int, ...] | None = None
+    labels_source: str = "given"
+    inferred: tuple[str, ...] = ()
+
+    @property
+    def client(self) -> LocalTraining:
+        """How the client trains.
+
+        Raises
+        ------
+        ValueError
+            If that is unknown, see `training`.
+        """
+        if self.training is None:
+            raise ValueError("the client's training is unknown; guess it first")
+        return self.training
 
 
 @dataclass(frozen=True)

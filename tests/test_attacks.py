@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from test_explain import CLIENTS, SHAPE, client
+from test_explain import CLIENTS, MEAN, SHAPE, STD, client
 from torch import Tensor
 
 from fl_app.audit.metrics import score
 from fl_app.bench import Case, draw_client
 from fl_app.config import AttackConfig, ConfigError, DatasetConfig, PriorConfig
 from fl_app.data import dataset_info, load_split
-from fl_app.protocol import Budget, LocalTraining
+from fl_app.models import create_model
+from fl_app.protocol import Budget, Knowledge, LocalTraining, Observation, Reconstruction
 from server_strategies.attacks import ATTACKS, check_attack, run_attack
+from server_strategies.attacks.explain.base import Explanation, Unknown
 from server_strategies.attacks.flow_matching import flow_matching
 from server_strategies.attacks.optimise import AttackError, optimise, step_schedule
 from server_strategies.priors.flow import load_flow
@@ -22,28 +25,33 @@ from server_strategies.priors.flow import load_flow
 ONE_STEP = replace(CLIENTS["sgd"], batch_size=6, local_steps=1)
 
 
-class Target:
-    """An explanation whose answer is known: one image, reached at loss 0."""
+class Target(Explanation):
+    """An explanation whose answer is known: the images, reached at loss 0."""
 
     name = "target"
-    reason = "known"
 
-    def __init__(self, answer: Tensor) -> None:
+    def __init__(self, observation: Observation, knowledge: Knowledge, answer: Tensor) -> None:
+        super().__init__(create_model("convnet", 10, SHAPE), observation, knowledge, "known")
         self.answer = answer
         self.alpha = torch.tensor(0.5, requires_grad=True)
-        self.unknowns = [self.alpha]
+        self.unknowns = [Unknown(self.alpha, lr=0.1)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
         return (x - self.answer).square().mean() + (self.alpha + 1).square()
 
 
+def loop(
+    explanation: Explanation, observation: Observation, budget: Budget, **options: Any
+) -> Reconstruction:
+    settings = {"lr": 0.5, "schedule": step_schedule, "options": {}, **options}
+    priors = settings.pop("priors", [])
+    return optimise("test", explanation, priors, observation, budget, **settings)
+
+
 def test_the_loop_finds_a_known_answer_inside_the_box() -> None:
-    _, knowledge, x = client(ONE_STEP)
-    target = Target(x + 9)  # outside: no pixel may pass 1
-    options = {"lr": 0.5, "schedule": step_schedule, "options": {}}
-    found = optimise(
-        "test", target, [], knowledge, Budget(200), unknowns_lr=0.1, **options
-    )  # fmt: skip
+    observation, knowledge, x = client(ONE_STEP)
+    target = Target(observation, knowledge, x + 9)  # outside: no pixel may pass 1
+    found = loop(target, observation, Budget(200))
     assert found.images.min() >= 0
     assert torch.allclose(found.images, torch.ones_like(found.images))
     assert target.alpha.item() == 0  # boxed too
@@ -52,14 +60,54 @@ def test_the_loop_finds_a_known_answer_inside_the_box() -> None:
     assert found.losses[-1] < found.losses[0]
 
 
+def test_the_loop_starts_where_the_explanation_says() -> None:
+    observation, knowledge, x = client(ONE_STEP)
+    target = Target(observation, knowledge, x)
+    target.start = x
+    assert loop(target, observation, Budget(1)).losses[0] == pytest.approx(1.5**2)
+
+
+@pytest.mark.parametrize("balance", [0.5, 2.0])
+def test_priors_pull_every_local_step_in_proportion(balance: float) -> None:
+    # Six images in three steps; the explanation hardly feels the last step.
+    observation, knowledge, x = client(CLIENTS["sgd"])
+    target = Target(observation, knowledge, torch.zeros_like(x))
+    felt = torch.tensor([1.0, 1.0, 0.1, 0.1, 1e-4, 1e-4]).view(-1, 1, 1, 1)
+    target.start = torch.full_like(x, 0.1)
+    target.alpha.data.zero_()
+    target.__class__ = type(
+        "Weak", (Target,), {"__call__": lambda self, x, _: (felt * x).sum() + 0 * self.alpha}
+    )
+    # The prior wants the other direction: whoever is stronger decides the sign, in every step.
+    found = loop(
+        target,
+        observation,
+        Budget(1),
+        priors=[lambda images, _: -images.sum()],
+        balance=lambda _: balance,
+    )
+    start = target.start * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)
+    assert torch.equal(found.images > start, torch.full_like(start, balance > 1, dtype=torch.bool))
+
+
 def test_the_loop_stops_in_time_and_on_nonsense() -> None:
-    _, knowledge, x = client(ONE_STEP)
-    options = {"lr": 0.1, "schedule": step_schedule, "options": {}}
-    found = optimise("test", Target(x), [], knowledge, Budget(10**6, seconds=0.2), **options)
+    observation, knowledge, x = client(ONE_STEP)
+    budget = Budget(10**6, seconds=0.2)
+    found = loop(Target(observation, knowledge, x), observation, budget)
     assert found.stop_reason == "seconds"
     assert 0 < found.iterations < 10**6
     with pytest.raises(AttackError, match="not finite"):
-        optimise("test", Target(x * torch.nan), [], knowledge, Budget(3), **options)
+        loop(Target(observation, knowledge, x * torch.nan), observation, Budget(3))
+
+
+@pytest.mark.parametrize("training", ["adam", None])
+def test_what_the_server_does_not_know_is_inferred(training: str | None) -> None:
+    observation, knowledge, _ = client(CLIENTS["adam"])
+    less = replace(knowledge, labels=None, training=CLIENTS["adam"] if training else None)
+    found = flow_matching(observation, less, load_flow("compact"), Budget(2))
+    assert found.labels_source != "given"
+    assert "labels recovered by" in found.explanation
+    assert ("training guessed (adam" in found.explanation) == (training is None)
 
 
 @pytest.mark.parametrize("training", ["sgd", "adam"])
@@ -98,7 +146,7 @@ def test_unknown_attacks_and_options_are_refused() -> None:
     check_attack(AttackConfig("flow_matching", options={"lr": 0.1}))
     with pytest.raises(ConfigError, match="allowed: flow_matching, sme"):
         check_attack(AttackConfig("magic"))
-    with pytest.raises(ConfigError, match="allowed for sme: explain, lr, tv"):
+    with pytest.raises(ConfigError, match="allowed for sme: explain, alpha, lr, tv"):
         check_attack(AttackConfig("sme", options={"weight": 1}))
     with pytest.raises(ConfigError, match="lr is 'fast'; allowed: a number"):
         check_attack(AttackConfig("sme", options={"lr": "fast"}))

@@ -106,7 +106,7 @@ def test_shuffling_the_reconstructions_changes_no_score() -> None:
     shuffled = score(reconstruction_of(y[shuffle], tuple(shuffle.tolist())), truth, MEAN)
     assert plain.metrics == shuffled.metrics
     assert plain.psnr_by_step == shuffled.psnr_by_step
-    assert plain.label_accuracy == shuffled.label_accuracy == 1
+    assert plain.label_accuracy is None and plain.reasons["label_accuracy"] == "labels were given"
 
     values = psnr(y, x).tolist()
     first = (values[0] + values[1]) / 2
@@ -337,7 +337,7 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
     assert auditor.grant(observation).labels == (0, 1, 2, 3)
 
     auditor.record(observation, reconstruction_of((x + 0.1 * images(4, 1)).clamp(0, 1).flip(0)))
-    auditor.record(observation, reconstruction_of(images(4, 2)))
+    auditor.record(observation, replace(reconstruction_of(images(4, 2)), diagnosis=("noisy",)))
     auditor.record(observation, reconstruction_of(torch.full((4, *SHAPE), math.nan)))
     auditor.record_failure(observation, "sme", "out of memory [/oops]")
     auditor.record_skipped(2, 9, "the update has no arrays")
@@ -345,7 +345,7 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
 
     assert good["status"] == "ok" and good["client"] == 2 and good["labels"] == "given"
     assert good["metrics"]["psnr"]["mean"] > 20 > good["metrics"]["psnr"]["baseline"]
-    assert good["label_accuracy"] == 0  # the images were reversed, their labels not
+    assert good["labels_source"] == "given" and good["label_accuracy"] is None
     assert good["metrics"]["lpips_vgg"] is None
     assert "No such file" in good["reasons"]["lpips_vgg"]
     # FMSE: features of the sent model, on normalised images.
@@ -368,6 +368,7 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
     rows = [row for row in text.splitlines() if "sme" in row or "flow_matching" in row]
     assert "no better than grey" not in rows[0] and "no better than grey" in rows[1]
     assert "client 2 (node 7), sme failed: out of memory [/oops]" in text
+    assert "client 2 (node 7), sme: noisy" in text
     assert "(node 9), flow_matching skipped: the update has no arrays" in text
 
 

@@ -16,6 +16,7 @@ from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain import explain
 from server_strategies.attacks.explain.distance import CosineDistance
+from server_strategies.attacks.explain.surrogate import mean_position
 from server_strategies.attacks.explain.trajectory import simulate
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.24, 0.26)
@@ -113,7 +114,8 @@ def slow_simulation(
     m, v = ({k: torch.zeros_like(value) for k, value in w0.items()} for _ in range(2))
     for step, (x, y) in enumerate(batches, start=1):
         loss = F.cross_entropy(functional_call(model, w, (x,)), y)
-        g = dict(zip(w, torch.autograd.grad(loss, list(w.values()), create_graph=True)))
+        parts = torch.autograd.grad(loss, list(w.values()), create_graph=True)
+        g = dict(zip(w, parts, strict=True))
         if training.max_grad_norm:
             length = torch.cat([part.flatten() for part in g.values()]).norm()
             if length > training.max_grad_norm:
@@ -154,14 +156,14 @@ def test_one_sgd_step_is_a_gradient() -> None:
     observation, knowledge, x = client(replace(CLIENTS["sgd"], batch_size=6, local_steps=1))
     surrogate = explain("surrogate", observation, knowledge)
     with torch.no_grad():
-        surrogate.unknowns[0].zero_()  # alpha = 0: at w0
-    assert surrogate(x).item() == pytest.approx(0, abs=1e-5)
+        surrogate.alpha.zero_()  # alpha = 0: at w0
+    assert surrogate(x, 0.0).item() == pytest.approx(0, abs=1e-5)
     # The sign fault of other attack code: w1 - w0 is not a gradient but its negative.
     flipped = replace(observation, w0=observation.w1, w1=observation.w0)
     backwards = explain("surrogate", flipped, knowledge)
     with torch.no_grad():
-        backwards.unknowns[0].fill_(1)  # the same place, seen from the other end
-    assert backwards(x).item() == pytest.approx(2, abs=1e-5)
+        backwards.alpha.fill_(1)  # the same place, seen from the other end
+    assert backwards(x, 0.0).item() == pytest.approx(2, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
@@ -169,30 +171,63 @@ def test_the_truth_explains_better_than_other_images(name: str) -> None:
     observation, knowledge, x = client(CLIENTS[name])
     trajectory = explain("auto", observation, knowledge)
     others = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    assert trajectory(x).item() < 0.5 * trajectory(others).item()
+    assert trajectory(x, 0.0).item() < 0.5 * trajectory(others, 0.0).item()
     if CLIENTS[name].optimizer == "sgd":
-        assert trajectory(x).item() == pytest.approx(0, abs=1e-5)
+        assert trajectory(x, 0.0).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_auto_says_what_it_chose_and_why() -> None:
-    for name, chosen in {"sgd": "trajectory", "adam": "trajectory", "epochs": "trajectory"}.items():
-        observation, knowledge, _ = client(CLIENTS[name])
-        assert explain("auto", observation, knowledge).name == chosen
-    several = replace(CLIENTS["sgd"], local_steps=0, local_epochs=2)
-    observation, knowledge, _ = client(several)
-    explanation = explain("auto", observation, knowledge)
-    assert explanation.name == "surrogate"
-    assert "several passes" in explanation.reason
+    one_step = {"batch_size": 6, "local_steps": 1}
+    several = {"local_steps": 0, "local_epochs": 2}
+    for name, change, chosen, why in (
+        ("sgd", {}, "trajectory", "order is known"),
+        ("adam", {}, "trajectory", "a surrogate can't explain adam"),
+        ("epochs", {}, "trajectory", "a surrogate can't explain adam"),
+        ("momentum", several, "surrogate", "several passes"),
+        ("momentum", {**several, "reshuffle": False}, "trajectory", "order is known"),
+        ("momentum", one_step, "gradient", "is its gradient"),
+        ("adamw", one_step, "inversion", "rounding leaves the gradient's size"),
+    ):
+        observation, knowledge, _ = client(replace(CLIENTS[name], **change))
+        explanation = explain("auto", observation, knowledge)
+        assert (explanation.name, why in explanation.reason) == (chosen, True)
+    noisy = {k: w + 1e-4 * torch.randn(w.shape) for k, w in observation.w1.items()}
+    explanation = explain("auto", replace(observation, w1=noisy), knowledge)
+    assert explanation.name == "trajectory"
+    assert "noise or coarse rounding" in explanation.reason
 
 
-def test_unknown_labels_and_kinds_are_refused() -> None:
+def test_a_surrogate_starts_where_the_gradients_were_taken() -> None:
+    sgd, momentum = CLIENTS["sgd"], CLIENTS["momentum"]
+    assert mean_position(sgd, 1) == 0
+    assert mean_position(sgd, 5) == pytest.approx(0.4)  # of 0, 1/5, 2/5, 3/5, 4/5
+    # By hand, K=2: it moves 1, then 1.9; the gradients are worth 1.9 and 1.
+    assert mean_position(momentum, 2) == pytest.approx((1.9 * 0 + 1 * 1) / 2.9**2)
+    assert mean_position(CLIENTS["nesterov"], 2) == pytest.approx(1.9**2 / (1.9 + 2.71) ** 2)
+
+
+def test_labels_that_nobody_knows_are_fitted() -> None:
+    observation, knowledge, x = client(replace(CLIENTS["sgd"], batch_size=6, local_steps=1))
+    explanation = explain("auto", observation, replace(knowledge, labels=None))
+    (unknown,) = explanation.unknowns
+    optimizer = torch.optim.Adam([unknown.value], unknown.lr)
+    for _ in range(60):
+        explanation(x, 0.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        unknown.value.data.clamp_(0, 1)
+    found = zip(explanation.found_labels(), knowledge.labels or (), strict=True)
+    assert sum(a == b for a, b in found) >= 5  # of six, where chance is one
+
+
+def test_wrong_labels_and_kinds_are_refused() -> None:
     observation, knowledge, _ = client(CLIENTS["sgd"])
-    with pytest.raises(ValueError, match=r"labels .* unknown"):
-        explain("auto", observation, replace(knowledge, labels=None))
     with pytest.raises(ValueError, match="3 labels for 6 examples"):
         explain("auto", observation, replace(knowledge, labels=(1, 2, 3)))
     with pytest.raises(ValueError, match="allowed: auto, surrogate, trajectory"):
         explain("magic", observation, knowledge)
+    with pytest.raises(ValueError, match="the client's training is unknown"):
+        explain("auto", observation, replace(knowledge, training=None))
 
 
 def test_cosine_distance_by_hand() -> None:

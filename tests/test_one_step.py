@@ -100,9 +100,9 @@ def test_the_truth_is_the_minimum(
 ) -> None:
     observation, knowledge, x = client(training)
     explanation = explained(kind, observation, knowledge)
-    assert explanation(x).item() == pytest.approx(0, abs=bound)
+    assert explanation(x, 0.0).item() == pytest.approx(0, abs=bound)
     others = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = explanation(others)
+    loss = explanation(others, 0.0)
     loss.backward(inputs=[others])
     assert loss.item() > 0.1
     assert others.grad is not None and others.grad.isfinite().all() and others.grad.any()
@@ -110,7 +110,7 @@ def test_the_truth_is_the_minimum(
 
 def test_gradients_do_not_explain_adam_but_its_inversion_does() -> None:
     observation, knowledge, x = client(ADAM)
-    assert explained(GradientMatch, observation, knowledge)(x).item() > 0.2
+    assert explained(GradientMatch, observation, knowledge)(x, 0.0).item() > 0.2
     usable, reason = EpsInversion.usable(observation, ADAM)
     assert usable and "coordinates" in reason
 
@@ -169,7 +169,7 @@ def test_sign_match_by_hand() -> None:
     dead = r == 0
     assert g[dead].any()
     expected = 1 - (r * g).sum() / ((r * g).abs().sum() + g[dead].abs().sum())
-    found = explained(SignMatch, observation, knowledge)(x).item()
+    found = explained(SignMatch, observation, knowledge)(x, 0.0).item()
     assert found == pytest.approx(expected.item(), abs=1e-4)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,16 +16,23 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
-from server_strategies.priors.flow import FlowPrior, load_flow
-from server_strategies.priors.networks import NETWORKS, create_network
+from fl_app.cli import app
+from fl_app.prior_bench import evaluate_denoising, write_card
+from server_strategies.priors import checkpoint
+from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
+from server_strategies.priors.flow import FlowPrior, denoise, load_flow
+from server_strategies.priors.images import load_images
+from server_strategies.priors.networks import NETWORKS, SelfAttention, create_network
 from server_strategies.priors.total_variation import TotalVariation
 from server_strategies.priors.training import (
     Trainer,
     TrainingSettings,
     draw_times,
     flow_matching_loss,
-    load_images,
+    sample,
 )
 
 QUIET = Console(quiet=True)
@@ -30,6 +41,8 @@ TINY = TrainingSettings(images=48, batch_size=8, warmup=2)
 
 class Constant(nn.Module):
     """A velocity that is the same everywhere, with one parameter to train."""
+
+    multiple = 4
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -85,12 +98,47 @@ def test_flow_prior_refuses_what_it_cannot_do() -> None:
             prior()(torch.rand(shape), 0.0)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_take_small_and_larger_images(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "parameters", "gigaflops"), [("compact", 1.6e6, 0.34), ("unet64", 8.9e6, 3.20)]
+)
+def test_networks_have_their_published_size(name: str, parameters: float, gigaflops: float) -> None:
     network = create_network(name)
-    for side in (32, 64):
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=0.02)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.randn((1, 3, 32, 32)), torch.rand(1))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gigaflops, rel=0.01)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_take_any_multiple_and_refuse_others(name: str) -> None:
+    network = create_network(name)
+    prior = FlowPrior(network, 1.0, "denoiser", 0.8, 0.9, torch.Generator())
+    for side in (8, 64):
         x = torch.randn((2, 3, side, side))
         assert network(x, torch.rand(2)).shape == x.shape
+        assert prior(x, 0.0).isfinite()
+    multiple = {"compact": 4, "unet64": 8}[name]
+    with pytest.raises(ValueError, match=f"divisible by {multiple}, got"):
+        prior(torch.rand((1, 3, 32, 36 if multiple == 8 else 34)), 0.0)
+    with pytest.raises(ValueError, match=f"divisible by {multiple}, got"):
+        odd = torch.zeros((4, 3, 36 if multiple == 8 else 34, 32), dtype=torch.uint8)
+        Trainer(odd, replace(TINY, network=name), Path("nowhere"), "zeros")
+
+
+def test_attention_by_hand() -> None:
+    layer = SelfAttention(128)
+    nn.init.normal_(layer.out.weight, std=0.1)
+    x = torch.randn((2, 128, 2, 3))
+    query, key, value = layer.qkv(layer.norm(x)).chunk(3, dim=1)
+    expected = x.clone()
+    for image in range(2):
+        heads = []
+        for head in (slice(0, 64), slice(64, 128)):
+            q, k, v = (part[image, head].flatten(1).T for part in (query, key, value))  # (6, 64)
+            heads.append(((q @ k.T / 8).softmax(dim=1) @ v).T)
+        mixed = torch.cat(heads).unflatten(1, (2, 3))
+        expected[image] += layer.out(mixed[None])[0]
+    assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -137,25 +185,128 @@ def test_times_are_drawn_where_attacks_use_them() -> None:
     assert (times > 0.6).float().mean().item() == pytest.approx(0.8, abs=0.02)
 
 
+class ToOneImage(nn.Module):
+    """The exact velocity towards a data set of one image."""
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()
+        self.image = image
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return (self.image - x) / (1 - t[:, None, None, None])
+
+
+def test_the_exact_velocity_samples_and_denoises_to_the_data() -> None:
+    image = torch.rand((3, 8, 8)) * 2 - 1
+    network, generator = ToOneImage(image), torch.Generator().manual_seed(0)
+    sampled = sample(network, 3, steps=7, generator=generator, size=8)
+    assert torch.allclose(sampled, ((image + 1) / 2).expand(3, 3, 8, 8), atol=1e-6)
+    noisy = 0.6 * image + 0.4 * torch.randn((2, 3, 8, 8))
+    assert torch.allclose(denoise(network, noisy, 0.6), image.expand(2, 3, 8, 8), atol=1e-6)
+
+
 def images(count: int = 60) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
 
 
-def test_a_killed_training_resumes(tmp_path: Path) -> None:
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1_000_000)
+
+
+def half_trained(folder: Path) -> Trainer:
+    trainer = Trainer(images(), TINY, folder, "noise")
+    for _ in range(3):
+        trainer.step()
+    trainer.save()
+    return trainer
+
+
+def test_a_killed_training_resumes(tmp_path: Path, small_shards: None) -> None:
     whole = Trainer(images(), TINY, tmp_path / "whole", "noise")
     whole.run(QUIET)
-    part = Trainer(images(), TINY, tmp_path / "part", "noise")
-    for _, batch in zip(range(2), part.batches(), strict=False):
-        part.step(batch)
-    part.save()
-    resumed = Trainer(images(), TINY, tmp_path / "part", "noise")
-    assert resumed.images_seen == 16
+    half_trained(tmp_path / "part")
+    # What a training needs is in the checkpoint: moved, it goes on elsewhere.
+    shutil.copytree(tmp_path / "part" / "checkpoint", tmp_path / "moved" / "checkpoint")
+    assert len(list((tmp_path / "moved" / "checkpoint").glob("*.safetensors"))) > 10
+    resumed = Trainer(images(), TINY, tmp_path / "moved", "noise")
+    assert resumed.images_seen == 24
     resumed.run(QUIET)
+    assert resumed.loss == whole.loss
     for name, value in whole.average.items():
-        assert torch.allclose(value, resumed.average[name], atol=1e-6), name
-    with pytest.raises(ValueError, match="seed=0, not 1"):
-        Trainer(images(), replace(TINY, seed=1), tmp_path / "part", "noise")
+        assert torch.equal(value, resumed.average[name]), name
+    for change, words in [({"seed": 1}, "seed=0, not 1"), ({"batch_size": 4}, "batch_size=8")]:
+        with pytest.raises(ValueError, match=words):
+            Trainer(images(), replace(TINY, **change), tmp_path / "part", "noise")
+    longer = Trainer(images(), replace(TINY, images=96), tmp_path / "part", "noise")
+    assert longer.progress == 24 / 96
+
+
+def test_a_checkpoint_of_another_kind_of_device_draws_anew(tmp_path: Path) -> None:
+    trainer = half_trained(tmp_path)
+    file = tmp_path / "checkpoint" / "checkpoint.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "device": "cuda"}))
+    resumed = Trainer(images(), TINY, tmp_path, "noise")
+    assert resumed.generator.get_state().equal(torch.Generator().manual_seed(3).get_state())
+    assert not resumed.generator.get_state().equal(trainer.generator.get_state())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_killed_save_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    def save(value: float) -> None:
+        save_checkpoint(tmp_path, {"a": torch.tensor(value)}, {})
+
+    def saved() -> float | None:
+        found = load_checkpoint(tmp_path)
+        return None if found is None else found[0]["a"].item()
+
+    done: list[Path] = []
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise Killed
+        done.append(self)
+        return rename(self, target)
+
+    assert saved() is None
+    save(1.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", killed)
+        save(2.0)
+    assert saved() == 1
+    save(3.0)
+    assert saved() == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, small_shards: None) -> None:
+    half_trained(tmp_path)
+    shard = tmp_path / "checkpoint" / "tensors-001.safetensors"
+    whole = shard.read_bytes()
+    for damage in (lambda: shard.write_bytes(whole[:-1]), shard.unlink):
+        damage()
+        with pytest.raises(ValueError, match=r"can't be resumed: .*tensors-001"):
+            Trainer(images(), TINY, tmp_path, "noise")
+
+
+def test_a_training_leaves_a_log_and_samples(tmp_path: Path) -> None:
+    Trainer(images(), TINY, tmp_path, "noise").run(QUIET, report_seconds=0, reports_per_grid=4)
+    log = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in log] == [8, 16, 24, 32, 40, 48, 48]
+    grids = sorted(tmp_path.glob("samples-*.png"))
+    assert [grid.stem for grid in grids] == ["samples-000000032", "samples-000000048"]
+    with Image.open(grids[0]) as grid:
+        assert grid.size == (48, 48)  # 6 x 6 images of 8 x 8
+    with pytest.raises(ValueError, match="1 training images; allowed: 2 or more"):
+        Trainer(images(1), TINY, tmp_path, "noise")
 
 
 def test_exported_weights_load_and_have_a_card(tmp_path: Path) -> None:
@@ -170,21 +321,90 @@ def test_exported_weights_load_and_have_a_card(tmp_path: Path) -> None:
     card = (tmp_path / "own.md").read_text()
     assert "images seen: 48" in card
     assert "seed: 0" in card
+    weights = str(tmp_path / "own.safetensors")
+    command = ["prior", "evaluate", weights, "--dataset", "photos", "--images", "2"]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    evaluated = (tmp_path / "own.md").read_text()
+    assert evaluated.startswith(card)
+    assert "2 of" in evaluated and "| 0.4 |" in evaluated
+
+
+def test_denoising_is_measured_and_put_into_the_card(tmp_path: Path) -> None:
+    ramp = torch.linspace(20, 235, 32).expand(3, 3, 32, 32).byte()
+    rows = evaluate_denoising("compact", ramp, 2)
+    for row in rows:
+        assert min(row.flow) > max(row.noisy)
+        assert min(row.non_local_means) > max(row.noisy)
+    # The noise of sigma 0.05 is hardly clipped: 10 log10(1 / 0.05^2) = 26.02 dB.
+    assert rows[0].noisy == pytest.approx((26.02, 26.02), abs=0.4)
+    card = tmp_path / "own.md"
+    card.write_text("# own\n\n- seed: 0\n")
+    write_card(card, rows, "2 images", "old command", "abc")
+    write_card(card, rows, "2 images", "new command", "abc")
+    text = card.read_text()
+    assert text.startswith("# own\n\n- seed: 0\n\n## Denoising\n")
+    assert "old command" not in text
+    assert text.count("| 0.05 |") == 1
+    with pytest.raises(ValueError, match="images is 4; allowed: 1 to 3"):
+        evaluate_denoising("compact", ramp, 4)
+
+
+TILES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 
 def test_training_images_are_read_in_order_and_broken_ones_counted(tmp_path: Path) -> None:
-    tiles = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    mosaic = tiles.reshape(2, 3, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(16, 24, 3)
+    mosaic = TILES.reshape(2, 3, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(16, 24, 3)
     Image.fromarray(mosaic).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"broken")
-    loaded, broken = load_images(tmp_path, "mosaic", size=8)
-    assert broken == 1
-    assert np.array_equal(loaded.permute(0, 2, 3, 1).numpy(), tiles)
-    np.save(tmp_path / "c.npy", tiles)
-    assert torch.equal(load_images(tmp_path / "c.npy", size=8)[0], loaded)
-    with pytest.raises(ValueError, match="needed: uint8"):
-        load_images(tmp_path / "c.npy", size=16)
-    assert load_images(tmp_path, "images", size=8)[0].shape == (1, 3, 8, 8)
+    (tmp_path / "c.jpg").write_bytes(b"")
+    loaded, broken = load_images(str(tmp_path), "mosaic", size=8)
+    assert broken == 2
+    assert np.array_equal(loaded.permute(0, 2, 3, 1).numpy(), TILES)
+    with pytest.raises(ValueError, match="no mosaic of 5 x 5 tiles"):
+        load_images(str(tmp_path), "mosaic", size=5)
+    for size in (8, 64):  # smaller and larger than the image
+        assert load_images(str(tmp_path), "images", size)[0].shape == (1, 3, size, size)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"no readable image .*1 broken"):
-        load_images(tmp_path)
+    with pytest.raises(ValueError, match=r"no readable image .*2 broken"):
+        load_images(str(tmp_path))
+    for source in (tmp_path / "nowhere", tmp_path / "b.png"):
+        with pytest.raises(ValueError, match=r"no folder, no \.npy file and no name"):
+            load_images(str(source))
+
+
+def test_training_images_from_an_array(tmp_path: Path) -> None:
+    file = tmp_path / "a.npy"
+    np.save(file, TILES)
+    loaded = load_images(str(file), size=8)[0]
+    assert np.array_equal(loaded.permute(0, 2, 3, 1).numpy(), TILES)
+    with pytest.raises(ValueError, match=r"uint8 \(6, 8, 8, 3\); needed: uint8 \(N, 16, 16, 3\)"):
+        load_images(str(file), size=16)
+    file.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="no array of numbers in NumPy's format"):
+        load_images(str(file), size=8)
+
+
+def test_training_images_from_a_folder_of_parquet_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    cells: list[dict[str, bytes | None] | None] = []
+    for tile in TILES:
+        buffer = io.BytesIO()
+        Image.fromarray(tile).save(buffer, "png")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    cells[2], cells[4] = {"bytes": b"broken", "path": None}, None
+    features = datasets.Features({"n": datasets.Value("int64"), "picture": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"n": list(range(6)), "picture": cells}, features=features)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows.to_parquet(folder / "train-00000-of-00001.parquet")
+    loaded, broken = load_images(str(folder), size=8)
+    assert broken == 2
+    assert np.array_equal(loaded.permute(0, 2, 3, 1).numpy(), TILES[[0, 1, 3, 5]])
+    rows.select_columns(["n"]).to_parquet(folder / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="has no column of images; its columns: n"):
+        load_images(str(folder), size=8)
+    (folder / "train-00000-of-00001.parquet").rename(folder / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="no train split from the folder"):
+        load_images(str(folder), size=8)

@@ -89,7 +89,7 @@ class Auditor:
         """
         truth = self._truth(observation)
         leakage = None
-        reasons = {"metrics": "no truth", "label_accuracy": "no truth"}
+        reasons = dict.fromkeys(("metrics", "label_accuracy", "label_chance"), "no truth")
         try:
             if truth is None:
                 check_images(reconstruction.images, reconstruction.labels)
@@ -113,6 +113,8 @@ class Auditor:
             metrics=leakage.metrics if leakage else {},
             psnr_by_step=leakage.psnr_by_step if leakage else (),
             label_accuracy=leakage.label_accuracy if leakage else None,
+            label_chance=leakage.label_chance if leakage else None,
+            labels_source=reconstruction.labels_source,
             seconds=reconstruction.seconds,
             iterations=reconstruction.iterations,
             iterations_per_second=rate,
@@ -120,6 +122,7 @@ class Auditor:
             flops=reconstruction.flops,
             stop_reason=reconstruction.stop_reason,
             options=reconstruction.options,
+            diagnosis=reconstruction.diagnosis,
             picture=picture,
             losses=thinned(reconstruction.losses),
             reasons=reasons,
@@ -180,7 +183,8 @@ class Auditor:
             measures["fmse"] = feature_mse(target_features(observation, self.knowledge))
         except RuntimeError as error:
             reasons = {**reasons, "fmse": f"w0 does not fit {self.knowledge.model}: {error}"}
-        return score(reconstruction, truth, self.knowledge.mean, measures, reasons)
+        classes = self.knowledge.num_classes
+        return score(reconstruction, truth, self.knowledge.mean, measures, reasons, classes)
 
     def _draw(
         self,
@@ -221,4 +225,5 @@ class Auditor:
 
 
 def _absent(reason: str) -> dict[str, str]:
-    return dict.fromkeys(("metrics", "label_accuracy", "picture"), reason)
+    absent = ("metrics", "label_accuracy", "label_chance", "labels_source", "picture")
+    return dict.fromkeys(absent, reason)

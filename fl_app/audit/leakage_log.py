@@ -34,14 +34,19 @@ class LogLine:
         By metric: mean, low, high, values (in training order), baseline.
     psnr_by_step : sequence of (float or None)
         Mean PSNR in dB of the images first used in each local step.
-    label_accuracy : float or None
-        Share of right labels after the assignment.
+    label_accuracy, label_chance : float or None
+        Share of the images whose label the attack counted, and what is expected
+        without the update; None where the labels were given.
+    labels_source : str or None
+        "given", or the method that recovered them; None where no attack succeeded.
     seconds, iterations_per_second : float
     iterations, peak_memory, flops : int
         Steps, bytes, floating-point operations.
     stop_reason : str
     options : mapping
         Every constant that the attack ran with.
+    diagnosis : sequence of str
+        What is likely wrong with the update or its explanation.
     labels : {"given", "unknown"}
     num_examples : int or None
         N, as the client says.
@@ -64,6 +69,8 @@ class LogLine:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     psnr_by_step: Sequence[float | None] = ()
     label_accuracy: float | None = None
+    label_chance: float | None = None
+    labels_source: str | None = None
     seconds: float = 0.0
     iterations: int = 0
     iterations_per_second: float = 0.0
@@ -71,6 +78,7 @@ class LogLine:
     flops: int = 0
     stop_reason: str = ""
     options: Mapping[str, float | int | str] = field(default_factory=dict)
+    diagnosis: Sequence[str] = ()
     num_examples: int | None = None
     picture: str | None = None
     losses: Sequence[float] = ()

@@ -60,8 +60,9 @@ class Leakage:
     psnr_by_step : tuple of (float or None)
         For each local step the mean PSNR of the images first used in it; None
         where a step uses no new image.
-    label_accuracy : float
-        Share of private images whose assigned reconstruction has their label.
+    label_accuracy, label_chance : float or None
+        Share of the private images whose label the attack counted, and the
+        best expected without the update; None where the labels were given.
     reasons : mapping of str to str
         Why a field is None, by the field's or metric's name.
     """
@@ -69,7 +70,8 @@ class Leakage:
     assignment: tuple[int, ...]
     metrics: Mapping[str, MetricScore | None]
     psnr_by_step: tuple[float | None, ...]
-    label_accuracy: float
+    label_accuracy: float | None = None
+    label_chance: float | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -207,6 +209,7 @@ def score(
     mean: Sequence[float],
     measures: Mapping[str, Measure] = MEASURES,
     reasons: Mapping[str, str] | None = None,
+    num_classes: int | None = None,
 ) -> Leakage:
     """Score a reconstruction against what the client really trained on.
 
@@ -221,6 +224,8 @@ def score(
         Metrics by name. One that raises ValueError gives None and its message.
     reasons : mapping of str to str, optional
         Metrics that could not be had, and why; they appear as None.
+    num_classes : int, optional
+        For the accuracy of recovered labels; not read where they were given.
 
     Raises
     ------
@@ -250,8 +255,74 @@ def score(
     by_step = _by_step(psnr(images, true).tolist(), truth.batches)
     if None in by_step:
         why["psnr_by_step"] = "null where a step trains on no new image"
-    right = [reconstruction.labels[j] == truth.labels[i] for i, j in enumerate(order.tolist())]
-    return Leakage(tuple(order.tolist()), metrics, by_step, sum(right) / len(right), why)
+    accuracy = chance = None
+    if reconstruction.labels_source == "given":
+        why |= dict.fromkeys(("label_accuracy", "label_chance"), "labels were given")
+    elif num_classes is None:
+        why |= dict.fromkeys(("label_accuracy", "label_chance"), "number of classes not said")
+    else:
+        counts = torch.tensor(reconstruction.labels).bincount(minlength=num_classes)
+        accuracy = label_accuracy(counts, truth.labels)
+        chance = label_chance(truth.labels, num_classes)
+    return Leakage(tuple(order.tolist()), metrics, by_step, accuracy, chance, why)
+
+
+def label_accuracy(counts: Tensor, true_labels: Sequence[int]) -> float:
+    """Return the share of images whose label was counted, ``sum_c min(n_c, true_c) / N``.
+
+    Parameters
+    ----------
+    counts : Tensor of int, shape (C,)
+        Estimated images of each class, N in all.
+    true_labels : sequence of int
+        N labels in [0, C), in any order.
+
+    Raises
+    ------
+    ValueError
+        If the counts are not of N images, or a label is no class.
+    """
+    if not true_labels or int(counts.sum()) != len(true_labels):
+        raise ValueError(f"{int(counts.sum())} labels counted for {len(true_labels)} images")
+    return float(torch.minimum(counts, _counts(true_labels, len(counts))).sum()) / len(true_labels)
+
+
+def label_chance(true_labels: Sequence[int], num_classes: int) -> float:
+    """Return the expected `label_accuracy` of counting without the update.
+
+    With classes equally likely the best counts are equal: ``q = floor(N / C)``
+    of each, and one more of ``r = N mod C`` classes drawn at random. Class c is
+    then expected to have ``(1 - r/C) min(q, true_c) + r/C min(q + 1, true_c)``
+    images counted.
+
+    Parameters
+    ----------
+    true_labels : sequence of int
+        N labels in [0, num_classes).
+    num_classes : int
+        C.
+
+    Raises
+    ------
+    ValueError
+        If there is no label, or one is no class.
+    """
+    if not true_labels:
+        raise ValueError("no labels: chance needs at least one")
+    true = _counts(true_labels, num_classes)
+    each, rest = divmod(len(true_labels), num_classes)
+    expected = torch.lerp(
+        true.clamp(max=each).double(), true.clamp(max=each + 1).double(), rest / num_classes
+    )
+    return float(expected.sum()) / len(true_labels)
+
+
+def _counts(labels: Sequence[int], num_classes: int) -> Tensor:
+    if not 0 <= min(labels) <= max(labels) < num_classes:
+        raise ValueError(
+            f"labels from {min(labels)} to {max(labels)}; allowed: 0 to {num_classes - 1}"
+        )
+    return torch.tensor(labels).bincount(minlength=num_classes)
 
 
 def check_images(images: Tensor, labels: Sequence[int]) -> None:

@@ -89,7 +89,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of a run from the lines of its log; it fits 80 columns.
 
     A reconstruction that is no better than a grey image is said to be so;
-    failed attacks are red, with their error below the table.
+    failed attacks are red, with their error below the table, as is what the
+    diagnosis of the others found.
     """
     table = Table(
         title="Leakage: mean over a client's images, PSNR with its 95% interval",
@@ -104,7 +105,7 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("Grey dB", "SSIM", "LPIPS VGG", "LPIPS Alex", "Time s"):
         table.add_column(name, justify="right")
     table.add_column("Note")
-    errors = Text(justify="left")
+    below = Text(justify="left")
     for line in lines:
         note, style = _note(line)
         metrics = line["metrics"]
@@ -120,11 +121,14 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         ]
         # Text, not str: a name may look like rich's markup.
         table.add_row(*(Text(cell) for cell in cells), style=style)
+        who = f"client {line['client']}" if line["client"] is not None else "client unknown"
+        where = f"round {line['round']}, {who} (node {line['node']}), {line['attack']}"
         if line["status"] != "ok":
-            who = f"client {line['client']}" if line["client"] is not None else "client unknown"
-            where = f"round {line['round']}, {who} (node {line['node']}), {line['attack']}"
-            errors.append(f"{where} {line['status']}: {line['error']}\n", style=style)
-    table.caption = errors if errors else None
+            below.append(f"{where} {line['status']}: {line['error']}\n", style=style)
+        # Logs from before there was a diagnosis have none.
+        elif line.get("diagnosis"):
+            below.append(f"{where}: {'; '.join(line['diagnosis'])}\n", style="yellow")
+    table.caption = below if below else None
     table.caption_style = "none"
     return table
 
@@ -133,9 +137,21 @@ def _note(line: Mapping[str, Any]) -> tuple[str, str]:
     """Return what to say of a line, and the style to say it in."""
     if line["status"] != "ok":
         return line["status"], "red" if line["status"] == "failed" else "yellow"
+    labels = _labels(line)
     if line["metrics"].get("psnr") is None:
-        return line["reasons"].get("metrics", "not scored"), ""
-    return ("", "") if beats_grey(line["metrics"]) else ("no better than grey", "dim")
+        return f"{line['reasons'].get('metrics', 'not scored')}; {labels}", ""
+    if beats_grey(line["metrics"]):
+        return labels, ""
+    return f"no better than grey; {labels}", "dim"
+
+
+def _labels(line: Mapping[str, Any]) -> str:
+    """Say where a line's labels come from, and how many recovered ones are right."""
+    # Logs from before labels were recovered have no source: theirs were given.
+    source = line.get("labels_source") or "given"
+    if line.get("label_accuracy") is None or source == "given":
+        return f"labels {source}"
+    return f"labels {line['label_accuracy']:.0%}, chance {line['label_chance']:.0%}"
 
 
 def _number(metrics: Mapping[str, Any], name: str, field: str, digits: int) -> str:

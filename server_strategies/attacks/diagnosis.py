@@ -42,7 +42,7 @@ def diagnose(
         The loss that the explanation keeps even at the truth. By default what
         the noise found in the update explains.
     """
-    training = knowledge.training
+    training = knowledge.client
     w0 = [observation.w0[name].detach() for name in observation.trained]
     w1 = [observation.w1[name].detach() for name in observation.trained]
     update = [before - after for before, after in zip(w0, w1, strict=True)]

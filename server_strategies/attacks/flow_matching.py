@@ -13,17 +13,10 @@ from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.explain import explain as explain_update
+from server_strategies.attacks.infer import infer
 from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
 from server_strategies.priors.flow import FlowPrior
 from server_strategies.priors.total_variation import TotalVariation
-
-# By the client's optimiser, measured on CIFAR-10 with the shipped prior; the paper's own weights
-# are lost. An update of SGD is explained exactly, so less has to be believed.
-RECIPES = {
-    "sgd": {"lr": 0.8, "flow": 0.3, "tv": 0.03},
-    "adam": {"lr": 0.8, "flow": 1.0, "tv": 0.03},
-    "adamw": {"lr": 0.8, "flow": 1.0, "tv": 0.03},
-}
 
 
 def flow_matching(
@@ -35,9 +28,11 @@ def flow_matching(
     *,
     explain: str = "auto",
     mode: str = "denoiser",
-    lr: float | None = None,
-    flow: float | None = None,
-    tv: float | None = None,
+    lr: float = 0.8,
+    flow: float = 1.0,
+    tv: float = 0.03,
+    balance: float = 0.8,
+    last_balance: float = 0.2,
     t_start: float = 0.8,
     t_end: float = 0.95,
 ) -> Reconstruction:
@@ -47,45 +42,63 @@ def flow_matching(
     ----------
     observation : Observation
     knowledge : Knowledge
-        With labels.
+        What it lacks is inferred, see `infer`.
     prior : nn.Module
         A velocity network from `priors.flow.load_flow`, on the budget's device.
     budget : Budget
     report : Report, optional
         Called about once a second with the iteration and the matching loss.
-    explain : {"auto", "surrogate", "trajectory"}
+    explain : str
+        See `explain.explain`.
     mode : {"denoiser", "velocity"}
         See `FlowPrior`; `velocity` is eq. 17 to the letter.
-    lr : float, optional
-        Peak learning rate of Adam on normalised pixels. This and the weights
-        below default to what was measured best for the client, `RECIPES`.
-    flow, tv : float, optional
+    lr : float
+        Peak learning rate of Adam on normalised pixels.
+    flow, tv : float
         Weights of the priors.
+    balance, last_balance : float
+        How strongly the priors pull, as a multiple of the explanation's pull on
+        the images of a local step, at the first and the last iteration; it falls
+        geometrically. 0: by their weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.
 
     Raises
     ------
     ValueError
-        If the labels are unknown, or an option has no such value.
+        If an option has no such value, or the explanation does not fit the update.
     AttackError
         If the optimisation diverges.
     """
-    explanation = explain_update(explain, observation, knowledge, budget.device)
-    constants = {**RECIPES[knowledge.training.optimizer]}
-    constants.update({k: v for k, v in {"lr": lr, "flow": flow, "tv": tv}.items() if v is not None})
+    if balance < 0 or last_balance <= 0:
+        raise ValueError(
+            f"balance is {balance}, last_balance {last_balance}; allowed: 0 or more, more than 0"
+        )
+    knowledge = infer(observation, knowledge, budget.device)
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
     return optimise(
         "flow_matching",
-        explanation,
+        explain_update(explain, observation, knowledge, budget.device),
         [
-            TotalVariation(constants["tv"], knowledge.std),
-            FlowPrior(prior, constants["flow"], mode, t_start, t_end, noise),
+            TotalVariation(tv, knowledge.std),
+            FlowPrior(prior, flow, mode, t_start, t_end, noise),
         ],
-        knowledge,
+        observation,
         budget,
-        lr=constants["lr"],
+        lr=lr,
         schedule=cosine_schedule,
+        balance=(lambda progress: balance * (last_balance / balance) ** progress)
+        if balance
+        else None,
         report=report,
-        options={"mode": mode, "t_start": t_start, "t_end": t_end, **constants},
+        options={
+            "mode": mode,
+            "lr": lr,
+            "flow": flow,
+            "tv": tv,
+            "balance": balance,
+            "last_balance": last_balance,
+            "t_start": t_start,
+            "t_end": t_end,
+        },
     )

@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from fl_app.protocol import Budget, Knowledge, Reconstruction
-from server_strategies.attacks.explain import Explanation
+from fl_app.protocol import Budget, Observation, Reconstruction
+from server_strategies.attacks.diagnosis import diagnose
+from server_strategies.attacks.explain.base import Explanation
 
 Prior = Callable[[Tensor, float], Tensor]
 """Penalty, shape (), of images in [0, 1] (N, C, H, W) at a progress in [0, 1]."""
@@ -42,21 +45,21 @@ def optimise(
     attack: str,
     explanation: Explanation,
     priors: Sequence[Prior],
-    knowledge: Knowledge,
+    observation: Observation,
     budget: Budget,
     *,
     lr: float,
     schedule: Callable[[float], float],
-    unknowns_lr: float = 1e-3,
+    balance: Callable[[float], float] | None = None,
     report: Report | None = None,
     options: Mapping[str, float | int | str],
 ) -> Reconstruction:
     """Minimise ``explanation(x) + sum of priors`` over images.
 
-    Adam on normalised pixels from N(0, I), boxed to those of images in [0, 1]
-    after every step, with the explanation's own unknowns beside them, boxed to
-    [0, 1]. The result is the last iterate: nothing is chosen by its likeness to
-    the truth.
+    Adam on normalised pixels from N(0, I), or from the explanation's start, boxed
+    to those of images in [0, 1] after every step, with the explanation's own
+    unknowns beside them, boxed to [0, 1]. The result is the last iterate: nothing
+    is chosen by its likeness to the truth.
 
     Parameters
     ----------
@@ -65,15 +68,18 @@ def optimise(
     explanation : Explanation
         Gives the matching loss of normalised images.
     priors : sequence of Prior
-    knowledge : Knowledge
-        With labels.
+    observation : Observation
+        For the diagnosis.
     budget : Budget
     lr : float
         Peak learning rate on normalised pixels.
     schedule : callable
         Factor of every learning rate by progress in [0, 1).
-    unknowns_lr : float
-        Peak learning rate of the explanation's unknowns.
+    balance : callable, optional
+        By progress, how strongly the priors pull the images of each local step,
+        as a multiple of the explanation's pull on them. The last steps of a
+        trajectory are felt a hundred times less in the update than the first: at
+        equal weights the priors would decide them alone. None: as the losses are.
     report : Report, optional
     options : mapping
         The attack's constants, for the result.
@@ -83,20 +89,24 @@ def optimise(
     AttackError
         If the loss is no longer finite.
     """
-    labels = knowledge.labels or ()
+    knowledge = explanation.knowledge
     device = torch.device(budget.device)
     mean = torch.tensor(knowledge.mean, device=device).view(-1, 1, 1)
     std = torch.tensor(knowledge.std, device=device).view(-1, 1, 1)
     low, high = -mean / std, (1 - mean) / std
-    generator = torch.Generator(device).manual_seed(budget.seed)
-    x = torch.randn((len(labels), *knowledge.image_shape), generator=generator, device=device)
-    x = x.clamp_(low, high).requires_grad_()
+    x = explanation.start
+    if x is None:
+        generator = torch.Generator(device).manual_seed(budget.seed)
+        shape = (observation.num_examples, *knowledge.image_shape)
+        x = torch.randn(shape, generator=generator, device=device)
+    x = x.clamp(low, high).requires_grad_()
+    step, steps = _step_of_images(explanation.batches, len(x)).to(device), len(explanation.batches)
+    unknowns = [unknown.value for unknown in explanation.unknowns]
     groups: list[dict[str, object]] = [{"params": [x], "lr": lr, "peak": lr}]
-    if explanation.unknowns:
-        groups.append({"params": explanation.unknowns, "lr": unknowns_lr, "peak": unknowns_lr})
+    groups += [{"params": [u.value], "lr": u.lr, "peak": u.lr} for u in explanation.unknowns]
     optimizer = torch.optim.Adam(groups)
     losses = torch.zeros(budget.iterations, device=device)
-    counter = FlopCounterMode(display=False)
+    counter = _FlopCounter()
     memory = _PeakMemory(device)
     began = reported = time.monotonic()
     stop_reason, done = "iterations", 0
@@ -105,14 +115,22 @@ def optimise(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(progress)
         with counter if iteration == 0 else nullcontext():
-            matching = _backward(explanation, priors, x, mean, std, progress)
+            matching = explanation(x, progress)
+            slope, *slopes = torch.autograd.grad(matching, [x, *unknowns])
+            pull = _pull(priors, x, mean, std, progress)
+        if balance:
+            share = balance(progress) * _size(slope, step, steps) / _size(pull, step, steps)
+            pull = pull * share[step].view(-1, 1, 1, 1)
+        x.grad = slope + pull
+        for unknown, part in zip(unknowns, slopes, strict=True):
+            unknown.grad = part
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             x.clamp_(low, high)
-            for unknown in explanation.unknowns:
+            for unknown in unknowns:
                 unknown.clamp_(0, 1)
-        losses[iteration] = matching
+        losses[iteration] = matching.detach()
         done, now = iteration + 1, time.monotonic()
         # Reading a loss waits for the device, so do it once a second only.
         if now - reported > 1:
@@ -124,40 +142,69 @@ def optimise(
             stop_reason = "seconds"
             break
     _check_finite(losses[:done], done)
+    history = tuple(losses[:done].tolist())
     return Reconstruction(
         attack=attack,
-        explanation=explanation.reason,
+        explanation="; ".join([explanation.reason, *knowledge.inferred]),
         images=(x.detach() * std + mean).clamp(0, 1).cpu(),
-        labels=labels,
-        losses=tuple(losses[:done].tolist()),
+        labels=explanation.found_labels(),
+        labels_source=knowledge.labels_source,
+        losses=history,
         iterations=done,
         seconds=time.monotonic() - began,
         peak_memory=memory.above_start(),
-        flops=counter.get_total_flops() * done,
+        flops=counter.flops * done,
         stop_reason=stop_reason,
         options=options,
+        diagnosis=diagnose(observation, knowledge, history, explanation.position()),
     )
 
 
-def _backward(
-    explanation: Explanation,
-    priors: Sequence[Prior],
-    x: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    progress: float,
-) -> Tensor:
-    """Back-propagate one iteration's loss; return its matching part."""
-    matching = explanation(x)
-    images = x * std + mean
-    total = matching + sum(prior(images, progress) for prior in priors)
-    total.backward(inputs=[x, *explanation.unknowns])
-    return matching.detach()
+def _step_of_images(batches: Sequence[Sequence[int]], count: int) -> Tensor:
+    """Return the local step that first uses each image, shape (count,)."""
+    step = torch.zeros(count, dtype=torch.int64)
+    for number, batch in reversed(list(enumerate(batches))):
+        step[list(batch)] = number
+    return step
+
+
+def _pull(priors: Sequence[Prior], x: Tensor, mean: Tensor, std: Tensor, progress: float) -> Tensor:
+    """Return the gradient of the priors' sum in x, of x's shape."""
+    if not priors:
+        return torch.zeros_like(x)
+    images = (x.detach() * std + mean).requires_grad_()
+    penalty = torch.stack([prior(images, progress) for prior in priors]).sum()
+    return torch.autograd.grad(penalty, images)[0] * std
+
+
+def _size(gradient: Tensor, step: Tensor, steps: int) -> Tensor:
+    """Return the norm of a gradient (N, C, H, W) by local step, shape (steps,), above 0."""
+    squares = gradient.new_full((steps,), 1e-30)
+    return squares.index_add(0, step, gradient.square().sum((1, 2, 3))).sqrt()
 
 
 def _check_finite(losses: Tensor, iteration: int) -> None:
     if not torch.isfinite(losses).all():
         raise AttackError(f"the matching loss is not finite by iteration {iteration}")
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Counts floating-point operations by torch's own formulas.
+
+    `torch.utils.flop_counter.FlopCounterMode` also tracks modules, by hooks that
+    do not stand gradients taken while another one is.
+    """
+
+    flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _PeakMemory:

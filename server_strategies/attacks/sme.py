@@ -9,6 +9,7 @@ from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.explain import explain as explain_update
+from server_strategies.attacks.infer import infer
 from server_strategies.attacks.optimise import Report, optimise, step_schedule
 from server_strategies.priors.total_variation import TotalVariation
 
@@ -21,6 +22,7 @@ def sme(
     report: Report | None = None,
     *,
     explain: str = "surrogate",
+    alpha: float = 0.5,
     lr: float = 1.0,
     tv: float = 0.01,
 ) -> Reconstruction:
@@ -30,15 +32,17 @@ def sme(
     ----------
     observation : Observation
     knowledge : Knowledge
-        With labels.
+        What it lacks is inferred, see `infer`.
     prior : None
         Not used.
     budget : Budget
         The authors use 1,000 iterations.
     report : Report, optional
         Called about once a second with the iteration and the matching loss.
-    explain : {"surrogate", "trajectory", "auto"}
-        SME is the surrogate; the others show what it loses by that.
+    explain : str
+        SME is the surrogate; others, see `explain`, show what it loses by that.
+    alpha : float
+        Where the surrogate starts between w0 (0) and w1 (1).
     lr : float
         Learning rate of Adam on normalised pixels; x0.1 at 3/8, 5/8 and 7/8.
     tv : float
@@ -47,18 +51,19 @@ def sme(
     Raises
     ------
     ValueError
-        If the labels are unknown.
+        If the explanation does not fit the update.
     AttackError
         If the optimisation diverges.
     """
+    knowledge = infer(observation, knowledge, budget.device)
     return optimise(
         "sme",
-        explain_update(explain, observation, knowledge, budget.device),
+        explain_update(explain, observation, knowledge, budget.device, alpha),
         [TotalVariation(tv, knowledge.std)],
-        knowledge,
+        observation,
         budget,
         lr=lr,
         schedule=step_schedule,
         report=report,
-        options={"lr": lr, "tv": tv},
+        options={"alpha": alpha, "lr": lr, "tv": tv},
     )

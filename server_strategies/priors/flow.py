@@ -16,9 +16,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_app.files import project_file, user_path
-from server_strategies.priors.networks import create_network
+from server_strategies.priors.networks import check_shape, create_network
 
 MODES = ("denoiser", "velocity")
+
+
+def find_weights(weights: str) -> Path:
+    """Return the file of a trained velocity network; its model card is beside it, in ``.md``.
+
+    Parameters
+    ----------
+    weights : str
+        A name in ``server_strategies/priors/weights``, or the path of a
+        ``.safetensors`` file made by ``flowleak prior train``.
+
+    Raises
+    ------
+    ValueError
+        If there are no such weights.
+    """
+    if weights.endswith(".safetensors"):
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            path = user_path(weights)  # a worker's working directory is not the user's
+        if not path.is_file():
+            raise ValueError(f"prior weights {weights!r}: there is no such file")
+        return path
+    try:
+        return project_file(f"server_strategies/priors/weights/{weights}.safetensors")
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"prior weights {weights!r} are not shipped; allowed: a name of those that are, "
+            f"or the path of a .safetensors file ({error})"
+        ) from error
 
 
 def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
@@ -27,8 +57,7 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     Parameters
     ----------
     weights : str
-        A name in ``server_strategies/priors/weights``, or the path of a
-        ``.safetensors`` file made by ``flowleak prior train``.
+        As `find_weights` takes it.
     device : torch.device or str
 
     Raises
@@ -36,20 +65,7 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     ValueError
         If there are no such weights, or they do not fit their network.
     """
-    if weights.endswith(".safetensors"):
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            path = user_path(weights)  # a worker's working directory is not the user's
-        if not path.is_file():
-            raise ValueError(f"prior weights {weights!r}: there is no such file")
-    else:
-        try:
-            path = project_file(f"server_strategies/priors/weights/{weights}.safetensors")
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"prior weights {weights!r} are not shipped; allowed: a name of those that are, "
-                f"or the path of a .safetensors file ({error})"
-            ) from error
+    path = find_weights(weights)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             name = (file.metadata() or {}).get("network", "")
@@ -63,6 +79,26 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
         raise ValueError(f"{path} does not fit the network {name!r}: {error}") from error
     network = network.eval().requires_grad_(False).to(device)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def denoise(network: nn.Module, x_t: Tensor, level: float) -> Tensor:
+    """Return the denoiser ``D(x_t, t) = x_t + (1 - t) v(x_t, t)``, the mean of x1 given x_t.
+
+    Parameters
+    ----------
+    network : nn.Module
+        The velocity v(x_t, t).
+    x_t : Tensor, shape (N, 3, H, W)
+        ``t x1 + (1 - t) x0``, with x1 in [-1, 1] and x0 from N(0, I).
+    level : float
+        The flow time t in [0, 1] of all images.
+
+    Returns
+    -------
+    Tensor, shape (N, 3, H, W)
+    """
+    t = x_t.new_full((len(x_t),), level)
+    return x_t + (1 - level) * network(x_t, t)
 
 
 @dataclass(frozen=True)
@@ -107,27 +143,22 @@ class FlowPrior:
         Parameters
         ----------
         images : Tensor, shape (N, 3, H, W)
-            In [0, 1]; H and W divisible by 4.
+            In [0, 1].
         progress : float
             Share of the attack's iterations done, in [0, 1].
 
         Raises
         ------
         ValueError
-            If the network can't take images of this shape.
+            If the network can't take images of this shape (`check_shape`).
         """
-        if images.shape[1] != 3 or images.shape[2] % 4 or images.shape[3] % 4:
-            raise ValueError(
-                f"the flow prior takes images (N, 3, H, W) with H and W divisible by 4, "
-                f"got {tuple(images.shape)}"
-            )
+        check_shape(self.network, images.shape)
         x = 2 * images - 1
         level = self.t_start + (self.t_end - self.t_start) * progress
-        t = torch.full((len(x),), level, device=x.device, dtype=x.dtype)
         if self.mode == "velocity":
+            t = x.new_full((len(x),), level)
             return self.weight * self.network(x, t).square().mean()
         with torch.no_grad():
             noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
-            x_t = torch.lerp(noise, x, level)
-            denoised = x_t + (1 - level) * self.network(x_t, t)
+            denoised = denoise(self.network, torch.lerp(noise, x, level), level)
         return self.weight * F.mse_loss(x, denoised)

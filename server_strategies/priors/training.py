@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,10 +18,12 @@ from torch.nn import functional as F
 
 from fl_app.files import whole_file, write_text
 from fl_app.progress import progress_bar
-from server_strategies.priors.networks import create_network
+from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
+from server_strategies.priors.networks import check_shape, create_network
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 VALIDATION_TIMES = (0.2, 0.5, 0.8, 0.9, 0.95)
+GRID = 6  # rows and columns of a grid of samples
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 @dataclass(frozen=True)
@@ -76,72 +77,15 @@ class TrainingSettings:
                 raise ValueError(f"{name} is {value}; allowed: {low} to {high}")
 
 
-def load_images(source: Path, layout: str = "images", size: int = 32) -> tuple[Tensor, int]:
-    """Load training images into memory.
-
-    Parameters
-    ----------
-    source : Path
-        A folder of images, or an ``.npy`` file of uint8 (N, size, size, 3).
-    layout : {"images", "mosaic"}
-        Whether a file of the folder is one image (cropped to its centre square
-        and resized) or a grid of `size` x `size` tiles, row by row.
-    size : int
-        Height and width in pixels.
-
-    Returns
-    -------
-    images : Tensor of uint8, shape (N, 3, size, size)
-    broken : int
-        Files that could not be read, which were skipped.
-
-    Raises
-    ------
-    ValueError
-        If the source holds no usable image, or arrays of another shape.
-    """
-    if layout not in ("images", "mosaic"):
-        raise ValueError(f"unknown layout {layout!r}; known: images, mosaic")
-    if not source.exists():
-        raise ValueError(f"no training images: {source} does not exist")
-    if source.suffix == ".npy":
-        array = np.load(source, allow_pickle=False)
-        if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"{source} holds {array.dtype} {array.shape}; needed: uint8 (N, {size}, {size}, 3)"
-            )
-        return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), 0
-    parts, broken = [], 0
-    for file in sorted(source.rglob("*")):
-        if file.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
-            if layout == "images":
-                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        except (UnidentifiedImageError, OSError):
-            broken += 1
-            continue
-        pixels = np.asarray(image)
-        rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
-        if pixels.shape[:2] != (rows * size, columns * size):
-            raise ValueError(f"{file} is no mosaic of {size} x {size} tiles: {pixels.shape[:2]}")
-        tiles = pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
-        parts.append(tiles.reshape(-1, 3, size, size))
-    if not parts:
-        raise ValueError(f"no readable image in {source} ({broken} broken files)")
-    return torch.from_numpy(np.concatenate(parts)), broken
-
-
 def draw_times(count: int, focus: float, generator: torch.Generator) -> Tensor:
     """Draw flow times, a share `focus` of them from [0.6, 1]; shape (count,)."""
-    times = 0.6 * torch.rand(count, generator=generator)
-    late = torch.rand(count, generator=generator) < focus
-    return torch.where(late, 0.6 + times * (0.4 / 0.6), times)
+    times, choice = torch.rand((2, count), generator=generator, device=generator.device)
+    return torch.where(choice < focus, 0.6 + 0.4 * times, 0.6 * times)
 
 
-def flow_matching_loss(network: nn.Module, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def flow_matching_loss(
+    velocity: Callable[[Tensor, Tensor], Tensor], clean: Tensor, noise: Tensor, t: Tensor
+) -> Tensor:
     """Return the flow-matching loss with straight paths, one value an image.
 
     ``|v(t x1 + (1 - t) x0, t) - (x1 - x0)|^2``, mean over pixels (the paper,
@@ -149,8 +93,8 @@ def flow_matching_loss(network: nn.Module, clean: Tensor, noise: Tensor, t: Tens
 
     Parameters
     ----------
-    network : nn.Module
-        The velocity v(x_t, t).
+    velocity : callable
+        v(x_t, t), a network.
     clean, noise : Tensor, shape (batch, C, H, W)
         x1 in [-1, 1] and x0 from N(0, I).
     t : Tensor, shape (batch,)
@@ -159,29 +103,65 @@ def flow_matching_loss(network: nn.Module, clean: Tensor, noise: Tensor, t: Tens
     -------
     Tensor, shape (batch,)
     """
-    level = t[:, None, None, None]
-    velocity = network(torch.lerp(noise, clean, level), t)
-    return F.mse_loss(velocity, clean - noise, reduction="none").mean(dim=(1, 2, 3))
+    x_t = torch.lerp(noise, clean, t[:, None, None, None])
+    return F.mse_loss(velocity(x_t, t), clean - noise, reduction="none").mean(dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def sample(
+    network: nn.Module, count: int, steps: int, generator: torch.Generator, size: int = 32
+) -> Tensor:
+    """Generate images: follow dx/dt = v(x, t) from noise at t = 0 to t = 1 (the paper, eq. 1).
+
+    Parameters
+    ----------
+    network : nn.Module
+        The velocity v(x_t, t), on the generator's device.
+    count : int
+        Images to generate, in one batch.
+    steps : int
+        Euler steps of length 1 / steps.
+    generator : torch.Generator
+        Draws the noise.
+    size : int
+        Height and width in pixels.
+
+    Returns
+    -------
+    Tensor, shape (count, 3, size, size)
+        In [0, 1].
+    """
+    device = generator.device
+    x = torch.randn((count, 3, size, size), generator=generator, device=device)
+    for step in range(steps):
+        x = x + network(x, x.new_full((count,), step / steps)) / steps
+    return ((x + 1) / 2).clamp(0, 1)
 
 
 class Trainer:
-    """One training, resumable: everything that a step changes is in `state`.
+    """One training, resumable: all that a step changes is in the checkpoint.
+
+    On a CPU a resumed training ends bit for bit as an uninterrupted one. On
+    CUDA the network is compiled and works in bfloat16 where that is safe;
+    images, noise and losses stay on the device, so that a step never waits for
+    it.
 
     Parameters
     ----------
     images : Tensor of uint8, shape (N, 3, H, W)
-        The last 2% (at most 1,000) are kept for validation.
+        Two or more. The last 2% (at most 1,000) are kept for validation.
     settings : TrainingSettings
     folder : Path
-        Where ``checkpoint.pt`` and ``progress.jsonl`` are kept; a checkpoint
-        found there is resumed.
+        Where ``checkpoint/``, ``progress.jsonl`` and ``samples-*.png`` are
+        kept; a checkpoint found there is resumed.
     source : str
         What the images are, for the model card.
 
     Raises
     ------
     ValueError
-        If the checkpoint found was made with another network or seed.
+        If the network can't take such images, or the checkpoint found can't be
+        read or was made with another network, seed or batch size.
     """
 
     def __init__(
@@ -189,19 +169,26 @@ class Trainer:
     ) -> None:
         self.settings, self.folder, self.source = settings, folder, source
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if len(images) < 2:
+            raise ValueError(f"{len(images)} training images; allowed: 2 or more")
         held_out = min(1000, max(1, len(images) // 50))
-        self.validation, self.images = images[-held_out:], images[:-held_out]
+        self.validation = images[-held_out:]
+        self.images = images[:-held_out].to(self.device)
         torch.manual_seed(settings.seed)
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator(self.device).manual_seed(settings.seed)
         network = create_network(settings.network).to(self.device)
+        check_shape(network, images.shape)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.velocity: Callable[[Tensor, Tensor], Tensor] = (
+            torch.compile(self.network) if self.device.type == "cuda" else self.network
+        )
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99)
         )
-        self.steps, self.seconds, self.smooth_loss = 0, 0.0, math.nan
-        if (folder / "checkpoint.pt").exists():
-            self._resume()
+        self.steps, self.seconds = 0, 0.0
+        self.loss = torch.tensor(math.nan, device=self.device)  # of about the last 100 steps
+        self._resume()
 
     @property
     def images_seen(self) -> int:
@@ -216,28 +203,27 @@ class Trainer:
             done = max(done, self.seconds / (60 * self.settings.minutes))
         return min(done, 1.0)
 
-    def batches(self) -> Iterator[Tensor]:
-        """Yield batches in [-1, 1], randomly flipped, without end."""
-        while True:
-            picks = torch.randint(
-                len(self.images), (self.settings.batch_size,), generator=self.generator
-            )
-            flips = torch.rand(len(picks), generator=self.generator) < 0.5
-            batch = self.images[picks]
-            batch[flips] = batch[flips].flip(-1)
-            yield batch.to(self.device).float().div_(127.5).sub_(1)
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a batch: images in [-1, 1] (flipped at random), noise and flow times."""
+        count, device = self.settings.batch_size, self.device
+        picks = torch.randint(len(self.images), (count,), generator=self.generator, device=device)
+        flips = torch.rand((count, 1, 1, 1), generator=self.generator, device=device) < 0.5
+        pixels = self.images[picks]
+        clean = torch.where(flips, pixels.flip(-1), pixels).float() / 127.5 - 1
+        noise = torch.randn(clean.shape, generator=self.generator, device=device)
+        t = draw_times(count, self.settings.focus, self.generator)
+        layout = torch.channels_last
+        return clean.contiguous(memory_format=layout), noise.contiguous(memory_format=layout), t
 
-    def step(self, clean: Tensor) -> Tensor:
-        """Make one optimiser step; return its mean loss, shape ()."""
+    def step(self) -> None:
+        """Make one optimiser step."""
         warm = min(1.0, (self.steps + 1) / self.settings.warmup)
         rate = self.settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * self.progress))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        noise = torch.randn(clean.shape, generator=self.generator).to(self.device)
-        t = draw_times(len(clean), self.settings.focus, self.generator).to(self.device)
-        clean = clean.contiguous(memory_format=torch.channels_last)
+        clean, noise, t = self.draw()
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = flow_matching_loss(self.network, clean, noise, t).mean()
+            loss = flow_matching_loss(self.velocity, clean, noise, t).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -247,88 +233,135 @@ class Trainer:
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
         for name, value in self.network.state_dict().items():
             self.average[name].lerp_(value.detach(), 1 - decay)
-        return loss.detach()
+        loss = loss.detach().float()
+        self.loss = torch.where(self.loss.isnan(), loss, self.loss.lerp(loss, 0.01))
+
+    def averaged(self) -> nn.Module:
+        """Return a network with the averaged weights."""
+        network = create_network(self.settings.network).to(self.device).requires_grad_(False)
+        network.load_state_dict(self.average)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the averaged network's flow-matching loss by flow time."""
-        generator = torch.Generator().manual_seed(1)
-        averaged = create_network(self.settings.network).to(self.device)
-        averaged.load_state_dict(self.average)
+        generator = torch.Generator().manual_seed(1)  # the same noise on every device
+        network = self.averaged()
         clean = self.validation[:256].to(self.device).float() / 127.5 - 1
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
         losses = {}
         for time_ in VALIDATION_TIMES:
             t = torch.full((len(clean),), time_, device=self.device)
-            losses[f"{time_:g}"] = flow_matching_loss(averaged, clean, noise, t).mean().item()
+            losses[f"{time_:g}"] = flow_matching_loss(network, clean, noise, t).mean().item()
         return losses
 
-    def run(self, console: Console, report_every: int = 500) -> None:
-        """Train to the end of the budget, with a progress bar and checkpoints."""
+    def run(self, console: Console, report_seconds: float = 180, reports_per_grid: int = 5) -> None:
+        """Train to the end of the budget.
+
+        Parameters
+        ----------
+        console : Console
+            Shows a progress bar.
+        report_seconds : float
+            After so many seconds a line joins ``progress.jsonl`` and the
+            checkpoint is written, as at the end.
+        reports_per_grid : int
+            After so many reports a grid of samples is drawn, as at the end.
+        """
+        reports, start = 0, self.steps
+        last = reported = shown = time.monotonic()
         with progress_bar(console) as bar:
             task = bar.add_task("training", total=1.0)
-            batches, last = self.batches(), time.monotonic()
             while self.progress < 1:
-                loss = self.step(next(batches)).item()
+                self.step()
                 now = time.monotonic()
                 self.seconds, last = self.seconds + now - last, now
-                self.smooth_loss = (
-                    loss if math.isnan(self.smooth_loss) else 0.99 * self.smooth_loss + 0.01 * loss
-                )
-                rate = self.images_seen / max(self.seconds, 1e-9)
-                bar.update(
-                    task,
-                    completed=self.progress,
-                    description=f"{self.images_seen:,} images, {rate:.0f}/s, "
-                    f"loss {self.smooth_loss:.4f}",
-                )
-                if self.steps % report_every == 0:
-                    self._report()
-                    self.save()
-        self._report()
-        self.save()
+                if now - shown >= 1:
+                    # Reading the loss waits for the device.
+                    words = f"{self.images_seen / self.seconds:.0f}/s, loss {self.loss.item():.4f}"
+                    description = f"{self.images_seen:,} images, {words}"
+                    bar.update(task, completed=self.progress, description=description)
+                    shown = now
+                if now - reported >= report_seconds:
+                    reports += 1
+                    self._report(grid=reports % reports_per_grid == 0)
+                    reported = time.monotonic()
+        if self.steps > start:
+            self._report(grid=True)
 
-    def _report(self) -> None:
+    def _report(self, grid: bool) -> None:
         line = {
             "images": self.images_seen,
             "seconds": round(self.seconds),
-            "loss": round(self.smooth_loss, 5),
+            "loss": round(self.loss.item(), 5),
             "validation": {k: round(v, 5) for k, v in self.validate().items()},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
+        if grid:
+            self._draw_grid()
+        self.save()
+
+    def _draw_grid(self) -> None:
+        """Write GRID x GRID generated images to ``samples-IMAGES_SEEN.png``."""
+        size = self.images.shape[-1]
+        # The same noise each time: grids of one training show the same images getting better.
+        generator = torch.Generator(self.device).manual_seed(1)
+        network = self.averaged()
+        images = sample(network, GRID * GRID, steps=50, generator=generator, size=size).cpu()
+        rows = images.unflatten(0, (GRID, GRID)).permute(0, 3, 1, 4, 2)
+        pixels = (255 * rows.reshape(GRID * size, GRID * size, 3)).round().byte()
+        with whole_file(self.folder / f"samples-{self.images_seen:09}.png") as temporary:
+            Image.fromarray(pixels.numpy()).save(temporary)
 
     def save(self) -> None:
-        """Write the checkpoint that a killed training resumes from."""
-        state = {
+        """Write the checkpoint that a killed training resumes from; after a first step."""
+        tensors = {"generator": self.generator.get_state()}
+        tensors |= {f"network/{k}": v.detach() for k, v in self.network.state_dict().items()}
+        tensors |= {f"average/{k}": v for k, v in self.average.items()}
+        for name, parameter in self.network.named_parameters():
+            kept = self.optimizer.state[parameter]
+            tensors |= {f"{moment}/{name}": kept[moment] for moment in MOMENTS}
+        facts = {
             "settings": asdict(self.settings),
-            "network": self.network.state_dict(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
+            "device": self.device.type,
             "steps": self.steps,
             "seconds": self.seconds,
-            "smooth_loss": self.smooth_loss,
+            "loss": self.loss.item(),
         }
-        with whole_file(self.folder / "checkpoint.pt") as temporary:
-            torch.save(state, temporary)
+        save_checkpoint(self.folder, tensors, facts)
 
     def _resume(self) -> None:
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        """Go on from the folder's checkpoint, if there is one."""
+        found = load_checkpoint(self.folder)
+        if found is None:
+            return
+        tensors, facts = found
         for name in ("network", "seed", "batch_size"):
-            before, now = state["settings"][name], getattr(self.settings, name)
+            before, now = facts["settings"][name], getattr(self.settings, name)
             if before != now:
                 raise ValueError(
-                    f"{self.folder / 'checkpoint.pt'} was trained with {name}={before}, not {now}; "
+                    f"the checkpoint in {self.folder} was trained with {name}={before}, not {now}; "
                     "choose another folder to start anew"
                 )
-        self.network.load_state_dict(state["network"])
-        self.average = {k: v.to(self.device) for k, v in state["average"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self.smooth_loss = state["smooth_loss"]
+        self.network.load_state_dict({k: tensors[f"network/{k}"] for k in self.average})
+        for name, value in self.average.items():
+            value.copy_(tensors[f"average/{name}"])
+        state = self.optimizer.state_dict()
+        for index, (name, parameter) in enumerate(self.network.named_parameters()):
+            kept = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
+            for moment in MOMENTS[1:]:  # in the parameter's layout, as the optimiser made them
+                kept[moment] = torch.empty_like(parameter).detach().copy_(kept[moment])
+            state["state"][index] = kept
+        self.optimizer.load_state_dict(state)
+        self.steps, self.seconds = facts["steps"], facts["seconds"]
+        self.loss.fill_(facts["loss"])
+        if facts["device"] == self.device.type:
+            self.generator.set_state(tensors["generator"])
+        else:
+            # Generators of a CPU and of CUDA can't take each other's state.
+            self.generator.manual_seed(self.settings.seed + self.steps)
 
     def export(self, path: Path, commit: str) -> None:
         """Write the averaged weights (fp16) and their model card beside them.
@@ -350,7 +383,7 @@ class Trainer:
             "seconds": f"{self.seconds:.0f} on {self.device.type}",
             "seed": str(self.settings.seed),
             "flow times": f"{self.settings.focus:.0%} in [0.6, 1]",
-            "training loss": f"{self.smooth_loss:.4f}",
+            "training loss": f"{self.loss.item():.4f}",
             "code": commit,
         }
         half = {k: v.half().contiguous().cpu() for k, v in self.average.items()}

@@ -2,88 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor
+from functools import partial
 
 from fl_app.models import create_model
-from fl_app.protocol import Knowledge, LocalTraining, Observation
+from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.explain.base import Explanation
+from server_strategies.attacks.explain.one_step import EpsInversion, GradientMatch, SignMatch
 from server_strategies.attacks.explain.surrogate import Surrogate
 from server_strategies.attacks.explain.trajectory import Trajectory
 
-EXPLANATIONS = ("auto", "surrogate", "trajectory")
-
-
-class Explanation(Protocol):
-    """A differentiable account of an update, called on candidate images.
-
-    Attributes
-    ----------
-    name : str
-    reason : str
-        Why it was chosen.
-    unknowns : list of Tensor
-        What it fits beside the images (alpha, in a surrogate), each in [0, 1].
-    """
-
-    name: str
-    reason: str
-    unknowns: list[Tensor]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the matching loss, shape (), of normalised images (N, C, H, W)."""
-        ...
+EXPLANATIONS = {
+    kind.name: kind for kind in (Surrogate, Trajectory, GradientMatch, EpsInversion, SignMatch)
+}
 
 
 def explain(
-    kind: str, observation: Observation, knowledge: Knowledge, device: str = "cpu"
+    kind: str,
+    observation: Observation,
+    knowledge: Knowledge,
+    device: str = "cpu",
+    alpha: float | None = None,
 ) -> Explanation:
     """Return an explanation of an observation.
 
     Parameters
     ----------
-    kind : {"auto", "surrogate", "trajectory"}
-        `auto` simulates the client's trajectory wherever the protocol tells the
-        optimiser and one pass fixes the order of the batches; it falls back to
-        the surrogate where a client makes several passes in unknown order.
+    kind : {"auto", "surrogate", "trajectory", "gradient", "inversion", "sign"}
+        `auto` chooses by what is known of the client, see `choose`.
     observation : Observation
     knowledge : Knowledge
-        With labels.
+        With the client's training, see `infer`.
     device : str
         The torch device to work on.
+    alpha : float, optional
+        Where a surrogate starts, see `Surrogate`.
 
     Raises
     ------
     ValueError
-        If `kind` is unknown, or the labels are.
+        If `kind` is unknown, does not fit the update, or there are not as many
+        labels as examples.
     """
-    if kind not in EXPLANATIONS:
-        raise ValueError(f"explain is {kind!r}; allowed: {', '.join(EXPLANATIONS)}")
-    if knowledge.labels is None:
+    if kind != "auto" and kind not in EXPLANATIONS:
+        raise ValueError(f"explain is {kind!r}; allowed: auto, {', '.join(EXPLANATIONS)}")
+    labels = knowledge.labels
+    if labels is not None and len(labels) != observation.num_examples:
         raise ValueError(
-            "the labels of this update are unknown and the attack needs them; "
-            "let the auditor grant them: audit.truth=true audit.labels=given"
-        )
-    if len(knowledge.labels) != observation.num_examples:
-        raise ValueError(
-            f"{len(knowledge.labels)} labels for {observation.num_examples} examples; "
-            "allowed: one each"
+            f"{len(labels)} labels for {observation.num_examples} examples; allowed: one each"
         )
     reason = "asked for"
     if kind == "auto":
-        kind, reason = _choose(knowledge.training, observation.num_examples)
+        kind, reason = choose(observation, knowledge)
+        reason = f"auto, {reason}"
     model = create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape).to(device)
-    explanation = Surrogate if kind == "surrogate" else Trajectory
-    return explanation(model, observation, knowledge, f"{kind}: {reason}")
+    make = partial(Surrogate, alpha=alpha) if kind == Surrogate.name else EXPLANATIONS[kind]
+    return make(model, observation, knowledge, f"{kind}: {reason}")
 
 
-def _choose(training: LocalTraining, num_examples: int) -> tuple[str, str]:
-    """Return the explanation that suits a client, and why."""
-    optimizer = training.optimizer
+def choose(observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
+    """Return the explanation that suits a client, and why.
+
+    One step: the gradient itself, from SGD exactly, from Adam by its epsilon
+    where the update is clean enough. Several steps: the client's own trajectory.
+    It needs to know which images a step trained on, so where SGD makes several
+    passes in unknown order the surrogate stays; no surrogate explains Adam.
+    """
+    training, count = knowledge.client, observation.num_examples
+    optimizer, steps = training.optimizer, len(training.batches(count))
+    if steps == 1 and optimizer == "sgd":
+        return "gradient", "one step of sgd is its gradient"
+    if steps == 1:
+        usable, why = EpsInversion.usable(observation, training)
+        if usable:
+            return "inversion", f"one step of {optimizer}, and {why}"
+        return "trajectory", f"one step of {optimizer}, but {why}"
     if optimizer != "sgd":
         # Adam's steps are nearly the sign of the gradient: no gradient on the
         # line from w0 to w1 is parallel to them.
-        return "trajectory", f"auto, a surrogate can't explain {optimizer}"
-    if training.passes(num_examples) > 1:
-        return "surrogate", "auto, sgd over several passes in an order that is not known"
-    return "trajectory", "auto, sgd in one pass, whose order is known"
+        return "trajectory", f"a surrogate can't explain {optimizer}"
+    if training.reshuffle and training.passes(count) > 1:
+        return "surrogate", "sgd over several passes in an order that is not known"
+    return "trajectory", "sgd in steps whose order is known"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
+from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.distance import CosineDistance
 from server_strategies.attacks.explain.gradient import loss_gradient
 from server_strategies.attacks.explain.trajectory import EPS
@@ -50,29 +51,19 @@ def mean_step(
     ]
 
 
-class GradientMatch:
+class GradientMatch(Explanation):
     """Cosine distance to the client's mean step, as a gradient at w0 (Geiping et al., 2020).
 
     ``1 - cos(r, g(w0, x))`` over all parameters as one vector. Zero at the truth
     for one step of SGD, with momentum or weight decay too; clipping scales the
     gradient, which a cosine does not see. Later steps and Adam's normalisation
-    are ignored, as published attacks that match gradients do.
+    are ignored, as published attacks that match gradients do. Where a first
+    linear layer gives the image away in closed form, `start` holds it.
 
     Parameters
     ----------
-    model : nn.Module
-        On the device to work on; its weights are not read.
-    observation : Observation
-    knowledge : Knowledge
-        With labels.
-    reason : str
-        Why this explanation was chosen.
-
-    Attributes
-    ----------
-    start : Tensor, shape (N, C, H, W), or None
-        Normalised images to start from, where a first linear layer gives the
-        image away in closed form.
+    model, observation, knowledge, reason
+        See `Explanation`.
 
     Raises
     ------
@@ -85,19 +76,11 @@ class GradientMatch:
     def __init__(
         self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
     ) -> None:
-        self.reason = reason
-        self.model, self.training = model, knowledge.training
-        self.num_steps = len(knowledge.training.batches(observation.num_examples))
-        reference = next(model.parameters())
-        names = [name for name, _ in model.named_parameters()]
-        self.w0 = {n: observation.w0[n].to(reference).detach().requires_grad_() for n in names}
-        self.labels = torch.tensor(knowledge.labels, device=reference.device)
-        self.unknowns: list[Tensor] = []
-        self.start: Tensor | None = None
-        w0 = [w.detach() for w in self.w0.values()]
-        w1 = [observation.w1[n].to(reference) for n in names]
+        super().__init__(model, observation, knowledge, reason)
+        self.num_steps = len(self.batches)
         with torch.no_grad():
-            self._prepare(w0, w1, knowledge)
+            w0 = [w.detach() for w in self.w0.values()]
+            self._prepare(w0, list(self.w1.values()), knowledge)
 
     def _prepare(self, w0: list[Tensor], w1: list[Tensor], knowledge: Knowledge) -> None:
         """Derive from the weights what candidates are compared with."""
@@ -119,9 +102,9 @@ class GradientMatch:
         # All rows are the same image; rounding, and what was masked, is left out by the median.
         return rows.nanmedian(0).values.nan_to_num().view(1, *shape)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
-        return self.distance(loss_gradient(self.model, self.w0, x, self.labels))
+        return self.distance(loss_gradient(self.model, self.w0, x, self.targets()))
 
 
 class EpsInversion(GradientMatch):
@@ -248,9 +231,9 @@ class SignMatch(GradientMatch):
         for r, t in zip(self.steps, _tolerance(w0, w1, self.training.lr), strict=True):
             self.weights.append(torch.where(r.abs() <= t, 1, r.abs()))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the disagreement, shape (), of normalised images (N, C, H, W)."""
-        gradient = loss_gradient(self.model, self.w0, x, self.labels)
+        gradient = loss_gradient(self.model, self.w0, x, self.targets())
         if self.decayed:
             gradient = [g + d for g, d in zip(gradient, self.decayed, strict=True)]
         agreed = [(r * g).sum() for r, g in zip(self.steps, gradient, strict=True)]

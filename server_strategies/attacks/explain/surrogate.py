@@ -2,51 +2,81 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
-from fl_app.protocol import Knowledge, Observation
+from fl_app.protocol import Knowledge, LocalTraining, Observation
+from server_strategies.attacks.explain.base import Explanation, Unknown
 from server_strategies.attacks.explain.distance import CosineDistance
 from server_strategies.attacks.explain.gradient import loss_gradient
 
 
-class Surrogate:
+class Surrogate(Explanation):
     """Surrogate model extension (Zhu et al., 2023; the paper, eq. 7 and 8).
 
     ``1 - cos(w0 - w1, g(w_a, x))`` with ``w_a = (1 - a) w0 + a w1``, over all
-    parameters as one vector; the unknown a starts at 0.5.
+    parameters as one vector; a is fitted beside the images.
 
     Parameters
     ----------
-    model : nn.Module
-        On the device to work on; its weights are not read.
-    observation : Observation
-    knowledge : Knowledge
-        With labels.
-    reason : str
-        Why this explanation was chosen.
+    model, observation, knowledge, reason
+        See `Explanation`.
+    alpha : float, optional
+        Where a starts, in [0, 1]; the authors start at 0.5. By default where the
+        client took its gradients on average, see `mean_position`.
     """
 
     name = "surrogate"
 
     def __init__(
-        self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
+        self,
+        model: nn.Module,
+        observation: Observation,
+        knowledge: Knowledge,
+        reason: str,
+        alpha: float | None = None,
     ) -> None:
-        self.reason = reason
-        reference = next(model.parameters())
-        self.model = model
-        self.names = [name for name, _ in model.named_parameters()]
-        self.w0 = [observation.w0[name].to(reference) for name in self.names]
+        super().__init__(model, observation, knowledge, reason)
         self.update = [
-            w - observation.w1[n].to(w) for w, n in zip(self.w0, self.names, strict=True)
+            before.detach() - after
+            for before, after in zip(self.w0.values(), self.w1.values(), strict=True)
         ]
         self.distance = CosineDistance(self.update)
-        self.labels = torch.tensor(knowledge.labels, device=reference.device)
-        self.alpha = torch.tensor(0.5).to(reference).requires_grad_()
-        self.unknowns = [self.alpha]
+        start = mean_position(self.training, len(self.batches)) if alpha is None else alpha
+        self.alpha = torch.tensor(start).to(self.update[0]).requires_grad_()
+        self.unknowns.append(Unknown(self.alpha, lr=1e-3))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
-        weights = [w - self.alpha * u for w, u in zip(self.w0, self.update, strict=True)]
-        by_name = dict(zip(self.names, weights, strict=True))
-        return self.distance(loss_gradient(self.model, by_name, x, self.labels))
+        pairs = zip(self.w0.items(), self.update, strict=True)
+        weights = {name: w.detach() - self.alpha * u for (name, w), u in pairs}
+        return self.distance(loss_gradient(self.model, weights, x, self.targets()))
+
+    def position(self) -> float:
+        """See `Explanation`."""
+        return self.alpha.item()
+
+
+def mean_position(training: LocalTraining, num_steps: int) -> float:
+    """Return where between w0 and w1 a client took its gradients on average, in [0, 1).
+
+    For a gradient that stays the same: ``sum_k c_k p_k / sum_k c_k``, with p_k the
+    share of the displacement made before step k, and c_k what the gradient of step
+    k is worth in all of it. (K - 1) / 2K for SGD; less with momentum, whose early
+    gradients count most. Adam's steps count alike.
+
+    Parameters
+    ----------
+    training : LocalTraining
+    num_steps : int
+        K.
+    """
+    mu, velocity, speed = training.momentum, 0.0, []
+    for _ in range(num_steps):
+        velocity = mu * velocity + 1
+        speed.append(1 + mu * velocity if training.nesterov else velocity)
+    moved = [0.0, *accumulate(speed)]
+    # A gradient n steps before the end is worth the speed that n steps of it reach.
+    return sum(c * p for c, p in zip(reversed(speed), moved, strict=False)) / moved[-1] ** 2

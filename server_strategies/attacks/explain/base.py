@@ -1,0 +1,99 @@
+"""What every explanation of an update has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl_app.protocol import Knowledge, Observation
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Something that an attack fits beside the images, such as a surrogate's alpha.
+
+    Attributes
+    ----------
+    value : Tensor
+        Boxed to [0, 1]; requires a gradient.
+    lr : float
+        Peak learning rate.
+    """
+
+    value: Tensor
+    lr: float
+
+
+class Explanation(ABC):
+    """A differentiable account of an update, called on candidate images.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On the device to work on; its weights are not read.
+    observation : Observation
+    knowledge : Knowledge
+        With the client's training. Labels in training order; None: their
+        probabilities are fitted beside the images, from all alike.
+    reason : str
+        Why this explanation was chosen.
+
+    Attributes
+    ----------
+    name : str
+    unknowns : list of Unknown
+    start : Tensor, shape (N, C, H, W), or None
+        Normalised images to start from, where they are known in closed form.
+    """
+
+    name: str
+
+    def __init__(
+        self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
+    ) -> None:
+        self.model, self.knowledge, self.reason = model, knowledge, reason
+        self.training = knowledge.client
+        self.batches = self.training.batches(observation.num_examples)
+        like = next(model.parameters())
+        names = [name for name, _ in model.named_parameters()]
+        self.w0 = {n: observation.w0[n].to(like).detach().requires_grad_() for n in names}
+        self.w1 = {n: observation.w1[n].to(like).detach() for n in names}
+        self.unknowns: list[Unknown] = []
+        self.start: Tensor | None = None
+        if knowledge.labels is not None:
+            self.labels = torch.tensor(knowledge.labels, device=like.device)
+            return
+        shape = (observation.num_examples, knowledge.num_classes)
+        self.labels = torch.full(shape, 0.5).to(like).requires_grad_()
+        self.unknowns.append(Unknown(self.labels, lr=0.05))
+
+    def targets(self) -> Tensor:
+        """Return the images' classes, shape (N,), or their probabilities, (N, num_classes)."""
+        if not self.labels.requires_grad:
+            return self.labels
+        return self.labels / self.labels.sum(1, keepdim=True).clamp_min(1e-6)
+
+    def found_labels(self) -> tuple[int, ...]:
+        """Return the N labels, or the most likely ones."""
+        labels = self.labels.argmax(1) if self.labels.requires_grad else self.labels
+        return tuple(labels.tolist())
+
+    def position(self) -> float | None:
+        """Return where between w0 and w1 a surrogate's gradient was taken; None: no surrogate."""
+        return None
+
+    @abstractmethod
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
+        """Return the matching loss, shape ().
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, C, H, W)
+            Normalised images.
+        progress : float
+            Share of the attack's iterations done, in [0, 1].
+        """
+        ...

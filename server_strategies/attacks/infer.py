@@ -1,0 +1,48 @@
+"""What the server does not know of a client, and an attack works out itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.explain.guess import guess_training
+from server_strategies.attacks.labels import count_labels
+
+
+def infer(observation: Observation, knowledge: Knowledge, device: str = "cpu") -> Knowledge:
+    """Return the knowledge with the client's training and labels filled in from its update.
+
+    What is known stays as it is. The training is guessed by `guess_training`, the
+    labels are counted by `count_labels`; where that can't be they stay unknown, and
+    an explanation fits them beside the images.
+
+    Parameters
+    ----------
+    observation : Observation
+    knowledge : Knowledge
+    device : str
+        The torch device to work on.
+
+    Raises
+    ------
+    ValueError
+        If the training is missing and the update does not tell it, as a zero one.
+    """
+    inferred = list(knowledge.inferred)
+    if knowledge.training is None:
+        guess = guess_training(observation)
+        t = guess.training
+        told = f"{t.optimizer}, lr {t.lr:.2g}, {t.local_steps} steps of {t.batch_size}"
+        surely = "" if guess.confident else ", unsure"
+        inferred.append(f"training guessed ({told}{surely}): {guess.reason}")
+        knowledge = replace(knowledge, training=t)
+    if knowledge.labels is None:
+        try:
+            estimate = count_labels("auto", observation, knowledge, device)
+        except ValueError as error:
+            inferred.append(f"labels fitted beside the images: {error}")
+            knowledge = replace(knowledge, labels_source="fitted")
+        else:
+            inferred.append(f"labels recovered by {estimate.reason}")
+            knowledge = replace(knowledge, labels=estimate.labels, labels_source=estimate.method)
+    return replace(knowledge, inferred=tuple(inferred))

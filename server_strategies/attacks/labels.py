@@ -1,0 +1,509 @@
+"""Recovering a client's labels from its update, by the classifier's last linear layer.
+
+With softmax p and one-hot label y, cross-entropy's gradient in that layer's bias
+is the batch's mean of p - y: what moved each class's bias tells how often it
+occurred. An optimiser such as Adam hides the size of a gradient but not its
+course over the steps, so there the counts are found by trying: `simulate`.
+
+See docs/labels.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fl_app.models import create_model
+from fl_app.optimizers import create_optimizer
+from fl_app.protocol import Knowledge, LocalTraining, Observation
+
+METHODS = ("auto", "idlg", "llg", "dlf", "simulate")
+
+_RANDOM_IMAGES = 64
+_MAX_FEATURES = 256  # of the last hidden layer: more cost time and tell little
+
+# Of `simulate`, chosen on CIFAR-10 clients that no reported figure uses.
+_SAMPLES = 32  # batches of random images behind each likelihood
+_RESTARTS, _SWEEPS, _MOVES = 3, 6, 60
+_HOT = 3.0  # the first sweep's temperature, falling to zero
+_FEATURE_WIDTH, _BIAS_WIDTH = 0.15, 0.05  # of a likelihood's kernel, in the displacement's rms
+_FEATURE_WEIGHT = 0.2  # the features' errors are not independent
+# Relative error of the simulated softmax: at w0, and for its relative change since.
+_P_ERROR, _P_DRIFT = 0.02, 0.5
+_FEATURE_FLOOR, _BIAS_FLOOR = -4.0, -12.0  # log likelihood of a coordinate not explained at all
+
+
+@dataclass(frozen=True)
+class LabelEstimate:
+    """How often a client's update says each label occurred.
+
+    Attributes
+    ----------
+    counts : Tensor of int64, shape (num_classes,)
+        Images of each class; they sum to N.
+    labels : tuple of int
+        N labels: by local step where the method can tell, ascending in each
+        step, else ascending over all.
+    method : str
+        The method used, never ``auto``.
+    reason : str
+        Why this method, for the log.
+    """
+
+    counts: Tensor
+    labels: tuple[int, ...]
+    method: str
+    reason: str
+
+
+def count_labels(
+    method: str, observation: Observation, knowledge: Knowledge, device: str = "cpu"
+) -> LabelEstimate:
+    """Estimate how many images of each class a client trained on.
+
+    Parameters
+    ----------
+    method : {"auto", "idlg", "llg", "dlf", "simulate"}
+        `idlg`: N distinct labels are the N classes whose gradient is negative
+        (Zhao et al., 2020). `llg`: repeated subtraction of one image's impact
+        (Wainakh et al., 2022). `dlf`: counts corrected for the model's output
+        over K steps (Dimitrov et al., 2022). `simulate`: the client's optimiser
+        on the last layer, tried on labels until its displacement fits. `auto`
+        chooses by the client's training.
+    observation : Observation
+    knowledge : Knowledge
+        Its labels are not read.
+    device : str
+        The torch device to work on.
+
+    Raises
+    ------
+    ValueError
+        If `method` is unknown or does not fit the client, the model has no
+        linear classifier, or the update is zero or not finite.
+    """
+    if method not in METHODS:
+        raise ValueError(f"labels method is {method!r}; allowed: {', '.join(METHODS)}")
+    if observation.num_examples < 1:
+        raise ValueError(f"num_examples is {observation.num_examples}; allowed: 1 or more")
+    reason = "asked for"
+    if method == "auto":
+        method, reason = choose_method(knowledge.client, observation.num_examples)
+    head = _Head(observation, knowledge, torch.device(device))
+    if method == "simulate":
+        by_step = _Search(head, observation, knowledge).run()
+        labels = [c for counts in by_step for c in _labels(counts)]
+        counts = by_step.sum(0)
+    else:
+        counts = {"idlg": _idlg, "llg": _llg, "dlf": _dlf}[method](head)
+        labels = _labels(counts)
+    return LabelEstimate(counts.cpu(), tuple(labels), method, f"{method}: {reason}")
+
+
+def choose_method(training: LocalTraining, num_examples: int) -> tuple[str, str]:
+    """Return the method that `auto` takes for a client with N examples, and why."""
+    batches = training.batches(num_examples)
+    if num_examples == 1:
+        return "idlg", "auto, one image has the only negative gradient"
+    if training.optimizer != "sgd":
+        return "simulate", f"auto, {training.optimizer} hides the size of a gradient"
+    if training.momentum and len(batches) > 1:
+        return "simulate", "auto, momentum weighs early steps more"
+    if len({len(batch) for batch in batches}) > 1:
+        return "simulate", "auto, an image weighs more in a smaller batch"
+    return "dlf", "auto, sgd sums its gradients"
+
+
+def _labels(counts: Tensor) -> list[int]:
+    return torch.arange(len(counts)).repeat_interleave(counts.cpu()).tolist()
+
+
+class _Head:
+    """The classifier's last layer before and after, and what random images do in it."""
+
+    def __init__(
+        self, observation: Observation, knowledge: Knowledge, device: torch.device
+    ) -> None:
+        self.training, self.num_examples = knowledge.client, observation.num_examples
+        self.model = create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape)
+        self.model.to(device).train()  # as the client's
+        linear = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise ValueError(f"{knowledge.model} has no linear layer: its labels can't be counted")
+        self.name = linear[-1]
+        self.layer = self.model.get_submodule(self.name)
+        if self.layer.out_features != knowledge.num_classes:
+            raise ValueError(
+                f"{self.name}, the last linear layer of {knowledge.model}, has "
+                f"{self.layer.out_features} outputs for {knowledge.num_classes} classes"
+            )
+        names = [name for name, _ in self.model.named_parameters()]
+        self.w0 = {name: observation.w0[name].to(device).float() for name in names}
+        self.w1 = {name: observation.w1[name].to(device).float() for name in names}
+        self.before, self.after = self._augmented(self.w0), self._augmented(self.w1)
+        update = self.before - self.after
+        if not update.isfinite().all():
+            raise ValueError(f"the update of {self.name} is not finite")
+        if not update.any():
+            raise ValueError(f"the update of {self.name} is zero: it tells no label")
+        self.generator = torch.Generator().manual_seed(0)
+        self.images = random_images(_RANDOM_IMAGES, knowledge, self.generator).to(device)
+
+    def _augmented(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the layer's weights, shape (C, d), a bias as a last column: (C, d + 1)."""
+        weight = weights[f"{self.name}.weight"]
+        if self.layer.bias is None:
+            return weight
+        return torch.cat([weight, weights[f"{self.name}.bias"][:, None]], 1)
+
+    @torch.no_grad()
+    def inputs(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """Return the layer's inputs, shape (n, d), a one beside them where it has a bias."""
+        kept: list[Tensor] = []
+        handle = self.layer.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        functional_call(self.model, dict(weights), (images,))
+        handle.remove()
+        ones = kept[0].new_ones(len(images), 0 if self.layer.bias is None else 1)
+        return torch.cat([kept[0], ones], 1)
+
+    def between(self, share: float) -> dict[str, Tensor]:
+        """Return the weights at a share in [0, 1] of the way from w0 to w1."""
+        return {name: torch.lerp(w, self.w1[name], share) for name, w in self.w0.items()}
+
+    def average_gradient(self) -> Tensor:
+        """Return the mean gradient over the local steps, shape (C,): the bias's, or row sums.
+
+        Exact for SGD without momentum; with momentum each step counts by its
+        weight in the update. With Adam only the sign of one step's is meant.
+        """
+        training = self.training
+        steps = len(training.batches(self.num_examples))
+        plain = replace(training, weight_decay=0.0)
+        zero = self.before.new_zeros(1)
+        gradient = (self.after - self.before) / displacement([zero + 1] * steps, zero, plain)
+        if training.optimizer == "sgd":
+            gradient = gradient - training.weight_decay * (self.before + self.after) / 2
+        return gradient.sum(1) if self.layer.bias is None else gradient[:, -1]
+
+
+def random_images(count: int, knowledge: Knowledge, generator: torch.Generator) -> Tensor:
+    """Return noise with the spectrum of photographs, amplitude 1/f, normalised.
+
+    Parameters
+    ----------
+    count : int
+    knowledge : Knowledge
+        Its image shape, mean and std.
+    generator : torch.Generator
+        On the CPU.
+
+    Returns
+    -------
+    Tensor, shape (count, C, H, W)
+        Clipped to what pixels in [0, 1] give; channels have a correlation of 0.8,
+        as neighbouring colours of photographs do.
+    """
+    channels, height, width = knowledge.image_shape
+    noise = torch.randn((count, channels + 1, height, width), generator=generator)
+    frequency = torch.cartesian_prod(torch.fft.fftfreq(height), torch.fft.fftfreq(width)).norm(
+        dim=1
+    )
+    frequency = frequency.view(height, width).clamp_min(1 / max(height, width))
+    shared = torch.fft.ifft2(torch.fft.fft2(noise) / frequency).real
+    x = math.sqrt(0.8) * shared[:, :1] + math.sqrt(0.2) * shared[:, 1:]
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (knowledge.mean, knowledge.std))
+    return torch.clamp(x / x.std(), -mean / std, (1 - mean) / std)
+
+
+def displacement(gradients: Sequence[Tensor], start: Tensor, training: LocalTraining) -> Tensor:
+    """Return how far the client's optimiser moves weights that see these gradients.
+
+    Parameters
+    ----------
+    gradients : sequence of Tensor, shape (...)
+        One a local step.
+    start : Tensor, shape broadcastable to (...)
+        The weights before, which weight decay depends on.
+    training : LocalTraining
+
+    Returns
+    -------
+    Tensor, shape (...)
+        The weights after, less those before.
+    """
+    before = start.expand_as(gradients[0])
+    weights = nn.Parameter(before.clone())
+    optimizer = create_optimizer([weights], training)
+    for gradient in gradients:
+        weights.grad = gradient
+        optimizer.step()
+    return weights.detach() - before
+
+
+def _round(raw: Tensor, total: int) -> Tensor:
+    """Return whole counts that sum to `total`, by largest remainder; negative ones become 0."""
+    share = raw.double().clamp_min(0)
+    share = share * (total / share.sum())
+    counts = share.floor()
+    missing = total - int(counts.sum())
+    counts[(share - counts).argsort(descending=True, stable=True)[:missing]] += 1
+    return counts.long()
+
+
+def _idlg(head: _Head) -> Tensor:
+    """Return one for every class whose gradient is negative (Zhao et al., 2020)."""
+    counts = (head.average_gradient() < 0).long()
+    if int(counts.sum()) != head.num_examples:
+        raise ValueError(
+            f"idlg found {int(counts.sum())} classes with a negative gradient for "
+            f"{head.num_examples} images: it needs distinct labels; use llg, dlf or simulate"
+        )
+    return counts
+
+
+def _llg(head: _Head) -> Tensor:
+    """Return counts by subtracting one image's impact at a time (Wainakh et al., 2022).
+
+    The impact is ``(1 + 1 / C) / N`` of the sum of the negative gradients.
+    Every class with a negative gradient occurs; each further label is the class
+    that is most negative then.
+    """
+    gradient = head.average_gradient()
+    negative = gradient < 0
+    impact = gradient[negative].sum() * (1 + 1 / len(gradient)) / head.num_examples
+    counts = torch.zeros_like(gradient, dtype=torch.long)
+    present = negative.nonzero().flatten()
+    for c in present[gradient[present].argsort()][: head.num_examples]:
+        counts[c] += 1
+    gradient = gradient - impact * counts
+    for _ in range(head.num_examples - int(counts.sum())):
+        c = gradient.argmin()
+        counts[c] += 1
+        gradient[c] -= impact
+    return counts
+
+
+def _dlf(head: _Head) -> Tensor:
+    """Return counts corrected for the model's output (Dimitrov et al., 2022).
+
+    ``N p - N g / O`` with g the mean gradient over the steps, p the mean softmax
+    and O the sum of the last hidden activations, both on random images and
+    interpolated from w0 to w1 over the steps. A bias's gradient has O = 1.
+    """
+    steps = len(head.training.batches(head.num_examples))
+    share = (steps - 1) / (2 * steps)  # the mean of k / K over the steps
+    p, activation = torch.zeros(()), torch.zeros(())
+    for weights, weight, part in (
+        (head.w0, head.before, 1 - share),
+        (head.w1, head.after, share),
+    ):
+        inputs = head.inputs(weights, head.images)
+        p = p + part * (inputs @ weight.T).softmax(1).mean(0)
+        activation = activation + part * inputs.sum(1).mean()
+    if head.layer.bias is not None:
+        activation = torch.ones(())
+    return _round(head.num_examples * (p - head.average_gradient() / activation), head.num_examples)
+
+
+class _Search:
+    """Labels by local step whose simulated displacement of the last layer is the observed one.
+
+    The gradient that class c sees in a step is ``mean_i p_ic h_i - sum_{y_i = c}
+    h_i / B`` for last hidden activations h with a one beside them for the bias. Given p
+    it depends on the class's own counts alone, so a class's displacement can be
+    simulated for any course of its counts, on batches of random images in place
+    of the private ones. They give every coordinate a distribution, and the
+    course a likelihood of the displacement that was observed. Courses of all
+    classes, whose counts sum to B in each step, are searched by annealing: a
+    move gives one image of one step another label. Between sweeps p is
+    simulated anew with the labels found.
+    """
+
+    def __init__(self, head: _Head, observation: Observation, knowledge: Knowledge) -> None:
+        training, count = knowledge.client, observation.num_examples
+        batches = training.batches(count)
+        distinct = list(dict.fromkeys(batches))
+        if len({i for batch in distinct for i in batch}) != count:
+            raise ValueError(
+                f"num_examples is {count}; allowed: at most what {len(batches)} steps of "
+                f"{training.batch_size} images train on"
+            )
+        self.head, self.training, self.generator = head, training, head.generator
+        self.sizes = [len(batch) for batch in distinct]
+        self.batch_of = [distinct.index(batch) for batch in batches]
+        self.bias = head.layer.bias is not None
+        self.features = self._features()
+        self.seen = head.after - head.before
+        self.columns = self._columns()
+        self.sums = [
+            self._cumulative(features[:, self.columns], self.sizes[batch])
+            for features, batch in zip(self.features, self.batch_of, strict=True)
+        ]
+        shape = (len(batches), _SAMPLES, 1)
+        self.noise = torch.randn(shape, generator=self.generator).to(head.before)
+        self.likelihoods: dict[tuple[int, tuple[int, ...]], float] = {}
+
+    def run(self) -> Tensor:
+        """Return the likeliest counts found, by distinct batch and class: (batches, C), int64."""
+        return max((self._anneal() for _ in range(_RESTARTS)), key=lambda found: found[0])[1]
+
+    def _anneal(self) -> tuple[float, Tensor]:
+        """Return the log likelihood of the counts found from random labels, and the counts."""
+        classes = len(self.seen)
+        counts = torch.stack([self._random_labels(size) for size in self.sizes])
+        for sweep in range(_SWEEPS):
+            self.p = self._softmax(counts)
+            drift = (self.p / self.p[0]).log().square().mean(1).sqrt()
+            self.spread = _P_ERROR + _P_DRIFT * drift
+            self.likelihoods = {}
+            gains = torch.stack([self._gains(counts, c) for c in range(classes)])
+            temperature = _HOT * (1 - sweep / (_SWEEPS - 1))
+            for _ in range(_MOVES):
+                # Class a loses an image of a batch to class b: (a, b, batch).
+                moves = gains[:, None, :, 0] + gains[None, :, :, 1]
+                moves[range(classes), range(classes)] = 0.0  # to stay
+                if temperature:
+                    chances = (moves.flatten() / temperature).softmax(0)
+                    move = int(torch.multinomial(chances, 1, generator=self.generator))
+                else:
+                    move = int(moves.argmax())
+                a, b, batch = (int(i) for i in torch.unravel_index(torch.tensor(move), moves.shape))
+                if a == b:
+                    if temperature:
+                        continue
+                    break
+                counts[batch, a] -= 1
+                counts[batch, b] += 1
+                for c in (a, b):
+                    gains[c] = self._gains(counts, c)
+        courses = [tuple(course) for course in counts.T.tolist()]
+        return sum(self.likelihoods[c, course] for c, course in enumerate(courses)), counts
+
+    def _random_labels(self, size: int) -> Tensor:
+        labels = torch.randint(len(self.head.before), (size,), generator=self.generator)
+        return labels.bincount(minlength=len(self.head.before))
+
+    def _features(self) -> list[Tensor]:
+        """Return the layer's inputs on random images at each step, each shape (n, d).
+
+        On the way from w0 to w1 they point as the client's do but fall short of
+        them (Adam's first step multiplies the activations), so each step takes
+        its size from a client simulated on random images and labels.
+        """
+        steps = len(self.batch_of)
+        features = []
+        for step, size in enumerate(self._sizes_of_features()):
+            inputs = self.head.inputs(self.head.between(step / steps), self.head.images)
+            hidden = inputs[:, : inputs.shape[1] - self.bias]
+            hidden *= size / hidden.abs().mean().clamp_min(1e-12)
+            features.append(inputs)
+        return features
+
+    def _sizes_of_features(self) -> list[float]:
+        """Return the mean activation before each step of a client with random data."""
+        model = self.head.model
+        names = [name for name, _ in model.named_parameters()]
+        model.load_state_dict({n: self.head.w0[n] for n in names}, strict=False)
+        optimizer = create_optimizer(model.parameters(), self.training)
+        means = []
+        for batch in self.batch_of:
+            size = self.sizes[batch]
+            picks = torch.randint(len(self.head.images), (size,), generator=self.generator)
+            images = self.head.images[picks.to(self.head.images.device)]
+            inputs = self.head.inputs(dict(model.named_parameters()), images)
+            means.append(float(inputs[:, : inputs.shape[1] - self.bias].abs().mean()))
+            labels = torch.tensor(_labels(self._random_labels(size)), device=images.device)
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        return means
+
+    def _columns(self) -> Tensor:
+        """Return the inputs to compare: a part of those that any class moved, and the bias."""
+        hidden = self.seen.shape[1] - self.bias
+        moved = (self.seen[:, :hidden] != 0).any(0).nonzero().flatten().cpu()
+        part = moved[torch.randperm(len(moved), generator=self.generator)[:_MAX_FEATURES]]
+        bias = torch.arange(hidden, self.seen.shape[1])
+        return torch.cat([part, bias]).to(self.seen.device)
+
+    def _cumulative(self, features: Tensor, size: int) -> Tensor:
+        """Return sums over the first 0..B images of random batches, over B: (B + 1, M, d)."""
+        picks = torch.randint(len(features), (size, _SAMPLES), generator=self.generator)
+        sums = features[picks.to(features.device)].cumsum(0) / size
+        return torch.cat([torch.zeros_like(sums[:1]), sums])
+
+    @torch.no_grad()
+    def _softmax(self, counts: Tensor) -> Tensor:
+        """Return the mean softmax before each step, shape (K, C), under these counts."""
+        layer = nn.Parameter(self.head.before.clone())
+        optimizer = create_optimizer([layer], self.training)
+        means = []
+        for inputs, batch in zip(self.features, self.batch_of, strict=True):
+            p = (inputs @ layer.T).softmax(1)
+            shares = counts[batch].to(layer) / self.sizes[batch]
+            layer.grad = p.T @ inputs / len(inputs) - shares[:, None] * inputs.mean(0)
+            optimizer.step()
+            means.append(p.mean(0))
+        return torch.stack(means)
+
+    def _gains(self, counts: Tensor, c: int) -> Tensor:
+        """Return what a class gains in log likelihood by one image less or more.
+
+        Shape (batches, 2); -inf where there would be less than none or more than B.
+        """
+        course = counts[:, c].tolist()
+        changed: list[tuple[int, ...]] = [tuple(course)]
+        places = []
+        for batch, size in enumerate(self.sizes):
+            for place, change in enumerate((-1, 1)):
+                if 0 <= course[batch] + change <= size:
+                    changed.append((*course[:batch], course[batch] + change, *course[batch + 1 :]))
+                    places.append((batch, place))
+        self._extend(c, [one for one in changed if (c, one) not in self.likelihoods])
+        values = [self.likelihoods[c, one] for one in changed]
+        gains = torch.full((len(self.sizes), 2), -math.inf)
+        for (batch, place), value in zip(places, values[1:], strict=True):
+            gains[batch, place] = value - values[0]
+        return gains
+
+    def _extend(self, c: int, courses: list[tuple[int, ...]]) -> None:
+        """Find the log likelihoods of a class's courses of counts.
+
+        By coordinate a kernel density over the sampled displacements, and for
+        the course the multinomial's ``-log n!``.
+        """
+        if not courses:
+            return
+        table = torch.tensor(courses)
+        gradients = []
+        for step, batch in enumerate(self.batch_of):
+            sums = self.sums[step]
+            p = self.p[step, c] * torch.exp(self.spread[step] * self.noise[step])
+            gradients.append(p * sums[-1] - sums[table[:, batch].to(sums.device)])
+        start = self.head.before[c, self.columns]
+        simulated = displacement(gradients, start, self.training)  # (courses, samples, d)
+        error = (simulated - self.seen[c, self.columns]).square()
+        hidden = error.shape[-1] - self.bias
+        rms = self.seen[:, self.columns].square().mean(0).sqrt()
+        total = _FEATURE_WEIGHT * _density(
+            error[..., :hidden],
+            _FEATURE_WIDTH * rms[:hidden].square().mean().sqrt(),
+            _FEATURE_FLOOR,
+        ).sum(1)
+        if self.bias:
+            total += _density(error[..., hidden:], _BIAS_WIDTH * rms[hidden:], _BIAS_FLOOR).sum(1)
+        total = total.cpu() - torch.lgamma(table + 1.0).sum(1)
+        for course, value in zip(courses, total.tolist(), strict=True):
+            self.likelihoods[c, course] = value
+
+
+def _density(error: Tensor, width: Tensor, floor: float) -> Tensor:
+    """Return the log of a Gaussian kernel's mean over samples, shape (courses, d)."""
+    density = torch.logsumexp(-error / (2 * width.square()), 1) - math.log(error.shape[1])
+    return torch.logaddexp(density, density.new_tensor(floor))
