@@ -13,8 +13,10 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from client_app.training import train
+from client_app.training import choose_batches, in_training_order, normalise, train
 from fl_app.audit.metrics import (
     MEASURES,
     Measure,
@@ -39,7 +41,8 @@ from fl_app.files import write_text
 from fl_app.models import create_model
 from fl_app.progress import progress_bar
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
-from server_strategies.attacks import run_attack
+from server_strategies.attacks import ATTACKS, run_attack
+from server_strategies.attacks.explain import explain
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,39 @@ class Case:
     Attributes
     ----------
     training : LocalTraining
+        `local_steps` above 0.
     attack : AttackConfig
     bar : float or None
         Mean PSNR in dB over the draws that the case has to reach.
     model : str
+    num_examples : int
+        Images that the client holds, N; 0: as many as it takes for one pass, K B.
     """
 
     training: LocalTraining
     attack: AttackConfig
     bar: float | None = None
     model: str = "convnet"
+    num_examples: int = 0
+
+    @property
+    def count(self) -> int:
+        """Images that the client trains on, N."""
+        return self.num_examples or self.training.local_steps * self.training.batch_size
 
     @property
     def client(self) -> str:
         """The client's side in words."""
         t = self.training
-        momentum = f" momentum {t.momentum:g}" if t.momentum else ""
-        return f"{t.optimizer} {t.lr:g}{momentum} K={t.local_steps} B={t.batch_size}"
+        words = [f"{t.optimizer} {t.lr:g}"]
+        for name in ("momentum", "weight_decay", "max_grad_norm"):
+            words += [f"{name} {getattr(t, name):g}"] * bool(getattr(t, name))
+        words += ["nesterov"] * t.nesterov
+        words.append(f"K={t.local_steps} B={t.batch_size}")
+        if t.passes(self.count) > 1:
+            order = "reshuffled" if t.reshuffle else "in order"
+            words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
+        return " ".join(words)
 
     @property
     def name(self) -> str:
@@ -91,10 +110,44 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
 }
 
 
+def _explained() -> tuple[Case, ...]:
+    """Return the cases of the benchmark `explain`: its bars, then every way to explain."""
+
+    def flow(iterations: int, **options: str) -> AttackConfig:
+        return AttackConfig("flow_matching", iterations, options=options)
+
+    long = replace(_ADAM, local_steps=20, batch_size=4)
+    cases = [
+        Case(replace(_ADAM, local_steps=1, batch_size=4), flow(150), bar=28.0),
+        Case(replace(_ADAM, batch_size=1), flow(300), bar=24.0),
+        Case(replace(_ADAM, batch_size=4), flow(200)),
+        Case(replace(_ADAM, batch_size=8), flow(150), bar=22.0),
+        Case(replace(long, reshuffle=False), flow(80), bar=24.0, num_examples=20),
+        Case(long, flow(80), bar=21.0, num_examples=20),
+        Case(replace(_SGD, momentum=0.9, batch_size=4), flow(150), bar=23.0),
+    ]
+    for client, at_once in ((_SGD, "gradient"), (_ADAM, "inversion")):
+        for steps in (1, 5, 20):
+            kinds = ["surrogate", "trajectory", *([at_once, "sign"] if steps == 1 else [])]
+            one_image = replace(client, local_steps=steps, batch_size=1, reshuffle=False)
+            cases += [
+                Case(one_image, flow(60, explain=kind), num_examples=min(steps, 5))
+                for kind in kinds
+            ]
+    return tuple(cases)
+
+
+BENCHMARKS["explain"] = _explained()
+
+
 _COLUMNS = [
     "client", "attack", "draws", "PSNR dB", "bar", "grey dB", "PSNR by local step",
-    "SSIM", "LPIPS VGG", "s", "it/s",
+    "SSIM", "LPIPS VGG", "loss", "at truth", "s", "it/s", "MB",
 ]  # fmt: skip
+_MEANS = (
+    "loss", "loss_at_truth", "seconds", "iterations_per_second", "peak_memory",
+    "gflop_per_iteration",
+)  # fmt: skip
 
 
 def draw_client(
@@ -105,9 +158,8 @@ def draw_client(
     Parameters
     ----------
     case : Case
-        With `local_steps` above 0.
     images : ImageSet
-        To draw K B images from, without replacement.
+        To draw N images from, without replacement.
     info : DatasetInfo
     seed : int
         Decides the images and the model; the same for every case, so that cases
@@ -116,10 +168,9 @@ def draw_client(
     Raises
     ------
     ValueError
-        If there are fewer than K B images.
+        If there are fewer than N images.
     """
-    training = case.training
-    count = training.local_steps * training.batch_size
+    training, count = case.training, case.count
     if count > len(images):
         raise ValueError(f"{case.client} needs {count} images, the split holds {len(images)}")
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +178,7 @@ def draw_client(
     private, labels = images.images[picks].float() / 255, images.labels[picks]
     model = create_model(case.model, info.num_classes, info.image_shape, seed)
     w0 = {name: value.clone() for name, value in model.state_dict().items()}
-    batches = training.batches(count)
+    _, batches = in_training_order(choose_batches(count, training, generator))
     train(model, private, labels, [torch.tensor(b) for b in batches], training, info.mean, info.std)
     observation = Observation(w0, model.state_dict(), count, round=1, node=seed, client=seed)
     known = tuple(labels.tolist())
@@ -135,6 +186,62 @@ def draw_client(
         case.model, info.num_classes, info.image_shape, info.mean, info.std, training, known
     )
     return observation, knowledge, Truth(private, known, batches, round=1, node=seed)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What every measurement of a benchmark shares."""
+
+    info: DatasetInfo
+    images: ImageSet
+    prior: PriorConfig
+    lpips_weights: str
+
+
+_setting: _Setting
+_perceptual: tuple[Mapping[str, Measure], Mapping[str, str]]
+
+
+def _enter(setting: _Setting, threads: int) -> None:
+    """Prepare a worker process."""
+    global _setting, _perceptual
+    _setting, _perceptual = setting, load_lpips(setting.lpips_weights)
+    torch.set_num_threads(threads)
+
+
+def _measure(case: Case, seed: int) -> dict[str, Any]:
+    """Return the row of one draw, measured in a worker process."""
+    observation, knowledge, truth = draw_client(case, _setting.images, _setting.info, seed)
+    kind = case.attack.options.get("explain", ATTACKS[case.attack.name].options["explain"])
+    explanation = explain(str(kind), observation, knowledge)
+    private = normalise(truth.images, knowledge.mean, knowledge.std)
+    at_truth = explanation(private, 1.0).item()
+    del explanation
+    found = run_attack(observation, knowledge, case.attack, _setting.prior, seed)
+    perceptual, reasons = _perceptual
+    measures = {
+        **MEASURES,
+        **perceptual,
+        "fmse": feature_mse(target_features(observation, knowledge)),
+    }
+    leakage = score(found, truth, knowledge.mean, measures, reasons, knowledge.num_classes)
+    return {
+        "case": case.name,
+        "seed": seed,
+        "explanation": found.explanation,
+        "options": dict(found.options),
+        "metrics": {k: v and asdict(v) for k, v in leakage.metrics.items()},
+        "psnr_by_step": leakage.psnr_by_step,
+        "reasons": dict(leakage.reasons),
+        "loss": found.losses[-1],
+        "loss_at_truth": at_truth,
+        "diagnosis": found.diagnosis,
+        "iterations": found.iterations,
+        "seconds": found.seconds,
+        "iterations_per_second": found.iterations / found.seconds,
+        "peak_memory": found.peak_memory,
+        "gflop_per_iteration": found.flops / found.iterations / 1e9,
+    }
 
 
 @dataclass
@@ -170,15 +277,29 @@ class Benchmark:
     def __post_init__(self) -> None:
         if self.path and self.path.exists():
             kept = json.loads(self.path.read_text(encoding="utf-8"))
-            if kept["facts"] != dict(self.facts):
+            facts = {k: v for k, v in kept["facts"].items() if k not in ("workers", "threads")}
+            if facts != dict(self.facts):
                 raise ValueError(
                     f"{self.path} holds results of {kept['facts']}, not of {dict(self.facts)}; "
                     "choose another --out"
                 )
             self.rows = kept["rows"]
 
-    def run(self, draws: int, seed: int, console: Console) -> None:
-        """Run every case on every draw that has no row yet, draw by draw."""
+    def run(self, draws: int, seed: int, console: Console, workers: int = 1) -> None:
+        """Run every case on every draw that has no row yet, draw by draw.
+
+        Parameters
+        ----------
+        draws : int
+            Draws of every case.
+        seed : int
+            Of the first draw.
+        console : Console
+            Shows the progress.
+        workers : int
+            Processes that share the cores: more draws an hour, fewer iterations
+            a second in each.
+        """
         done = {(row["case"], row["seed"]) for row in self.rows}
         todo = [
             (case, number)
@@ -188,38 +309,19 @@ class Benchmark:
         ]
         if not todo:
             return
-        perceptual, reasons = load_lpips(self.lpips_weights)
-        with progress_bar(console) as bar:
+        threads = max(1, torch.get_num_threads() // workers)
+        setting = _Setting(self.info, self.images, self.prior, self.lpips_weights)
+        self.facts = {**self.facts, "workers": workers, "threads": threads}
+        with (
+            progress_bar(console) as bar,
+            # A worker that grew up in a process with threads of its own may hang: spawn.
+            ProcessPoolExecutor(workers, get_context("spawn"), _enter, (setting, threads)) as pool,
+        ):
             task = bar.add_task(self.name, total=len(todo))
-            for case, number in todo:
-                bar.update(task, description=f"{case.client}, {case.attack.name}, draw {number}")
-                self.rows.append(self._row(case, number, perceptual, reasons))
+            for finished in as_completed([pool.submit(_measure, *draw) for draw in todo]):
+                self.rows.append(finished.result())
                 self.save()
                 bar.advance(task)
-
-    def _row(
-        self, case: Case, seed: int, perceptual: Mapping[str, Measure], reasons: Mapping[str, str]
-    ) -> dict[str, Any]:
-        observation, knowledge, truth = draw_client(case, self.images, self.info, seed)
-        found = run_attack(observation, knowledge, case.attack, self.prior, seed)
-        features = target_features(observation, knowledge)
-        measures = {**MEASURES, **perceptual, "fmse": feature_mse(features)}
-        leakage = score(found, truth, self.info.mean, measures, reasons)
-        return {
-            "case": case.name,
-            "seed": seed,
-            "explanation": found.explanation,
-            "options": dict(found.options),
-            "metrics": {k: v and asdict(v) for k, v in leakage.metrics.items()},
-            "psnr_by_step": leakage.psnr_by_step,
-            "reasons": dict(leakage.reasons),
-            "loss": found.losses[-1],
-            "iterations": found.iterations,
-            "seconds": found.seconds,
-            "iterations_per_second": found.iterations / found.seconds,
-            "peak_memory": found.peak_memory,
-            "gflop_per_iteration": found.flops / found.iterations / 1e9,
-        }
 
     def save(self) -> None:
         """Write facts, machine, summary and rows, whole or not at all."""
@@ -248,8 +350,9 @@ class Benchmark:
             grey = mean_interval([s["baseline"] for s in scores])[0]
             entry[metric] = {"mean": mean, "low": low, "high": high, "baseline": grey}
         steps = zip(*(row["psnr_by_step"] for row in rows), strict=True)
-        entry["psnr_by_step"] = [sum(values) / len(values) for values in steps]
-        for key in ("seconds", "iterations_per_second", "gflop_per_iteration"):
+        # Steps of later passes use no new image.
+        entry["psnr_by_step"] = [sum(v) / len(v) for v in steps if None not in v]
+        for key in _MEANS:
             entry[key] = sum(row[key] for row in rows) / len(rows)
         return entry
 
@@ -289,8 +392,11 @@ class Benchmark:
                     " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
                     f"{line['ssim']['mean']:.3f}",
                     f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
+                    f"{line['loss']:.3f}",
+                    f"{line['loss_at_truth']:.3f}",
                     f"{line['seconds']:.0f}",
                     f"{line['iterations_per_second']:.1f}",
+                    f"{line['peak_memory'] / 1e6:.0f}",
                 ]
             )
         return rows

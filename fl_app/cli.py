@@ -144,6 +144,9 @@ def bench(
     lpips_weights: Annotated[
         str, typer.Option(help="Folder of LPIPS trunk weights; 'download': torchvision's.")
     ] = "",
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the cores; times in the table are theirs.")
+    ] = 1,
     bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
 ) -> None:
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
@@ -151,6 +154,8 @@ def bench(
         raise ConfigError(f"benchmark is {name!r}; allowed: {', '.join((*BENCHMARKS, 'labels'))}")
     if draws < 1:
         raise ConfigError(f"draws is {draws}; allowed: 1 or more")
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}; allowed: 1 or more")
     data = _dataset_config(dataset)
     info, images = dataset_info(data), load_split(data, split)
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
@@ -166,7 +171,7 @@ def bench(
         benchmark = Benchmark(
             name, BENCHMARKS[name], info, images, facts, path=out, lpips_weights=lpips_weights
         )
-        benchmark.run(draws, seed, console)
+        benchmark.run(draws, seed, console, workers)
         console.print(benchmark.table())
         if out:
             write_text(out.with_suffix(".md"), benchmark.markdown(command))

@@ -31,7 +31,7 @@ def flow_matching(
     lr: float = 0.8,
     flow: float = 1.0,
     tv: float = 0.03,
-    balance: float = 0.8,
+    balance: float = 1.5,
     last_balance: float = 0.2,
     t_start: float = 0.8,
     t_end: float = 0.95,

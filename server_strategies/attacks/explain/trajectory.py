@@ -21,7 +21,7 @@ from server_strategies.attacks.explain.distance import CosineDistance, norm
 from server_strategies.attacks.explain.gradient import loss_gradient
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim's defaults, which Flower's clients use
-KEPT_GRAPHS = 8  # longer trajectories compute each step's graph anew on the way back
+KEPT_GRAPHS = 32  # longer trajectories compute each step's graph anew on the way back
 
 
 class Optimizer(Protocol):
@@ -297,7 +297,7 @@ class Trajectory(Explanation):
         knowledge: Knowledge,
         reason: str,
         smoothing: float = 0.1,
-        last_smoothing: float = 0.03,
+        last_smoothing: float = 0.01,
     ) -> None:
         super().__init__(model, observation, knowledge, reason)
         self.smoothing, self.fall = smoothing, last_smoothing / smoothing
