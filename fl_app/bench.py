@@ -365,12 +365,14 @@ class Benchmark:
             table.add_row(*cells)
         return table
 
-    def markdown(self, command: str) -> str:
-        """Return the summary in Markdown, with the command that makes it."""
+    def markdown(self, command: str, notes: Sequence[str] = ()) -> str:
+        """Return the summary in Markdown, with the command that makes it and notes below."""
         facts = ", ".join(f"{key} {value}" for key, value in {**self.facts, **machine()}.items())
         rows = [_COLUMNS, ["---"] * len(_COLUMNS), *self._cells()]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([f"# {self.name}", "", f"`{command}`", "", *lines, "", facts, ""])
+        return "\n".join(
+            [f"# {self.name}", "", f"`{command}`", "", *lines, "", *notes, "", facts, ""]
+        )
 
     def _cells(self) -> list[list[str]]:
         rows = []

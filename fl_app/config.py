@@ -107,10 +107,12 @@ class AuditConfig:
 
     truth: bool = True
     labels: str = "given"
+    training: str = "given"
     lpips_weights: str = ""
 
     def __post_init__(self) -> None:
         _one_of("labels", self.labels, ("given", "unknown"))
+        _one_of("training", self.training, ("given", "unknown"))
         if self.labels == "given" and not self.truth:
             raise ValueError("labels is 'given'; allowed without truth: unknown")
 
@@ -174,7 +176,7 @@ class Config:
             image_shape=info.image_shape,
             mean=info.mean,
             std=info.std,
-            training=self.client,
+            training=self.client if self.audit.training == "given" else None,
         )
 
 

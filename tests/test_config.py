@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fl_app.config import ConfigError, from_yaml, load_config, to_yaml
+from fl_app.protocol import DatasetInfo
 
 
 def test_groups_and_overrides_win_over_defaults() -> None:
@@ -15,6 +16,12 @@ def test_groups_and_overrides_win_over_defaults() -> None:
     assert (config.client.optimizer, config.client.lr, config.watch.clients) == ("sgd", 0.1, 0.5)
     assert load_config({"overrides": "attack.options.lr=0.4"}).attack.options == {"lr": 0.4}
     assert load_config({"attack": ""}) == load_config()
+
+
+def test_what_the_server_does_not_know_is_not_in_its_knowledge() -> None:
+    info = DatasetInfo(10, (3, 32, 32), (0.5,) * 3, (0.2,) * 3)
+    assert load_config().knowledge(info).client.optimizer == "adam"
+    assert load_config({"overrides": "audit.training=unknown"}).knowledge(info).training is None
 
 
 def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
@@ -42,6 +49,8 @@ def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
         ({"overrides": "rounds=0"}, "rounds is 0; allowed: 1 or more"),
         ({"overrides": "watch.clients=some"}, "clients is 'some'; allowed: all, a share"),
         ({"overrides": "name=../x"}, "name is '../x'; allowed: a folder's name"),
+        ({"overrides": "audit.training=some"}, "training is 'some'; allowed: given, unknown"),
+        ({"overrides": "client.max_grad_norm=-1"}, "max_grad_norm is -1.0; allowed: 0"),
         ({"overrides": "audit.truth=false"}, "labels is 'given'; allowed without truth: unknown"),
         ({"dataset": "imagefolder"}, "dataset.source is empty"),
         ({"overrides": "strategy.fraction_evaluate=2"}, "allowed: 0 to 1"),

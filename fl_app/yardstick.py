@@ -1,0 +1,100 @@
+"""What others' loops cost: the yardstick of `flowleak bench explain`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from client_app.training import normalise
+from fl_app.bench import Case, draw_client
+from fl_app.config import AttackConfig
+from fl_app.data import ImageSet
+from fl_app.models import create_model
+from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
+from server_strategies.attacks.explain import explain
+
+
+def surrogate_speedup(
+    info: DatasetInfo, images: ImageSet, batch_size: int, rounds: int = 5
+) -> float:
+    """Return how many iterations our surrogate makes in the time of one of a plain loop.
+
+    Both give the gradients of the same loss in the images and in alpha, for a
+    client with SGD and K = 5. They take turns, so that a busy machine slows both.
+
+    Parameters
+    ----------
+    info : DatasetInfo
+    images : ImageSet
+        To draw the client's images from.
+    batch_size : int
+        B.
+    rounds : int
+        Turns of five iterations each; the median turn counts.
+    """
+    training = LocalTraining("sgd", lr=0.01, batch_size=batch_size)
+    observation, knowledge, truth = draw_client(Case(training, AttackConfig()), images, info, 0)
+    x = normalise(truth.images, knowledge.mean, knowledge.std).flip(0).requires_grad_()
+    surrogate = explain("surrogate", observation, knowledge)
+    alpha = surrogate.unknowns[0].value
+    plain = PlainSurrogate(observation, knowledge)
+
+    def ours() -> None:
+        torch.autograd.grad(surrogate(x, 0.0), [x, alpha])
+
+    def theirs() -> None:
+        plain.gradients(x, 0.5)
+
+    _seconds(ours), _seconds(theirs)
+    turns = [(_seconds(ours), _seconds(theirs)) for _ in range(rounds)]
+    own, other = (statistics.median(times) for times in zip(*turns, strict=True))
+    return other / own
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    for _ in range(5):
+        step()
+    return time.perf_counter() - began
+
+
+class PlainSurrogate:
+    """SME's matching loss in a loop over the parameters, as its recipe is published.
+
+    A model whose weights are set to ``(1 - a) w0 + a w1``, its gradient with a
+    graph, dot product and norm summed parameter by parameter; the gradient in a
+    by the chain rule through that in the weights (Zhu et al., 2023).
+    """
+
+    def __init__(self, observation: Observation, knowledge: Knowledge) -> None:
+        self.model: nn.Module = create_model(
+            knowledge.model, knowledge.num_classes, knowledge.image_shape
+        )
+        names = [name for name, _ in self.model.named_parameters()]
+        self.w0 = [observation.w0[name] for name in names]
+        self.w1 = [observation.w1[name] for name in names]
+        self.labels = torch.tensor(knowledge.labels)
+        length = sum((a - b).square().sum() for a, b in zip(self.w0, self.w1, strict=True)) ** 0.5
+        self.target = [(a - b) / length for a, b in zip(self.w0, self.w1, strict=True)]
+
+    def gradients(self, x: Tensor, alpha: float) -> tuple[Tensor, float]:
+        """Return the loss's gradients in the images and in alpha."""
+        parameters = list(self.model.parameters())
+        for parameter, before, after in zip(parameters, self.w0, self.w1, strict=True):
+            parameter.data = (1 - alpha) * before + alpha * after
+        loss = F.cross_entropy(self.model(x), self.labels)
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+        square = sum((part**2).sum() for part in gradient)
+        agreement = torch.zeros(())
+        for part, target in zip(gradient, self.target, strict=True):
+            agreement = agreement + (part / square**0.5 * target).sum()
+        on_x, *on_weights = torch.autograd.grad(1 - agreement, [x, *parameters])
+        on_alpha = 0.0
+        for part, before, after in zip(on_weights, self.w0, self.w1, strict=True):
+            on_alpha += (part * (after - before)).sum().item()
+        return on_x, on_alpha
