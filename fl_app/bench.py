@@ -367,7 +367,7 @@ class Benchmark:
 
     def markdown(self, command: str, notes: Sequence[str] = ()) -> str:
         """Return the summary in Markdown, with the command that makes it and notes below."""
-        facts = ", ".join(f"{key} {value}" for key, value in {**self.facts, **machine()}.items())
+        facts = ", ".join(f"{key} {value}" for key, value in {**machine(), **self.facts}.items())
         rows = [_COLUMNS, ["---"] * len(_COLUMNS), *self._cells()]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join(

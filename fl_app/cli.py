@@ -161,7 +161,7 @@ def bench(
     info, images = dataset_info(data), load_split(data, split)
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
     command = f"flowleak bench {name} --dataset {data.name} --split {split} --draws {draws}"
-    command += f" --seed {seed}"
+    command += f" --seed {seed}" + (f" --workers {workers}" if workers > 1 else "")
     if name == "labels":
         rows = run_label_bench(images, info, draws, seed, console)
         console.print(label_table(rows))
