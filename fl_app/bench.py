@@ -367,12 +367,7 @@ class Benchmark:
 
     def markdown(self, command: str, notes: Sequence[str] = ()) -> str:
         """Return the summary in Markdown, with the command that makes it and notes below."""
-        facts = ", ".join(f"{key} {value}" for key, value in {**machine(), **self.facts}.items())
-        rows = [_COLUMNS, ["---"] * len(_COLUMNS), *self._cells()]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join(
-            [f"# {self.name}", "", f"`{command}`", "", *lines, "", *notes, "", facts, ""]
-        )
+        return results_markdown(self.name, command, [_COLUMNS, *self._cells()], self.facts, notes)
 
     def _cells(self) -> list[list[str]]:
         rows = []
@@ -424,3 +419,30 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "numpy", "flowleak")},
     }
+
+
+def results_markdown(
+    name: str,
+    command: str,
+    cells: Sequence[Sequence[str]],
+    facts: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> str:
+    """Return a benchmark's table in Markdown, between its command and what it depends on.
+
+    Parameters
+    ----------
+    name, command : str
+        The benchmark, and what makes the table.
+    cells : sequence of sequence of str
+        The table's lines, its head first.
+    facts : mapping
+        What the results depend on; they win over `machine`'s.
+    notes : sequence of str
+        Lines below the table.
+    """
+    head, *rows = cells
+    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+    said = ", ".join(f"{key} {value}" for key, value in {**machine(), **facts}.items())
+    below = [*notes, "", said] if notes else [said]
+    return "\n".join([f"# {name}", "", f"`{command}`", "", *lines, "", *below, ""])

@@ -23,7 +23,7 @@ from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
 from fl_app.server_app import open_pool
-from fl_app.yardstick import surrogate_speedup
+from fl_app.surrogate_bench import surrogate_speedup
 from server_strategies.attack_pool import Job, pending
 from server_strategies.attacks import check_attack
 from server_strategies.observations import ObservationStore

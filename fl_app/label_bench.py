@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_app.audit.metrics import label_accuracy, label_chance, mean_interval
-from fl_app.bench import Case, draw_client, machine
+from fl_app.bench import Case, draw_client, machine, results_markdown
 from fl_app.config import AttackConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
@@ -129,11 +129,8 @@ def save_label_bench(
     """
     content = {"benchmark": "labels", "facts": dict(facts), "machine": machine(), "rows": rows}
     write_text(path, json.dumps(content, indent=1) + "\n")
-    head, *lines = label_cells(rows)
-    table = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
-    said = ", ".join(f"{key} {value}" for key, value in {**facts, **machine()}.items())
-    markdown = ["# labels", "", f"`{command}`", "", *table, "", said, ""]
-    write_text(path.with_suffix(".md"), "\n".join(markdown))
+    markdown = results_markdown("labels", command, label_cells(rows), facts)
+    write_text(path.with_suffix(".md"), markdown)
 
 
 def label_shortfalls(rows: Sequence[dict[str, Any]]) -> list[str]:

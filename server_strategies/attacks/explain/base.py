@@ -59,7 +59,7 @@ class Explanation(ABC):
         self.batches = self.training.batches(observation.num_examples)
         like = next(model.parameters())
         names = [name for name, _ in model.named_parameters()]
-        self.w0 = {n: observation.w0[n].to(like).detach().requires_grad_() for n in names}
+        self.w0 = {n: observation.w0[n].to(like).detach() for n in names}
         self.w1 = {n: observation.w1[n].to(like).detach() for n in names}
         self.unknowns: list[Unknown] = []
         self.start: Tensor | None = None

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fl_app.protocol import LocalTraining
+
 
 def loss_gradient(
     model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor
@@ -28,3 +30,23 @@ def loss_gradient(
     """
     loss = F.cross_entropy(functional_call(model, dict(weights), (x,)), labels)
     return list(torch.autograd.grad(loss, list(weights.values()), create_graph=True))
+
+
+def constant_gradient_speeds(training: LocalTraining, num_steps: int) -> list[float]:
+    """Return how far each step of a gradient of 1 moves a weight, in units of lr.
+
+    1 in every step without momentum; with it ``v_k = mu v_(k-1) + 1``, or
+    ``1 + mu v_k`` for Nesterov. By linearity a gradient seen n steps before the
+    end is worth the n-th speed in the whole displacement.
+
+    Parameters
+    ----------
+    training : LocalTraining
+    num_steps : int
+        K.
+    """
+    velocity, speeds = 0.0, []
+    for _ in range(num_steps):
+        velocity = training.momentum * velocity + 1
+        speeds.append(1 + training.momentum * velocity if training.nesterov else velocity)
+    return speeds

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.distance import CosineDistance
-from server_strategies.attacks.explain.gradient import loss_gradient
+from server_strategies.attacks.explain.gradient import constant_gradient_speeds, loss_gradient
 from server_strategies.attacks.explain.trajectory import EPS
 
 
@@ -40,10 +40,7 @@ def mean_step(
     num_steps : int
         K.
     """
-    velocity, worth = 0.0, 0.0
-    for _ in range(num_steps):
-        velocity = training.momentum * velocity + 1
-        worth += 1 + training.momentum * velocity if training.nesterov else velocity
+    worth = sum(constant_gradient_speeds(training, num_steps))
     decay = 0.0 if training.optimizer == "adam" else training.weight_decay
     return [
         (before - after) / (training.lr * worth) - decay * before
@@ -78,9 +75,9 @@ class GradientMatch(Explanation):
     ) -> None:
         super().__init__(model, observation, knowledge, reason)
         self.num_steps = len(self.batches)
-        with torch.no_grad():
-            w0 = [w.detach() for w in self.w0.values()]
-            self._prepare(w0, list(self.w1.values()), knowledge)
+        self._prepare(list(self.w0.values()), list(self.w1.values()), knowledge)
+        for w in self.w0.values():  # where the candidates' gradient is taken
+            w.requires_grad_()
 
     def _prepare(self, w0: list[Tensor], w1: list[Tensor], knowledge: Knowledge) -> None:
         """Derive from the weights what candidates are compared with."""

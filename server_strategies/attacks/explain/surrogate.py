@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation, Unknown
 from server_strategies.attacks.explain.distance import CosineDistance
-from server_strategies.attacks.explain.gradient import loss_gradient
+from server_strategies.attacks.explain.gradient import constant_gradient_speeds, loss_gradient
 
 
 class Surrogate(Explanation):
@@ -40,8 +40,7 @@ class Surrogate(Explanation):
     ) -> None:
         super().__init__(model, observation, knowledge, reason)
         self.update = [
-            before.detach() - after
-            for before, after in zip(self.w0.values(), self.w1.values(), strict=True)
+            before - after for before, after in zip(self.w0.values(), self.w1.values(), strict=True)
         ]
         self.distance = CosineDistance(self.update)
         start = mean_position(self.training, len(self.batches)) if alpha is None else alpha
@@ -51,7 +50,7 @@ class Surrogate(Explanation):
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
         pairs = zip(self.w0.items(), self.update, strict=True)
-        weights = {name: w.detach() - self.alpha * u for (name, w), u in pairs}
+        weights = {name: w - self.alpha * u for (name, w), u in pairs}
         return self.distance(loss_gradient(self.model, weights, x, self.targets()))
 
     def position(self) -> float:
@@ -73,10 +72,7 @@ def mean_position(training: LocalTraining, num_steps: int) -> float:
     num_steps : int
         K.
     """
-    mu, velocity, speed = training.momentum, 0.0, []
-    for _ in range(num_steps):
-        velocity = mu * velocity + 1
-        speed.append(1 + mu * velocity if training.nesterov else velocity)
-    moved = [0.0, *accumulate(speed)]
-    # A gradient n steps before the end is worth the speed that n steps of it reach.
-    return sum(c * p for c, p in zip(reversed(speed), moved, strict=False)) / moved[-1] ** 2
+    speeds = constant_gradient_speeds(training, num_steps)
+    moved = [0.0, *accumulate(speeds)]
+    worth = reversed(speeds)
+    return sum(c * p for c, p in zip(worth, moved, strict=False)) / moved[-1] ** 2

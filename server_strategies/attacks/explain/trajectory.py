@@ -301,7 +301,7 @@ class Trajectory(Explanation):
     ) -> None:
         super().__init__(model, observation, knowledge, reason)
         self.smoothing, self.fall = smoothing, last_smoothing / smoothing
-        self.distance = CosineDistance([self.w1[name] - w.detach() for name, w in self.w0.items()])
+        self.distance = CosineDistance([self.w1[name] - w for name, w in self.w0.items()])
         self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
@@ -309,4 +309,4 @@ class Trajectory(Explanation):
         y, smoothing = self.targets(), self.smoothing * self.fall**progress
         batches = [(x[batch], y[batch]) for batch in self.indices]
         weights = simulate(self.model, self.w0, batches, self.training, smoothing)
-        return self.distance([weights[name] - w.detach() for name, w in self.w0.items()])
+        return self.distance([weights[name] - w for name, w in self.w0.items()])
