@@ -13,7 +13,7 @@ from torch import Tensor
 from client_app.training import train
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.diagnosis import diagnose, noise_floor
+from server_strategies.attacks.diagnosis import diagnose, noise_floor, unexplained
 
 EXPLAINED = [0.6, 0.4, 0.05]
 ONE_STEP = {
@@ -33,7 +33,9 @@ def changed(observation: Observation, change: Callable[[Tensor, Tensor], Tensor]
 def test_a_healthy_update_has_no_sign(name: str, architecture: str) -> None:
     training = CLIENTS.get(name) or ONE_STEP[name.split()[-1]]
     observation, knowledge, _ = client(training, architecture=architecture)
-    assert diagnose(observation, knowledge, EXPLAINED, 0.5) == ()
+    steps = len(training.batches(observation.num_examples))
+    alpha = 0.0 if steps == 1 else 0.5  # a single gradient was taken at w0
+    assert diagnose(observation, knowledge, EXPLAINED, alpha) == ()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
@@ -120,7 +122,9 @@ def test_what_the_optimisation_tells() -> None:
     failed = diagnose(observation, knowledge, [0.6] * 20, 0.0)
     assert [any(words in sentence for sentence in failed) for words in
             ("explains little", "hardly fell", "alpha ran to 0.00")] == [True] * 3  # fmt: skip
-    assert diagnose(observation, knowledge, [0.9, 0.5], None, loss_floor=0.4) == ()
+    assert unexplained([0.9, 0.5], floor=0.4) is None
+    one_step, told, _ = client(ONE_STEP["sgd"])
+    assert "alpha ran to 1.00" in diagnose(one_step, told, EXPLAINED, 1.0)[0]
     same = replace(observation, w1=observation.w0)
     assert "the update is zero" in diagnose(same, knowledge, [], None)[0]
 

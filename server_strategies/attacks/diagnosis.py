@@ -19,14 +19,14 @@ from torch import Tensor
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.guess import SIGN_LIKE, spread
+from server_strategies.attacks.explain.surrogate import mean_position
 
 
 def diagnose(
     observation: Observation,
     knowledge: Knowledge,
     losses: Sequence[float],
-    alphas: float | None,
-    loss_floor: float | None = None,
+    alpha: float | None,
 ) -> tuple[str, ...]:
     """Return sentences on what is likely wrong; none for a healthy update that was explained.
 
@@ -36,11 +36,8 @@ def diagnose(
     knowledge : Knowledge
     losses : sequence of float
         The matching loss by iteration, a cosine distance.
-    alphas : float or None
+    alpha : float or None
         A surrogate's alpha at the end; None: the explanation has none.
-    loss_floor : float, optional
-        The loss that the explanation keeps even at the truth. By default what
-        the noise found in the update explains.
     """
     training = knowledge.client
     w0 = [observation.w0[name].detach() for name in observation.trained]
@@ -58,7 +55,6 @@ def diagnose(
     if own and sigma > training.lr / 4:
         sigma = 0.0
     clamp = clipped(w0, w1, training, steps)
-    floor = loss_floor if loss_floor is not None else noise_floor(size, sigma)
     found = (
         rounding,
         noisy(sigma),
@@ -68,9 +64,9 @@ def diagnose(
         None if rounding or sigma or clamp else wrong_optimiser(size, training, steps),
         converged(size, training, steps),
         batch_norm(observation),
-        unexplained(losses, floor),
+        unexplained(losses, noise_floor(size, sigma)),
         flat(losses),
-        edge_alpha(alphas),
+        edge_alpha(alpha, training, steps),
     )
     return tuple(sentence for sentence in found if sentence)
 
@@ -104,9 +100,22 @@ def flat(losses: Sequence[float]) -> str | None:
     )
 
 
-def edge_alpha(alpha: float | None) -> str | None:
-    """Say that a surrogate's alpha ended within 0.01 of 0 or 1, where it starts at 0.5."""
+def edge_alpha(alpha: float | None, training: LocalTraining, steps: int) -> str | None:
+    """Say that a surrogate's alpha ran to an edge: it ended within 0.01 of 0 or 1.
+
+    Not where it belongs there: a client of one step took its only gradient at w0,
+    which is 0, see `mean_position`. More steps belong between 1/9 and 1/2.
+
+    Parameters
+    ----------
+    alpha : float or None
+    training : LocalTraining
+    steps : int
+        K.
+    """
     if alpha is None or 0.01 < alpha < 0.99:
+        return None
+    if abs(alpha - mean_position(training, steps)) < 0.02:
         return None
     return (
         f"the surrogate's alpha ran to {alpha:.2f}: no model between w0 and w1 explains the update"
