@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_explain import CLIENTS, MEAN, SHAPE, STD, client
-from torch import Tensor
+from torch import Tensor, nn
 
 from fl_app.audit.metrics import score
 from fl_app.bench import Case, draw_client
@@ -139,6 +139,20 @@ def test_every_attack_runs_is_seeded_and_accounts_for_itself(name: str, training
     assert first.flops > 0
     assert first.losses[-1] < first.losses[0]
     assert first.options
+
+
+def test_a_prior_of_weight_0_is_left_out() -> None:
+    class Refuses(nn.Module):
+        multiple = 4
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            raise AssertionError("the network ran")
+
+    observation, knowledge, _ = client(ONE_STEP)
+    found = flow_matching(observation, knowledge, Refuses(), Budget(2), flow=0, tv=0)
+    assert found.iterations == 2
+    with pytest.raises(AssertionError, match="the network ran"):
+        flow_matching(observation, knowledge, Refuses(), Budget(2), tv=0)
 
 
 def test_unknown_attacks_and_options_are_refused() -> None:

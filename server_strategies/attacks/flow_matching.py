@@ -55,7 +55,7 @@ def flow_matching(
     lr : float
         Peak learning rate of Adam on normalised pixels.
     flow, tv : float
-        Weights of the priors.
+        Weights of the priors; one of weight 0 is left out, at no cost.
     balance, last_balance : float
         How strongly the priors pull, as a multiple of the explanation's pull on
         the images of a local step, at the first and the last iteration; it falls
@@ -76,13 +76,14 @@ def flow_matching(
         )
     knowledge = infer(observation, knowledge, budget.device)
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
+    beliefs: list[TotalVariation | FlowPrior] = [
+        TotalVariation(tv, knowledge.std),
+        FlowPrior(prior, flow, mode, t_start, t_end, noise),
+    ]
     return optimise(
         "flow_matching",
         explain_update(explain, observation, knowledge, budget.device),
-        [
-            TotalVariation(tv, knowledge.std),
-            FlowPrior(prior, flow, mode, t_start, t_end, noise),
-        ],
+        [belief for belief in beliefs if belief.weight],
         observation,
         budget,
         lr=lr,
