@@ -210,14 +210,16 @@ def _enter(setting: _Setting, threads: int) -> None:
 
 
 def _measure(case: Case, seed: int) -> dict[str, Any]:
-    """Return the row of one draw, measured in a worker process."""
+    """Return the row of one draw, measured in a worker process.
+
+    Its ``peak_memory`` (the column MB) is the attack's alone, see `Reconstruction`.
+    """
     observation, knowledge, truth = draw_client(case, _setting.images, _setting.info, seed)
+    found = run_attack(observation, knowledge, case.attack, _setting.prior, seed)
     kind = case.attack.options.get("explain", ATTACKS[case.attack.name].options["explain"])
     explanation = explain(str(kind), observation, knowledge)
     private = normalise(truth.images, knowledge.mean, knowledge.std)
     at_truth = explanation(private, 1.0).item()
-    del explanation
-    found = run_attack(observation, knowledge, case.attack, _setting.prior, seed)
     perceptual, reasons = _perceptual
     measures = {
         **MEASURES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +99,20 @@ def test_the_loop_stops_in_time_and_on_nonsense() -> None:
     assert 0 < found.iterations < 10**6
     with pytest.raises(AttackError, match="not finite"):
         loop(Target(observation, knowledge, x * torch.nan), observation, Budget(3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is the process's")
+def test_the_peak_memory_of_a_second_attack_is_its_own() -> None:
+    class Hungry(Target):
+        def __call__(self, x: Tensor, progress: float) -> Tensor:
+            blocks = [torch.ones(10_000) for _ in range(2_000)]  # 80 MB
+            self.kept = blocks[-1]  # so that the C library keeps the rest when it is freed
+            return super().__call__(x, progress)
+
+    observation, knowledge, x = client(ONE_STEP)
+    hungry = Hungry(observation, knowledge, x)
+    for _ in range(3):
+        assert loop(hungry, observation, Budget(1)).peak_memory == pytest.approx(80e6, rel=0.2)
 
 
 @pytest.mark.parametrize("training", ["adam", None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import resource
 import sys
@@ -216,6 +217,11 @@ class _PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device)
             return
+        # What earlier work left free is no part of the attack's start: glibc gives
+        # it back on request, and without that a second attack would seem to need none.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
         # Linux resets a process's high-water mark on request; elsewhere the mark
         # of the whole process's life is the best there is.
         reset = Path("/proc/self/clear_refs")
