@@ -13,10 +13,9 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from rich.table import Table
 from client_app.training import choose_batches, in_training_order, normalise, train
 from fl_app.audit.metrics import (
     MEASURES,
-    Measure,
     feature_mse,
     mean_interval,
     score,
@@ -39,7 +37,7 @@ from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
 from fl_app.models import create_model
-from fl_app.progress import progress_bar
+from fl_app.processes import in_processes, shares
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import ATTACKS, run_attack
 from server_strategies.attacks.explain import explain
@@ -198,29 +196,22 @@ class _Setting:
     lpips_weights: str
 
 
-_setting: _Setting
-_perceptual: tuple[Mapping[str, Measure], Mapping[str, str]]
+# Once a process: the networks are worth loading once only.
+_perceptual = cache(load_lpips)
 
 
-def _enter(setting: _Setting, threads: int) -> None:
-    """Prepare a worker process."""
-    global _setting, _perceptual
-    _setting, _perceptual = setting, load_lpips(setting.lpips_weights)
-    torch.set_num_threads(threads)
-
-
-def _measure(case: Case, seed: int) -> dict[str, Any]:
+def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
     """Return the row of one draw, measured in a worker process.
 
     Its ``peak_memory`` (the column MB) is the attack's alone, see `Reconstruction`.
     """
-    observation, knowledge, truth = draw_client(case, _setting.images, _setting.info, seed)
-    found = run_attack(observation, knowledge, case.attack, _setting.prior, seed)
+    observation, knowledge, truth = draw_client(case, setting.images, setting.info, seed)
+    found = run_attack(observation, knowledge, case.attack, setting.prior, seed)
     kind = case.attack.options.get("explain", ATTACKS[case.attack.name].options["explain"])
     explanation = explain(str(kind), observation, knowledge)
     private = normalise(truth.images, knowledge.mean, knowledge.std)
     at_truth = explanation(private, 1.0).item()
-    perceptual, reasons = _perceptual
+    perceptual, reasons = _perceptual(setting.lpips_weights)
     measures = {
         **MEASURES,
         **perceptual,
@@ -299,8 +290,7 @@ class Benchmark:
         console : Console
             Shows the progress.
         workers : int
-            Processes that share the cores: more draws an hour, fewer iterations
-            a second in each.
+            See `in_processes`.
         """
         done = {(row["case"], row["seed"]) for row in self.rows}
         todo = [
@@ -311,19 +301,11 @@ class Benchmark:
         ]
         if not todo:
             return
-        threads = max(1, torch.get_num_threads() // workers)
         setting = _Setting(self.info, self.images, self.prior, self.lpips_weights)
-        self.facts = {**self.facts, "workers": workers, "threads": threads}
-        with (
-            progress_bar(console) as bar,
-            # A worker that grew up in a process with threads of its own may hang: spawn.
-            ProcessPoolExecutor(workers, get_context("spawn"), _enter, (setting, threads)) as pool,
-        ):
-            task = bar.add_task(self.name, total=len(todo))
-            for finished in as_completed([pool.submit(_measure, *draw) for draw in todo]):
-                self.rows.append(finished.result())
-                self.save()
-                bar.advance(task)
+        self.facts = {**self.facts, **shares(workers)}
+        for row in in_processes(_measure, setting, todo, workers, self.name, console):
+            self.rows.append(row)
+            self.save()
 
     def save(self) -> None:
         """Write facts, machine, summary and rows, whole or not at all."""

@@ -22,6 +22,7 @@ from fl_app.data import dataset_info, load_split
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
+from fl_app.processes import shares
 from fl_app.server_app import open_pool
 from fl_app.surrogate_bench import surrogate_speedup
 from server_strategies.attack_pool import Job, pending
@@ -163,10 +164,10 @@ def bench(
     command = f"flowleak bench {name} --dataset {data.name} --split {split} --draws {draws}"
     command += f" --seed {seed}" + (f" --workers {workers}" if workers > 1 else "")
     if name == "labels":
-        rows = run_label_bench(images, info, draws, seed, console)
+        rows = run_label_bench(images, info, draws, seed, console, workers)
         console.print(label_table(rows))
         if out:
-            save_label_bench(out, rows, command, facts)
+            save_label_bench(out, rows, command, {**facts, **shares(workers)})
         short = label_shortfalls(rows)
     else:
         benchmark = Benchmark(

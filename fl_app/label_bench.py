@@ -17,7 +17,7 @@ from fl_app.bench import Case, draw_client, machine, results_markdown
 from fl_app.config import AttackConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
-from fl_app.progress import progress_bar
+from fl_app.processes import in_processes
 from fl_app.protocol import DatasetInfo, LocalTraining
 from server_strategies.attacks.labels import choose_method, count_labels
 
@@ -34,7 +34,7 @@ _COLUMNS = ("client", "method", "draws", "labels right", "bar", "chance", "s")
 
 
 def run_label_bench(
-    images: ImageSet, info: DatasetInfo, draws: int, seed: int, console: Console
+    images: ImageSet, info: DatasetInfo, draws: int, seed: int, console: Console, workers: int = 1
 ) -> list[dict[str, Any]]:
     """Count the labels of freshly drawn clients by every method.
 
@@ -49,6 +49,8 @@ def run_label_bench(
         Of the first draw; see `draw_client`.
     console : Console
         Shows the progress.
+    workers : int
+        See `in_processes`.
 
     Returns
     -------
@@ -56,28 +58,30 @@ def run_label_bench(
         One row a client, draw and method: accuracy and chance in [0, 1],
         seconds, the method used and, for `auto`, why.
     """
-    rows = []
-    with progress_bar(console) as bar:
-        task = bar.add_task("labels", total=draws * len(CLIENTS))
-        for number in range(seed, seed + draws):
-            for case in CLIENTS:
-                bar.update(task, description=f"{case.client}, draw {number}")
-                observation, knowledge, truth = draw_client(case, images, info, number)
-                chosen, reason = choose_method(case.training, observation.num_examples)
-                measured = {}
-                for method in dict.fromkeys((*METHODS, chosen)):
-                    began = time.monotonic()
-                    found = count_labels(method, observation, replace(knowledge, labels=None))
-                    measured[method] = {
-                        "accuracy": label_accuracy(found.counts, truth.labels),
-                        "chance": label_chance(truth.labels, info.num_classes),
-                        "seconds": time.monotonic() - began,
-                    }
-                draw = {"client": case.client, "seed": number}
-                rows += [{**draw, "method": m, "used": m, **measured[m]} for m in METHODS]
-                rows.append({**draw, "method": "auto", "used": chosen, **measured[chosen]})
-                rows[-1]["reason"] = reason
-                bar.advance(task)
+    calls = [(case, number) for number in range(seed, seed + draws) for case in CLIENTS]
+    rows: list[dict[str, Any]] = []
+    for found in in_processes(_count, (images, info), calls, workers, "labels", console):
+        rows += found
+    return rows
+
+
+def _count(data: tuple[ImageSet, DatasetInfo], case: Case, seed: int) -> list[dict[str, Any]]:
+    """Return the rows of one client and draw, counted in a worker process."""
+    images, info = data
+    observation, knowledge, truth = draw_client(case, images, info, seed)
+    chosen, reason = choose_method(case.training, observation.num_examples)
+    measured = {}
+    for method in dict.fromkeys((*METHODS, chosen)):
+        began = time.monotonic()
+        found = count_labels(method, observation, replace(knowledge, labels=None))
+        measured[method] = {
+            "accuracy": label_accuracy(found.counts, truth.labels),
+            "chance": label_chance(truth.labels, info.num_classes),
+            "seconds": time.monotonic() - began,
+        }
+    draw = {"client": case.client, "seed": seed}
+    rows = [{**draw, "method": m, "used": m, **measured[m]} for m in METHODS]
+    rows.append({**draw, "method": "auto", "used": chosen, **measured[chosen], "reason": reason})
     return rows
 
 

@@ -228,9 +228,12 @@ def test_the_benchmark_from_the_command_line(
     monkeypatch.setattr(label_bench, "BARS", {case.client: 1.01})
     out = tmp_path / "labels.json"
     command = ["bench", "labels", "--dataset", "photos", "--draws", "2", "--out", str(out)]
+    command += ["--workers", "2"]
     shown = CliRunner().invoke(app, [*command, "--bars"], env={"COLUMNS": "200"})
     assert shown.exit_code == 1 and "the bar is 101%" in shown.output
-    rows = json.loads(out.read_text())["rows"]
+    kept = json.loads(out.read_text())
+    assert kept["facts"]["workers"] == 2
+    rows = kept["rows"]
     assert {(row["method"], row["seed"]) for row in rows} == {
         (method, seed) for method in (*label_bench.METHODS, "auto") for seed in (0, 1)
     }
