@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ prior_app = typer.Typer(no_args_is_help=True, help="Flow-matching priors.")
 app.add_typer(prior_app, name="prior")
 console = Console()
 
-RunsDir = Annotated[Path, typer.Option(help="Where the runs are.")]
+RunsDir = Annotated[Path, typer.Option(help="Where the runs are; as the setting runs_dir.")]
 
 
 def main() -> None:
@@ -158,6 +159,8 @@ def bench(
         raise ConfigError(f"draws is {draws}; allowed: 1 or more")
     if workers < 1:
         raise ConfigError(f"workers is {workers}; allowed: 1 or more")
+    if lpips_weights not in ("", "download"):
+        lpips_weights = _typed(lpips_weights)
     data = _dataset_config(dataset)
     info, images = dataset_info(data), load_split(data, split)
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
@@ -195,6 +198,11 @@ def bench(
         raise typer.Exit(1)
 
 
+def _typed(path: str) -> str:
+    """Return a path that was typed, as an absolute one: from the working folder."""
+    return str(Path(path).expanduser().absolute())
+
+
 def _dataset_config(choice: str) -> DatasetConfig:
     """Return the data set that a name or a folder means."""
     if re.fullmatch(r"\w+", choice) and not Path(choice).is_dir():
@@ -204,7 +212,8 @@ def _dataset_config(choice: str) -> DatasetConfig:
     name = "imagefolder"
     if any(Path(choice).rglob("*.parquet")):
         name = "tiny_imagenet" if "tiny" in Path(choice).resolve().name else "cifar10"
-    return load_config({"dataset": name, "overrides": f"dataset.source={choice}"}).dataset
+    source = shlex.quote(f"dataset.source={_typed(choice)}")
+    return load_config({"dataset": name, "overrides": source}).dataset
 
 
 @prior_app.command("train")
@@ -265,6 +274,8 @@ def evaluate_prior(
     images: Annotated[int, typer.Option(help="Test images to denoise.")] = 64,
 ) -> None:
     """Measure how well a flow prior denoises, and write it into its model card."""
+    if weights.endswith(".safetensors"):
+        weights = _typed(weights)
     card = find_weights(weights).with_suffix(".md")
     data = _dataset_config(dataset)
     test = load_split(data, "test").images

@@ -42,15 +42,18 @@ def _roots() -> Iterator[Path]:
 
 
 def user_path(path: str) -> Path:
-    """Return a path from the configuration as an absolute one.
+    """Return a path from the configuration as an absolute one: the one rule for all of them.
+
+    The server, the clients and the attacks run in processes whose working folders
+    differ, and none is where `flwr run` was typed: a Flower app's is where its
+    SuperLink was once started. So they do not count where there is anything better.
+    What is typed as an argument of the command `flowleak` is made absolute there.
 
     Parameters
     ----------
     path : str
         Absolute, from the home folder (``~``), or relative: to the project's
-        folder where it is installed editable, else to the working folder. A
-        Flower app's working folder is where its SuperLink was once started,
-        not where `flwr run` was typed.
+        folder where it is installed editable, else to the working folder.
     """
     origin = _origin()
     base = origin[0] if origin and origin[1] else Path.cwd()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import create_run
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, dataset_info
-from fl_app.files import user_path, whole_file, write_text
+from fl_app.files import whole_file, write_text
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attack_pool import AttackPool, Job
@@ -47,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     except (ConfigError, DataError) as error:
         console.print(f"[bold red]Nothing was started:[/] {error}", highlight=False)
         raise
-    run_dir = create_run(replace(config, runs_dir=str(user_path(config.runs_dir))))
+    run_dir = create_run(config)
     console.print(f"Run folder: {run_dir}", highlight=False, soft_wrap=True)
     auditor = Auditor(run_dir, config, knowledge)
     trained = _train_and_attack(grid, config, auditor, model, console)

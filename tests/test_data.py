@@ -209,11 +209,6 @@ def test_test_class_that_train_lacks(folder: Path) -> None:
         load_split(DatasetConfig(name="imagefolder", source=str(folder)), "test")
 
 
-def test_relative_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder.parent)
-    assert len(load_split(DatasetConfig(name="imagefolder", source=f"./{folder.name}"), "train"))
-
-
 @pytest.fixture
 def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a local copy of a tiny data set in CIFAR-10's layout."""

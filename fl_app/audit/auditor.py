@@ -25,7 +25,7 @@ from fl_app.audit.perceptual import load_lpips
 from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, read_truth, truth_path
 from fl_app.config import Config
-from fl_app.files import user_path, whole_file
+from fl_app.files import whole_file
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 
 
@@ -171,8 +171,7 @@ class Auditor:
 
     @cached_property
     def _lpips(self) -> tuple[dict[str, Measure], dict[str, str]]:
-        weights = self.config.audit.lpips_weights
-        return load_lpips(weights if weights in ("", "download") else str(user_path(weights)))
+        return load_lpips(self.config.audit.lpips_weights)
 
     def _score(
         self, observation: Observation, reconstruction: Reconstruction, truth: Truth

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fl_app.audit.metrics import Measure
+from fl_app.files import user_path
 from fl_app.vision import import_lpips, import_torchvision
 
 # Metric's name: lpips' name of the net, torchvision's weights, smallest image
@@ -36,9 +37,10 @@ def load_lpips(folder: str = "") -> tuple[dict[str, Measure], dict[str, str]]:
     ----------
     folder : str
         Holds ``alexnet_features.safetensors`` and ``vgg16_features.safetensors``
-        with torchvision's names ``features.*``, in any float type. Empty: the
-        cache of torch.hub. ``download``: the cache, else torchvision's download
-        (233 and 528 MB), which no first run should wait for unasked.
+        with torchvision's names ``features.*``, in any float type; for its path
+        see `user_path`. Empty: the cache of torch.hub. ``download``: the cache,
+        else torchvision's download (233 and 528 MB), which no first run should
+        wait for unasked.
 
     Returns
     -------
@@ -63,7 +65,7 @@ def load_lpips(folder: str = "") -> tuple[dict[str, Measure], dict[str, str]]:
 def _trunk_weights(name: str, folder: str) -> dict[str, Tensor]:
     _, enum, file, _ = _NETS[name]
     if folder not in ("", "download"):
-        return load_file(Path(folder).expanduser() / f"{file}_features.safetensors")
+        return load_file(user_path(folder) / f"{file}_features.safetensors")
     url = getattr(import_torchvision().models, enum).IMAGENET1K_V1.url
     cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not folder and not cached.exists():

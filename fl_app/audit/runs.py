@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from fl_app.config import Config, to_yaml
-from fl_app.files import project_file, write_text
+from fl_app.files import project_file, user_path, write_text
 
 _PACKAGES = ("flowleak", "flwr", "torch", "ray", "numpy")
 
@@ -23,7 +24,7 @@ def create_run(config: Config) -> Path:
         Absolute: ``runs_dir/name``, or ``name-2``, ``name-3``, ... where taken.
         Only its owner can enter it, for it holds private images.
     """
-    runs_dir = Path(config.runs_dir).expanduser().absolute()
+    runs_dir = user_path(config.runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -39,7 +40,7 @@ def create_run(config: Config) -> Path:
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **versions},
     }
-    write_text(run_dir / "config.yaml", to_yaml(config, extra))
+    write_text(run_dir / "config.yaml", to_yaml(replace(config, runs_dir=str(runs_dir)), extra))
     for folder in ("observations", "reconstructions", *(["truth"] if config.audit.truth else [])):
         (run_dir / folder).mkdir(mode=0o700)
     return run_dir

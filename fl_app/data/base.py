@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fl_app.config import DatasetConfig
-from fl_app.files import project_file
+from fl_app.files import user_path
 from fl_app.protocol import DatasetInfo
 
 # Client processes share one console with Flower's own log.
@@ -62,32 +62,22 @@ class Source:
 
 
 def find_folder(source: str) -> Path:
-    """Return the folder that a configuration names.
-
-    A relative path is looked for from the working directory, then from the
-    project's folder: Flower starts client processes in a directory of its own.
+    """Return the folder that a configuration names, see `user_path`.
 
     Raises
     ------
     DataError
-        If no place holds it.
+        If there is no such folder.
     """
     if not source:
         raise DataError("dataset.source is empty; set it to a folder's path")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    try:
-        # An absolute path stands for itself here too.
-        found = project_file(str(path))
-    except FileNotFoundError:
-        found = None
-    if found is None or not found.is_dir():
+    path = user_path(source)
+    if not path.is_dir():
         raise DataError(
-            f"dataset.source is {source!r}, but {path.absolute()} is not a folder; "
+            f"dataset.source is {source!r}, but {path} is not a folder; "
             "set dataset.source to the absolute path of a folder that this machine can read"
         )
-    return found.resolve()
+    return path.resolve()
 
 
 def encoded(dataset: datasets.Dataset) -> datasets.Dataset:

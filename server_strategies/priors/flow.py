@@ -28,7 +28,7 @@ def find_weights(weights: str) -> Path:
     ----------
     weights : str
         A name in ``server_strategies/priors/weights``, or the path of a
-        ``.safetensors`` file made by ``flowleak prior train``.
+        ``.safetensors`` file made by ``flowleak prior train``, see `user_path`.
 
     Raises
     ------
@@ -36,11 +36,9 @@ def find_weights(weights: str) -> Path:
         If there are no such weights.
     """
     if weights.endswith(".safetensors"):
-        path = Path(weights).expanduser()
+        path = user_path(weights)
         if not path.is_file():
-            path = user_path(weights)  # a worker's working directory is not the user's
-        if not path.is_file():
-            raise ValueError(f"prior weights {weights!r}: there is no such file")
+            raise ValueError(f"prior weights {weights!r}: {path} is no file; give its whole path")
         return path
     try:
         return project_file(f"server_strategies/priors/weights/{weights}.safetensors")
