@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Result, Strategy
 from rich.console import Console
@@ -142,15 +142,10 @@ def _train_and_attack(
             on_observation=on_observation,
             on_skipped=auditor.record_skipped,
             seed=config.seed,
+            # Only in an audit are clients told where to leave their private batches.
+            settings={"audit-dir": str(auditor.run_dir)} if config.audit.truth else None,
         )
-        # Only in an audit are clients told where to leave their private batches.
-        settings = {"audit-dir": str(auditor.run_dir)} if config.audit.truth else {}
-        result = strategy.start(
-            grid=grid,
-            initial_arrays=model,
-            num_rounds=config.rounds,
-            train_config=ConfigRecord(dict(settings)),
-        )
+        result = strategy.start(grid=grid, initial_arrays=model, num_rounds=config.rounds)
         _save_training(auditor.run_dir, result)
         pool.drain(console)
     return bool(result.train_metrics_clientapp)

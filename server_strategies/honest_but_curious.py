@@ -43,6 +43,10 @@ class HonestButCurious(Strategy):
         be observed: the client failed, or sent what is no update of the model.
     seed : int
         Seeds the share's pick.
+    settings : mapping, optional
+        Train settings that clients get in watched rounds only, an audit's. All
+        clients of the round get them: which partition a node holds, and so
+        whether it is watched, is known from its reply.
     """
 
     def __init__(
@@ -53,21 +57,26 @@ class HonestButCurious(Strategy):
         on_observation: Callable[[Observation], None],
         on_skipped: Callable[[int, int, str], None],
         seed: int = 0,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self._inner = inner
         self._watch = watch
         self._on_observation = on_observation
         self._on_skipped = on_skipped
         self._seed = seed
+        self._settings = settings or {}
         self._sent: dict[int, Mapping[str, Tensor]] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy write its messages, and copy the weights in them."""
+        watched = self._watches_round(server_round)
+        if watched:
+            config = ConfigRecord({**config, **self._settings})
         messages = list(self._inner.configure_train(server_round, arrays, config, grid))
         self._sent = {}
-        if self._watches_round(server_round):
+        if watched:
             try:
                 self._sent = _copies(messages)
             except Exception as error:  # whatever it is, training goes on

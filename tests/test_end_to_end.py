@@ -95,7 +95,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def test_audit_leaves_a_whole_run_and_a_clean_project(flwr: Flwr, tmp_path: Path) -> None:
     pyproject = (PROJECT / "pyproject.toml").read_bytes()
     status, log = _run(
-        flwr, f"attack.iterations=3 rounds=1 runs_dir={tmp_path} name=tiny watch.clients=[0,3]"
+        flwr, f"attack.iterations=3 rounds=2 runs_dir={tmp_path} name=tiny watch.clients=[0,3]"
     )
     assert status == "finished:completed", log
     run = tmp_path / "tiny"
@@ -103,7 +103,8 @@ def test_audit_leaves_a_whole_run_and_a_clean_project(flwr: Flwr, tmp_path: Path
     assert sorted(line["client"] for line in lines) == [0, 3]
     assert {(line["status"], line["round"], line["iterations"]) for line in lines} == {("ok", 1, 3)}
     assert all((run / line["picture"]).is_file() for line in lines)
-    assert len(list((run / "truth").iterdir())) == 4
+    assert len(list((run / "truth").glob("round-0001-*"))) == 4
+    assert len(list((run / "truth").iterdir())) == 4  # none of round 2, which is not watched
     assert len(list((run / "observations").iterdir())) == 2
     assert list((run / "queue").iterdir()) == []
     assert json.loads((run / "training.json").read_text())[0]["round"] == 1

@@ -321,6 +321,26 @@ def test_watch_picks_clients_and_rounds(
     assert sorted((o.round, o.client) for o in seen) == expected
 
 
+def test_an_audits_settings_are_sent_in_watched_rounds_only() -> None:
+    sent: list[dict[str, object]] = []
+
+    def client(message: Message) -> Message:
+        if message.metadata.message_type == "train":
+            sent.append(dict(message.content["config"]))  # type: ignore[arg-type]
+        return toy_client(0.1, 0)(message)
+
+    strategy = HonestButCurious(
+        average(),
+        watch=WatchConfig(rounds=[2]),
+        on_observation=lambda _: None,
+        on_skipped=lambda *_: None,
+        settings={"audit-dir": "here"},
+    )
+    start(strategy, [client], rounds=3, lr="1")
+    plain = [{"server-round": round_, "lr": "1"} for round_ in (1, 2, 3)]
+    assert sent == [plain[0], {**plain[1], "audit-dir": "here"}, plain[2]]
+
+
 def test_a_share_is_the_same_clients_every_round() -> None:
     seen: list[Observation] = []
     start(watch(FedAvg(), seen, [], clients=0.5), [toy_client(0.1, i) for i in range(NODES)])
