@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from client_app.training import train
-from fl_app import bench
+from fl_app import bench_cases
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.runs import create_run
@@ -58,7 +58,7 @@ def test_a_draw_is_a_real_clients_training() -> None:
 def test_benchmark_resumes_and_fails_below_its_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(bench.BENCHMARKS, "quick", (CASE,))
+    monkeypatch.setitem(bench_cases.BENCHMARKS, "quick", (CASE,))
     out = tmp_path / "quick.json"
     command = ["bench", "quick", "--dataset", "photos", "--out", str(out)]
     assert "sgd 0.01 K=2 B=2" in flowleak(*command, "--draws", "1")

@@ -14,7 +14,7 @@ from torch import nn
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.explain import explain as explain_update
 from server_strategies.attacks.infer import infer
-from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
+from server_strategies.attacks.optimise import Prior, Report, cosine_schedule, optimise
 from server_strategies.priors.flow import FlowPrior
 from server_strategies.priors.total_variation import TotalVariation
 
@@ -35,6 +35,9 @@ def flow_matching(
     last_balance: float = 0.2,
     t_start: float = 0.8,
     t_end: float = 0.95,
+    every: int = 1,
+    draws: int = 1,
+    polish: float = 0.0,
 ) -> Reconstruction:
     """Reconstruct a client's images from its update with a flow prior.
 
@@ -55,13 +58,19 @@ def flow_matching(
     lr : float
         Peak learning rate of Adam on normalised pixels.
     flow, tv : float
-        Weights of the priors.
+        Weights of the priors; at 0 a prior is left out.
     balance, last_balance : float
         How strongly the priors pull, as a multiple of the explanation's pull on
         the images of a local step, at the first and the last iteration; it falls
         geometrically. 0: by their weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.
+    every, draws : int
+        How often the denoiser runs, and over how many draws of noise its result
+        is averaged; see `FlowPrior`.
+    polish : float
+        Share of the iterations, the last ones, without the flow prior; in [0, 1).
+        Where `balance` is not 0, total variation then pulls as strongly alone.
 
     Raises
     ------
@@ -76,13 +85,15 @@ def flow_matching(
         )
     knowledge = infer(observation, knowledge, budget.device)
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
+    priors: list[Prior] = []
+    if tv:
+        priors.append(TotalVariation(tv, knowledge.std))
+    if flow:
+        priors.append(FlowPrior(prior, flow, mode, t_start, t_end, noise, every, draws, polish))
     return optimise(
         "flow_matching",
         explain_update(explain, observation, knowledge, budget.device),
-        [
-            TotalVariation(tv, knowledge.std),
-            FlowPrior(prior, flow, mode, t_start, t_end, noise),
-        ],
+        priors,
         observation,
         budget,
         lr=lr,
@@ -100,5 +111,8 @@ def flow_matching(
             "last_balance": last_balance,
             "t_start": t_start,
             "t_end": t_end,
+            "every": every,
+            "draws": draws,
+            "polish": polish,
         },
     )
