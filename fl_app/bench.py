@@ -474,9 +474,19 @@ def results_markdown(
     notes : sequence of str
         Lines below the table.
     """
+    lines = markdown_table(cells)
+    return sections_markdown(name, command, [*lines, "", *notes] if notes else lines, facts)
+
+
+def sections_markdown(
+    name: str, command: str, lines: Sequence[str], facts: Mapping[str, Any]
+) -> str:
+    """Return lines of Markdown between the command that makes them and what they depend on.
+
+    Parameters are those of `results_markdown`, with `lines` for its table and notes.
+    """
     said = ", ".join(f"{key} {value}" for key, value in {**machine(), **facts}.items())
-    below = [*notes, "", said] if notes else [said]
-    return "\n".join([f"# {name}", "", f"`{command}`", "", *markdown_table(cells), "", *below, ""])
+    return "\n".join([f"# {name}", "", f"`{command}`", "", *lines, "", said, ""])
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:

@@ -17,7 +17,7 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import find_run, git_commit, list_runs
-from fl_app.bench import Benchmark
+from fl_app.bench import Benchmark, sections_markdown
 from fl_app.bench_cases import BENCHMARKS
 from fl_app.config import (
     AttackConfig,
@@ -30,6 +30,7 @@ from fl_app.cost_bench import prior_cost, surrogate_speedup
 from fl_app.data import dataset_info, load_split
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
+from fl_app.prior_assumptions import assumption_tables
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
 from fl_app.server_app import open_pool
 from server_strategies.attack_pool import Job, pending
@@ -295,3 +296,27 @@ def evaluate_prior(
     what = f"{images} of {len(test):,} {data.name} test images"
     write_card(card, rows, what, command, git_commit() or "unknown")
     console.print(f"Card: {card}", highlight=False, soft_wrap=True)
+
+
+@prior_app.command("assumptions")
+def check_assumptions(
+    weights: Annotated[str, typer.Argument(help="A shipped prior's name, or a .safetensors file.")],
+    dataset: Annotated[
+        str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
+    ] = "cifar10",
+    images: Annotated[int, typer.Option(help="Test images to corrupt.")] = 64,
+    iterations: Annotated[int, typer.Option(help="Of the attack that gives the iterates.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="Markdown file of the tables.")] = None,
+) -> None:
+    """Measure the paper's assumptions A1 and A2 on a flow prior."""
+    data = _dataset_config(dataset)
+    test = load_split(data, "test")
+    lines = assumption_tables(weights, test, dataset_info(data), images, iterations)
+    name = weights if not weights.endswith(".safetensors") else Path(weights).name
+    command = f"flowleak prior assumptions {name} --dataset {data.name} --images {images}"
+    command += f" --iterations {iterations}"
+    facts = {"dataset": data.name, "split": "test", "commit": git_commit()}
+    text = sections_markdown("assumptions", command, lines, facts)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if out:
+        write_text(out, text)
