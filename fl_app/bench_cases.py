@@ -61,8 +61,8 @@ def _ablation() -> tuple[Case, ...]:
     """Return the cases of `ablation`: how the flow prior is best used.
 
     One change at a time to the defaults, which come first. 18 cases of each
-    client at B=1, the 8 that tell most at B=4 and B=8. With 16 draws, about 7
-    hours of one thread: 2.5 at B=1, 2.2 at B=4, 2.3 at B=8.
+    client at B=1, the 8 that tell most at B=4 and B=8. With 16 draws, 7 to 8
+    hours of one thread, 2.5 for each B; ``--cases B=4,`` runs a part.
     """
     # As eq. 17 and 18 have it: absolute weights, here at a constant flow time.
     literal: Options = {"mode": "velocity", "balance": 0, "t_start": 0.95, "t_end": 0.95}

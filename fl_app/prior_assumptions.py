@@ -230,9 +230,7 @@ def path_ratios(network: nn.Module, iterates: Tensor) -> Tensor:
     return torch.stack(ratios).cpu()
 
 
-def jacobian_norm(
-    network: nn.Module, images: Tensor, t: float, iterations: int = _POWER_ITERATIONS
-) -> Tensor:
+def jacobian_norm(network: nn.Module, images: Tensor, t: float, iterations: int) -> Tensor:
     """Return the spectral norm of ``dv(x, t)/dx`` at each image, shape (N,).
 
     By power iterations on J^T J, from a random start: an estimate from below. Ten
@@ -337,7 +335,7 @@ def _lipschitz_cells(network: nn.Module, path: Path) -> list[list[str]]:
     points["Jacobian, private images"] = path.clean
     cells = [["t", "between iterates", "largest", *points, "largest", "1/(1 - t)"]]
     for t, pairs in zip(TIMES, ratios, strict=True):
-        norms = [jacobian_norm(network, x, t) for x in points.values()]
+        norms = [jacobian_norm(network, x, t, _POWER_ITERATIONS) for x in points.values()]
         cells.append(
             [
                 f"{t:g}",
