@@ -311,11 +311,11 @@ def check_assumptions(
     """Measure the paper's assumptions A1 and A2 on a flow prior."""
     data = _dataset_config(dataset)
     test = load_split(data, "test")
+    facts = {"dataset": data.name, "split": "test", "commit": git_commit()}
     lines = assumption_tables(weights, test, dataset_info(data), images, iterations)
     name = weights if not weights.endswith(".safetensors") else Path(weights).name
     command = f"flowleak prior assumptions {name} --dataset {data.name} --images {images}"
     command += f" --iterations {iterations}"
-    facts = {"dataset": data.name, "split": "test", "commit": git_commit()}
     text = sections_markdown("assumptions", command, lines, facts)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if out:
