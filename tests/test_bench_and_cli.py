@@ -126,23 +126,28 @@ def test_cases_of_one_client_are_compared_draw_by_draw() -> None:
 
 def test_a_part_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = replace(CASE, attack=AttackConfig("sme", 1, options={"tv": 0.5}))
-    monkeypatch.setitem(bench_cases.BENCHMARKS, "quick", (CASE, other))
-    out = tmp_path / "quick.json"
-    command = ["bench", "quick", "--dataset", "photos", "--out", str(out), "--draws", "1"]
+    monkeypatch.setitem(bench_cases.BENCHMARKS, "prior", (CASE, other))
+    out = tmp_path / "prior.json"
+    command = ["bench", "prior", "--dataset", "photos", "--out", str(out), "--draws", "1"]
     flowleak(*command, "--cases", "tv=0.5 x")
     assert [row["case"] for row in json.loads(out.read_text())["rows"]] == [other.name]
-    assert "--cases 'tv=0.5 x'`" in out.with_suffix(".md").read_text()
-    with pytest.raises(ValueError, match=r"no case of quick .* like 'sgd 0\.01 K=2 B=2, sme x2'"):
+    table = out.with_suffix(".md").read_text()
+    assert "--cases 'tv=0.5 x'`" in table
+    assert "(sgd, B=2; at most 0.5 was asked for)" in table
+    with pytest.raises(ValueError, match=r"no case of prior .* like 'sgd 0\.01 K=2 B=2, sme x2'"):
         flowleak(*command, "--cases", "tv=7")
     with pytest.raises(ValueError, match="labels has none"):
         flowleak("bench", "labels", "--cases", "sgd")
 
 
 def test_every_benchmark_can_run() -> None:
-    for cases in bench_cases.BENCHMARKS.values():
+    config = load_config().dataset
+    info, images = dataset_info(config), load_split(config, "test")
+    for name, cases in bench_cases.BENCHMARKS.items():
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             check_attack(case.attack)
+            assert case.gain is None or Benchmark(name, cases, info, images, {}).reference(case)
 
 
 def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
