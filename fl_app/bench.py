@@ -1,8 +1,9 @@
 """Benchmarks: `flowleak bench NAME`, the command behind every figure of the project.
 
-A benchmark is a list of cases. A case is run on draws: each draw takes fresh
-images and a fresh model, trains one client as Flower's clients train, attacks
-the update that a server would see, and scores the result against the truth.
+A benchmark is a list of cases, see `bench_cases`. A case is run on draws: each
+draw takes fresh images and a fresh model, trains one client as Flower's clients
+train, attacks the update that a server would see, and scores the result against
+the truth. Cases of one client share its draws, so they are compared in pairs.
 Rows are kept in a JSON file after every draw, so a killed benchmark goes on
 where it was.
 """
@@ -13,7 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +55,9 @@ class Case:
     attack : AttackConfig
     bar : float or None
         Mean PSNR in dB over the draws that the case has to reach.
+    gain : float or None
+        Mean PSNR in dB by which it has to beat the case that it is compared with
+        (`Benchmark.reference`); its LPIPS VGG has to be the lower one, too.
     model : str
     num_examples : int
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
@@ -62,6 +66,7 @@ class Case:
     training: LocalTraining
     attack: AttackConfig
     bar: float | None = None
+    gain: float | None = None
     model: str = "convnet"
     num_examples: int = 0
 
@@ -91,56 +96,9 @@ class Case:
         return f"{self.client}, {self.attack.name}{options} x{self.attack.iterations}"
 
 
-_ADAM = LocalTraining(optimizer="adam", lr=1e-3, local_steps=5)
-_SGD = LocalTraining(optimizer="sgd", lr=0.01, local_steps=5)
-
-BENCHMARKS: dict[str, tuple[Case, ...]] = {
-    "quick": (
-        Case(replace(_ADAM, batch_size=1), AttackConfig("flow_matching", 200), bar=21.5),
-        Case(replace(_ADAM, batch_size=4), AttackConfig("flow_matching", 200), bar=21.0),
-        Case(replace(_SGD, batch_size=4), AttackConfig("flow_matching", 200), bar=22.0),
-        Case(
-            replace(_SGD, batch_size=4),
-            AttackConfig("flow_matching", 200, options={"explain": "surrogate"}),
-        ),
-        Case(replace(_SGD, batch_size=4), AttackConfig("sme", 300, options={"tv": 0.03}), bar=21.0),
-    ),
-}
-
-
-def _explained() -> tuple[Case, ...]:
-    """Return the cases of the benchmark `explain`: its bars, then every way to explain."""
-
-    def flow(iterations: int, **options: str) -> AttackConfig:
-        return AttackConfig("flow_matching", iterations, options=options)
-
-    long = replace(_ADAM, local_steps=20, batch_size=4)
-    cases = [
-        Case(replace(_ADAM, local_steps=1, batch_size=4), flow(150), bar=28.0),
-        Case(replace(_ADAM, batch_size=1), flow(300), bar=24.0),
-        Case(replace(_ADAM, batch_size=4), flow(200)),
-        Case(replace(_ADAM, batch_size=8), flow(150), bar=22.0),
-        Case(replace(long, reshuffle=False), flow(80), bar=24.0, num_examples=20),
-        Case(long, flow(80), bar=21.0, num_examples=20),
-        Case(replace(_SGD, momentum=0.9, batch_size=4), flow(150), bar=23.0),
-    ]
-    for client, at_once in ((_SGD, "gradient"), (_ADAM, "inversion")):
-        for steps in (1, 5, 20):
-            kinds = ["surrogate", "trajectory", *([at_once, "sign"] if steps == 1 else [])]
-            one_image = replace(client, local_steps=steps, batch_size=1, reshuffle=False)
-            cases += [
-                Case(one_image, flow(60, explain=kind), num_examples=min(steps, 5))
-                for kind in kinds
-            ]
-    return tuple(cases)
-
-
-BENCHMARKS["explain"] = _explained()
-
-
 _COLUMNS = [
     "client", "attack", "draws", "PSNR dB", "bar", "grey dB", "PSNR by local step",
-    "SSIM", "LPIPS VGG", "loss", "at truth", "s", "it/s", "MB",
+    "SSIM", "LPIPS VGG", "vs first dB", "vs first LPIPS", "loss", "at truth", "s", "it/s", "MB",
 ]  # fmt: skip
 _MEANS = (
     "loss", "loss_at_truth", "seconds", "iterations_per_second", "peak_memory",
@@ -278,7 +236,9 @@ class Benchmark:
                 )
             self.rows = kept["rows"]
 
-    def run(self, draws: int, seed: int, console: Console, workers: int = 1) -> None:
+    def run(
+        self, draws: int, seed: int, console: Console, workers: int = 1, only: str = ""
+    ) -> None:
         """Run every case on every draw that has no row yet, draw by draw.
 
         Parameters
@@ -291,12 +251,25 @@ class Benchmark:
             Shows the progress.
         workers : int
             See `in_processes`.
+        only : str
+            Run the cases whose name contains it.
+
+        Raises
+        ------
+        ValueError
+            If there is no such case.
         """
+        chosen = [case for case in self.cases if only in case.name]
+        if not chosen:
+            raise ValueError(
+                f"cases is {only!r}: no case of {self.name} has it in its name; a name is like "
+                f"{self.cases[0].name!r}"
+            )
         done = {(row["case"], row["seed"]) for row in self.rows}
         todo = [
             (case, number)
             for number in range(seed, seed + draws)
-            for case in self.cases
+            for case in chosen
             if (case.name, number) not in done
         ]
         if not todo:
@@ -338,7 +311,38 @@ class Benchmark:
         entry["psnr_by_step"] = [sum(v) / len(v) for v in steps if None not in v]
         for key in _MEANS:
             entry[key] = sum(row[key] for row in rows) / len(rows)
+        reference = self.reference(case)
+        if reference:
+            entry["compared_with"] = reference.name
+            entry["gain"] = {
+                metric: self._gain(case, reference, metric) for metric in ("psnr", "lpips_vgg")
+            }
         return entry
+
+    def reference(self, case: Case) -> Case | None:
+        """Return what a case is compared with: the first of its client and its iterations.
+
+        None for that one itself.
+        """
+        first = next(
+            other
+            for other in self.cases
+            if (other.client, other.attack.iterations) == (case.client, case.attack.iterations)
+        )
+        return None if first.name == case.name else first
+
+    def _gain(self, case: Case, reference: Case, metric: str) -> dict[str, float | None] | None:
+        """Return mean and 95% interval of a metric's difference on the draws that both have."""
+        scores: list[dict[int, float]] = [{}, {}]
+        for kept, name in zip(scores, (case.name, reference.name), strict=True):
+            for row in self.rows:
+                if row["case"] == name and row["metrics"].get(metric):
+                    kept[row["seed"]] = row["metrics"][metric]["mean"]
+        differences = [scores[0][seed] - scores[1][seed] for seed in scores[0] if seed in scores[1]]
+        if not differences:
+            return None
+        mean, low, high = mean_interval(differences)
+        return {"mean": mean, "low": low, "high": high}
 
     def table(self) -> Table:
         """Return the summary as a table, means with 95% intervals over draws."""
@@ -359,20 +363,22 @@ class Benchmark:
             line = self.summary(case)
             if not line["draws"]:
                 continue
-            psnr = line["psnr"]
+            psnr, gain = line["psnr"], line.get("gain", {})
             beaten = psnr["mean"] > psnr["baseline"]
-            half = "" if psnr["low"] is None else f" ± {psnr['high'] - psnr['mean']:.1f}"
             rows.append(
                 [
                     case.client,
                     case.name.split(", ", 1)[1],
                     str(line["draws"]),
-                    f"{psnr['mean']:.2f}{half}" + ("" if beaten else " (no better than grey)"),
-                    "" if case.bar is None else f"{case.bar:g}",
+                    f"{psnr['mean']:.2f}{_half(psnr, 1)}"
+                    + ("" if beaten else " (no better than grey)"),
+                    _bar(case),
                     f"{psnr['baseline']:.1f}",
                     " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
                     f"{line['ssim']['mean']:.3f}",
                     f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
+                    _signed(gain.get("psnr"), 2),
+                    _signed(gain.get("lpips_vgg"), 3),
                     f"{line['loss']:.3f}",
                     f"{line['loss_at_truth']:.3f}",
                     f"{line['seconds']:.0f}",
@@ -383,14 +389,41 @@ class Benchmark:
         return rows
 
     def shortfalls(self) -> list[str]:
-        """Return, in words, every case whose mean PSNR is below its bar."""
+        """Return, in words, every bar that a case which was run falls short of."""
         short = []
         for case in self.cases:
             line = self.summary(case)
-            if case.bar is not None and (not line["draws"] or line["psnr"]["mean"] < case.bar):
-                reached = f"{line['psnr']['mean']:.2f} dB" if line["draws"] else "nothing"
+            if not line["draws"]:
+                continue
+            if case.bar is not None and line["psnr"]["mean"] < case.bar:
+                reached = f"{line['psnr']['mean']:.2f} dB"
                 short.append(f"{case.name}: {reached}, the bar is {case.bar:g} dB")
+            if case.gain is not None:
+                psnr, lpips = line["gain"]["psnr"], line["gain"]["lpips_vgg"]
+                if not psnr or psnr["mean"] < case.gain:
+                    reached = _signed(psnr, 2) or "no draws in common"
+                    short.append(f"{case.name}: {reached}, the bar is {case.gain:+g} dB")
+                if not lpips or lpips["mean"] >= 0:
+                    reached = _signed(lpips, 3) or "not measured"
+                    short.append(f"{case.name}: LPIPS VGG {reached}, the bar is below 0")
         return short
+
+
+def _half(interval: Mapping[str, float | None], digits: int) -> str:
+    """Return half the width of an interval in words; nothing for a single draw."""
+    low, high = interval["low"], interval["high"]
+    return "" if low is None or high is None else f" ± {(high - low) / 2:.{digits}f}"
+
+
+def _signed(gain: Mapping[str, float | None] | None, digits: int) -> str:
+    """Return a paired difference in words; nothing where there is none."""
+    return f"{gain['mean']:+.{digits}f}{_half(gain, digits)}" if gain else ""
+
+
+def _bar(case: Case) -> str:
+    words = [] if case.bar is None else [f"{case.bar:g}"]
+    words += [] if case.gain is None else [f"{case.gain:+g} dB, LPIPS lower"]
+    return "; ".join(words)
 
 
 def machine() -> dict[str, Any]:
@@ -425,8 +458,22 @@ def results_markdown(
     notes : sequence of str
         Lines below the table.
     """
-    head, *rows = cells
-    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+    lines = markdown_table(cells)
+    return sections_markdown(name, command, [*lines, "", *notes] if notes else lines, facts)
+
+
+def sections_markdown(
+    name: str, command: str, lines: Sequence[str], facts: Mapping[str, Any]
+) -> str:
+    """Return lines of Markdown between the command that makes them and what they depend on.
+
+    Parameters are those of `results_markdown`, with `lines` for its table and notes.
+    """
     said = ", ".join(f"{key} {value}" for key, value in {**machine(), **facts}.items())
-    below = [*notes, "", said] if notes else [said]
-    return "\n".join([f"# {name}", "", f"`{command}`", "", *lines, "", *below, ""])
+    return "\n".join([f"# {name}", "", f"`{command}`", "", *lines, "", said, ""])
+
+
+def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines in Markdown; the first of `cells` is its head."""
+    head, *rows = cells
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]

@@ -17,15 +17,23 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import find_run, git_commit, list_runs
-from fl_app.bench import BENCHMARKS, Benchmark
-from fl_app.config import AttackConfig, ConfigError, DatasetConfig, from_yaml, load_config
+from fl_app.bench import Benchmark, sections_markdown
+from fl_app.bench_cases import BENCHMARKS
+from fl_app.config import (
+    AttackConfig,
+    ConfigError,
+    DatasetConfig,
+    from_yaml,
+    load_config,
+)
+from fl_app.cost_bench import prior_cost, surrogate_speedup
 from fl_app.data import dataset_info, load_split
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
+from fl_app.prior_assumptions import assumption_tables
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
 from fl_app.processes import shares
 from fl_app.server_app import open_pool
-from fl_app.surrogate_bench import surrogate_speedup
 from server_strategies.attack_pool import Job, pending
 from server_strategies.attacks import check_attack
 from server_strategies.observations import ObservationStore
@@ -150,6 +158,9 @@ def bench(
     workers: Annotated[
         int, typer.Option(help="Processes that share the cores; times in the table are theirs.")
     ] = 1,
+    cases: Annotated[
+        str, typer.Option(help="Run only cases whose name contains this, e.g. 'B=1,' or every=.")
+    ] = "",
     bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
 ) -> None:
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
@@ -161,6 +172,8 @@ def bench(
         raise ConfigError(f"workers is {workers}; allowed: 1 or more")
     if lpips_weights not in ("", "download"):
         lpips_weights = _typed(lpips_weights)
+    if cases and name == "labels":
+        raise ConfigError(f"cases is {cases!r}; labels has none to choose from")
     data = _dataset_config(dataset)
     info, images = dataset_info(data), load_split(data, split)
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
@@ -176,7 +189,8 @@ def bench(
         benchmark = Benchmark(
             name, BENCHMARKS[name], info, images, facts, path=out, lpips_weights=lpips_weights
         )
-        benchmark.run(draws, seed, console, workers)
+        command += f" --cases {shlex.quote(cases)}" if cases else ""
+        benchmark.run(draws, seed, console, workers, cases)
         console.print(benchmark.table())
         notes = []
         if name == "explain":
@@ -186,6 +200,14 @@ def bench(
                     f"Our surrogate makes {factor:.2f} iterations in the time of one of a "
                     f"plain loop over the parameters (B={size}; 2 were asked for)."
                 )
+        if name == "prior":
+            for client in dict.fromkeys(case.training for case in benchmark.cases):
+                share = prior_cost(info, images, client, benchmark.prior)
+                notes.append(
+                    f"A step of the flow prior takes {share:.2f} of the time of a matching step "
+                    f"({client.optimizer}, B={client.batch_size}; at most 0.5 was asked for)."
+                )
+        if notes:
             console.print("\n".join(notes))
         if out:
             write_text(out.with_suffix(".md"), benchmark.markdown(command, notes))
@@ -285,3 +307,27 @@ def evaluate_prior(
     what = f"{images} of {len(test):,} {data.name} test images"
     write_card(card, rows, what, command, git_commit() or "unknown")
     console.print(f"Card: {card}", highlight=False, soft_wrap=True)
+
+
+@prior_app.command("assumptions")
+def check_assumptions(
+    weights: Annotated[str, typer.Argument(help="A shipped prior's name, or a .safetensors file.")],
+    dataset: Annotated[
+        str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
+    ] = "cifar10",
+    images: Annotated[int, typer.Option(help="Test images to corrupt.")] = 64,
+    iterations: Annotated[int, typer.Option(help="Of the attack that gives the iterates.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="Markdown file of the tables.")] = None,
+) -> None:
+    """Measure the paper's assumptions A1 and A2 on a flow prior."""
+    data = _dataset_config(dataset)
+    test = load_split(data, "test")
+    facts = {"dataset": data.name, "split": "test", "commit": git_commit()}
+    lines = assumption_tables(weights, test, dataset_info(data), images, iterations)
+    name = weights if not weights.endswith(".safetensors") else Path(weights).name
+    command = f"flowleak prior assumptions {name} --dataset {data.name} --images {images}"
+    command += f" --iterations {iterations}"
+    text = sections_markdown("assumptions", command, lines, facts)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if out:
+        write_text(out, text)

@@ -181,3 +181,21 @@ def test_unknown_attacks_and_options_are_refused() -> None:
         check_attack(AttackConfig("sme", options={"lr": "fast"}))
     with pytest.raises(ConfigError, match="mode is 3; allowed: a word"):
         check_attack(AttackConfig("flow_matching", options={"mode": 3}))
+
+
+def test_flow_matching_runs_its_network_only_where_it_is_asked_to() -> None:
+    observation, knowledge, _ = client(CLIENTS["sgd"])
+    network, calls = load_flow("compact"), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+
+    def attack(**options: float) -> Tensor:
+        calls.clear()
+        return flow_matching(observation, knowledge, network, Budget(5), **options).images
+
+    usual = attack()
+    assert len(calls) == 5
+    # Iterations 0 and 2 of 0 to 3; the last of the five is the polish.
+    assert not torch.equal(attack(every=2, polish=0.2), usual)
+    assert len(calls) == 2
+    attack(flow=0, tv=0)
+    assert not calls

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +13,19 @@ import torch
 from typer.testing import CliRunner
 
 from client_app.training import train
-from fl_app import bench
+from fl_app import bench_cases
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.runs import create_run
 from fl_app.audit.truth import write_truth
-from fl_app.bench import Case, draw_client
+from fl_app.bench import Benchmark, Case, draw_client
 from fl_app.cli import app
 from fl_app.config import AttackConfig, load_config
 from fl_app.data import dataset_info, load_split
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
 from server_strategies.attack_pool import pending
+from server_strategies.attacks import check_attack
 from server_strategies.observations import ObservationStore
 
 CASE = Case(
@@ -58,7 +61,7 @@ def test_a_draw_is_a_real_clients_training() -> None:
 def test_benchmark_resumes_and_fails_below_its_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(bench.BENCHMARKS, "quick", (CASE,))
+    monkeypatch.setitem(bench_cases.BENCHMARKS, "quick", (CASE,))
     out = tmp_path / "quick.json"
     command = ["bench", "quick", "--dataset", "photos", "--out", str(out)]
     assert "sgd 0.01 K=2 B=2" in flowleak(*command, "--draws", "1")
@@ -78,6 +81,73 @@ def test_benchmark_resumes_and_fails_below_its_bar(
         flowleak(*command, "--split", "train")
     with pytest.raises(ValueError, match="allowed: quick"):
         flowleak("bench", "nonsense")
+
+
+def row(case: Case, seed: int, psnr: float, lpips: float) -> dict[str, Any]:
+    """A row of a benchmark whose scores are known."""
+    scores = {"psnr": psnr, "lpips_vgg": lpips, "ssim": 0.5}
+    means = ("loss", "loss_at_truth", "seconds", "iterations_per_second", "peak_memory")
+    return {
+        "case": case.name,
+        "seed": seed,
+        "metrics": {name: {"mean": value, "baseline": 12.0} for name, value in scores.items()},
+        "psnr_by_step": [psnr],
+        **dict.fromkeys((*means, "gflop_per_iteration"), 1.0),
+    }
+
+
+def test_cases_of_one_client_are_compared_draw_by_draw() -> None:
+    first, second = CASE, replace(CASE, attack=AttackConfig("sme", 2, options={"tv": 1}), gain=2.5)
+    longer = replace(CASE, attack=AttackConfig("sme", 3))
+    config = load_config().dataset
+    benchmark = Benchmark(
+        "known", (first, second, longer), dataset_info(config), load_split(config, "test"), {}
+    )
+    benchmark.rows = [
+        row(first, 0, 10.0, 0.5), row(first, 1, 20.0, 0.5), row(first, 2, 90.0, 0.5),
+        row(second, 1, 23.0, 0.4), row(second, 0, 11.0, 0.5), row(longer, 0, 30.0, 0.1),
+    ]  # fmt: skip
+    gain = benchmark.summary(second)["gain"]
+    # Differences 1 and 3 on the draws that both have: 2 -+ t(0.975, 1) sqrt(2) / sqrt(2).
+    assert [gain["psnr"][key] for key in ("mean", "low", "high")] == pytest.approx(
+        [2, 2 - 12.706, 2 + 12.706], abs=1e-3
+    )
+    assert gain["lpips_vgg"]["mean"] == pytest.approx(-0.05)
+    assert "gain" not in benchmark.summary(first)
+    assert "gain" not in benchmark.summary(longer)  # other iterations
+    assert "| +2.00 ± 12.71 | -0.050 ± 0.635 |" in benchmark.markdown("command")
+    short = [words for words in benchmark.shortfalls() if words.startswith(second.name)]
+    assert [words.split(": ")[1] for words in short if "99" not in words] == [
+        "+2.00 ± 12.71, the bar is +2.5 dB"
+    ]
+    benchmark.rows[3]["metrics"]["lpips_vgg"] = benchmark.rows[4]["metrics"]["lpips_vgg"] = None
+    assert any("LPIPS VGG not measured" in words for words in benchmark.shortfalls())
+
+
+def test_a_part_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(CASE, attack=AttackConfig("sme", 1, options={"tv": 0.5}))
+    monkeypatch.setitem(bench_cases.BENCHMARKS, "prior", (CASE, other))
+    out = tmp_path / "prior.json"
+    command = ["bench", "prior", "--dataset", "photos", "--out", str(out), "--draws", "1"]
+    flowleak(*command, "--cases", "tv=0.5 x")
+    assert [row["case"] for row in json.loads(out.read_text())["rows"]] == [other.name]
+    table = out.with_suffix(".md").read_text()
+    assert "--cases 'tv=0.5 x'`" in table
+    assert "(sgd, B=2; at most 0.5 was asked for)" in table
+    with pytest.raises(ValueError, match=r"no case of prior .* like 'sgd 0\.01 K=2 B=2, sme x2'"):
+        flowleak(*command, "--cases", "tv=7")
+    with pytest.raises(ValueError, match="labels has none"):
+        flowleak("bench", "labels", "--cases", "sgd")
+
+
+def test_every_benchmark_can_run() -> None:
+    config = load_config().dataset
+    info, images = dataset_info(config), load_split(config, "test")
+    for name, cases in bench_cases.BENCHMARKS.items():
+        assert len({case.name for case in cases}) == len(cases)
+        for case in cases:
+            check_attack(case.attack)
+            assert case.gain is None or Benchmark(name, cases, info, images, {}).reference(case)
 
 
 def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:

@@ -85,14 +85,75 @@ def test_velocity_penalty_is_back_propagated() -> None:
     assert images.grad.abs().sum() > 0
 
 
+class Counting(Constant):
+    """Notes how many images each of its calls had."""
+
+    def __init__(self) -> None:
+        super().__init__(0.3)
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        return super().forward(x, t)
+
+
+def test_the_denoised_image_is_held_between_runs_of_the_network() -> None:
+    network, generator = Counting(), torch.Generator().manual_seed(5)
+    prior = FlowPrior(network, 2.0, "denoiser", 0.8, 0.9, generator, every=3)
+    candidates = torch.rand((5, 2, 3, 8, 8))
+    penalties = [prior(images, k / 5).item() for k, images in enumerate(candidates)]
+    assert network.calls == [2, 2]
+    noise = torch.Generator().manual_seed(5)
+    for k, ran in enumerate((0, 0, 0, 3, 3)):
+        t, x, x_ran = 0.8 + 0.1 * ran / 5, 2 * candidates[k] - 1, 2 * candidates[ran] - 1
+        if k == ran:
+            e = torch.randn(x.shape, generator=noise)
+        denoised = t * x_ran + (1 - t) * e + (1 - t) * 0.3
+        assert penalties[k] == pytest.approx(2 * (x - denoised).square().mean().item(), rel=1e-5)
+
+
+def test_the_denoised_image_is_the_mean_over_draws() -> None:
+    network, generator = Counting(), torch.Generator().manual_seed(5)
+    prior = FlowPrior(network, 1.0, "denoiser", 0.8, 0.8, generator, draws=4)
+    images = torch.rand((2, 3, 8, 8))
+    penalty = prior(images, 0.0).item()
+    assert network.calls == [8]
+    noise = torch.randn((4, 2, 3, 8, 8), generator=torch.Generator().manual_seed(5))
+    x = 2 * images - 1
+    residual = x - (0.8 * x + 0.2 * noise.mean(0) + 0.2 * 0.3)
+    assert penalty == pytest.approx(residual.square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["denoiser", "velocity"])
+def test_the_last_iterations_are_without_the_flow_prior(mode: str) -> None:
+    network = Counting()
+    prior = FlowPrior(network, 1.0, mode, 0.8, 0.9, torch.Generator(), polish=0.25)
+    images = torch.rand((1, 3, 8, 8), requires_grad=True)
+    assert prior(images, 0.74).item() > 0
+    penalty = prior(images, 0.75)
+    assert penalty.item() == 0
+    assert torch.autograd.grad(penalty, images)[0].abs().max() == 0
+    assert network.calls == [1]
+
+
 def test_flow_prior_refuses_what_it_cannot_do() -> None:
-    def prior(mode: str = "denoiser", t_end: float = 0.9) -> FlowPrior:
-        return FlowPrior(Constant(0.0), 1.0, mode, 0.8, t_end, torch.Generator())
+    def prior(mode: str = "denoiser", t_end: float = 0.9, **options: float) -> FlowPrior:
+        return FlowPrior(Constant(0.0), 1.0, mode, 0.8, t_end, torch.Generator(), **options)
 
     with pytest.raises(ValueError, match="allowed: denoiser, velocity"):
         prior(mode="magic")
     with pytest.raises(ValueError, match=r"t_end is 1\.5"):
         prior(t_end=1.5)
+    for value in (0, 1.5):
+        with pytest.raises(ValueError, match=f"every is {value}; allowed: a whole number from 1"):
+            prior(every=value)
+        with pytest.raises(ValueError, match=f"draws is {value}; allowed: a whole number from 1"):
+            prior(draws=value)
+    for name in ("every", "draws"):
+        with pytest.raises(ValueError, match=f"{name} is 2; allowed with mode velocity: 1"):
+            prior(mode="velocity", **{name: 2})
+    with pytest.raises(ValueError, match="polish is 1; allowed: from 0, below 1"):
+        prior(polish=1)
     for shape in [(1, 1, 8, 8), (1, 3, 6, 8)]:
         with pytest.raises(ValueError, match="the flow prior takes images"):
             prior()(torch.rand(shape), 0.0)

@@ -35,6 +35,9 @@ def flow_matching(
     last_balance: float = 0.2,
     t_start: float = 0.8,
     t_end: float = 0.95,
+    every: int = 1,
+    draws: int = 1,
+    polish: float = 0.0,
 ) -> Reconstruction:
     """Reconstruct a client's images from its update with a flow prior.
 
@@ -62,6 +65,12 @@ def flow_matching(
         geometrically. 0: by their weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.
+    every, draws : int
+        How often the denoiser runs, and over how many draws of noise its result
+        is averaged; see `FlowPrior`.
+    polish : float
+        Share of the iterations, the last ones, without the flow prior; in [0, 1).
+        Where `balance` is not 0, total variation then pulls as strongly alone.
 
     Raises
     ------
@@ -78,7 +87,7 @@ def flow_matching(
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
     beliefs: list[TotalVariation | FlowPrior] = [
         TotalVariation(tv, knowledge.std),
-        FlowPrior(prior, flow, mode, t_start, t_end, noise),
+        FlowPrior(prior, flow, mode, t_start, t_end, noise, every, draws, polish),
     ]
     return optimise(
         "flow_matching",
@@ -101,5 +110,8 @@ def flow_matching(
             "last_balance": last_balance,
             "t_start": t_start,
             "t_end": t_end,
+            "every": every,
+            "draws": draws,
+            "polish": polish,
         },
     )

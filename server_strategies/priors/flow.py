@@ -7,7 +7,6 @@ that D(x_t, t) = x_t + (1 - t) v(x_t, t) is a denoiser.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -99,7 +98,6 @@ def denoise(network: nn.Module, x_t: Tensor, level: float) -> Tensor:
     return x_t + (1 - level) * network(x_t, t)
 
 
-@dataclass(frozen=True)
 class FlowPrior:
     """A penalty that pulls images towards the data manifold.
 
@@ -108,7 +106,9 @@ class FlowPrior:
     (Romano et al., 2017, RED; Poole et al., 2023, score distillation).
     ``velocity``: ``weight mean|v(x, t)|^2``, back-propagated (the paper, eq. 17).
 
-    Attributes
+    It counts its calls and holds D between them: one prior serves one attack.
+
+    Parameters
     ----------
     network : nn.Module
         From `load_flow`.
@@ -119,21 +119,54 @@ class FlowPrior:
         Flow time at the first and the last iteration, linear between; in (0, 1].
     generator : torch.Generator
         Draws e, on the images' device.
+    every : int
+        In `denoiser` mode the network runs in every m-th call only, the first
+        among them; D is held in between, and still pulls. 1 or more.
+    draws : int
+        In `denoiser` mode D is the mean over that many draws of e. 1 or more.
+    polish : float
+        Share of the iterations, the last ones, in which the weight is 0; in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        If an argument has no such value, or `every` or `draws` is above 1 in
+        `velocity` mode, which holds nothing and draws no noise.
     """
 
-    network: nn.Module
-    weight: float
-    mode: str
-    t_start: float
-    t_end: float
-    generator: torch.Generator
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MODES)}")
-        for name in ("t_start", "t_end"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: above 0, at most 1")
+    def __init__(
+        self,
+        network: nn.Module,
+        weight: float,
+        mode: str,
+        t_start: float,
+        t_end: float,
+        generator: torch.Generator,
+        every: int = 1,
+        draws: int = 1,
+        polish: float = 0.0,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
+        for name, time in (("t_start", t_start), ("t_end", t_end)):
+            if not 0 < time <= 1:
+                raise ValueError(f"{name} is {time}; allowed: above 0, at most 1")
+        most = "" if mode == "denoiser" else f" with mode {mode}"
+        for name, number in (("every", every), ("draws", draws)):
+            if number % 1 or number < 1 or (most and number > 1):
+                allowed = "1" if most else "a whole number from 1"
+                raise ValueError(f"{name} is {number}; allowed{most}: {allowed}")
+        if not 0 <= polish < 1:
+            raise ValueError(f"polish is {polish}; allowed: from 0, below 1")
+        self.network = network
+        self.weight = weight
+        self.mode = mode
+        self.t_start, self.t_end = t_start, t_end
+        self.generator = generator
+        self.every, self.draws = int(every), int(draws)
+        self.polish = polish
+        self._calls = 0
+        self._denoised: Tensor
 
     def __call__(self, images: Tensor, progress: float) -> Tensor:
         """Return the penalty, shape ().
@@ -141,7 +174,7 @@ class FlowPrior:
         Parameters
         ----------
         images : Tensor, shape (N, 3, H, W)
-            In [0, 1].
+            In [0, 1]; the same N, H and W in every call.
         progress : float
             Share of the attack's iterations done, in [0, 1].
 
@@ -151,12 +184,22 @@ class FlowPrior:
             If the network can't take images of this shape (`check_shape`).
         """
         check_shape(self.network, images.shape)
+        if self.polish and progress >= 1 - self.polish:
+            return 0 * images.sum()
         x = 2 * images - 1
         level = self.t_start + (self.t_end - self.t_start) * progress
         if self.mode == "velocity":
             t = x.new_full((len(x),), level)
             return self.weight * self.network(x, t).square().mean()
-        with torch.no_grad():
-            noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
-            denoised = denoise(self.network, torch.lerp(noise, x, level), level)
-        return self.weight * F.mse_loss(x, denoised)
+        if self._calls % self.every == 0:
+            self._denoised = self._denoise(x.detach(), level)
+        self._calls += 1
+        return self.weight * F.mse_loss(x, self._denoised)
+
+    @torch.no_grad()
+    def _denoise(self, x: Tensor, level: float) -> Tensor:
+        """Return D at x, shape (N, 3, H, W), the mean over draws of the noise."""
+        shape = (self.draws, *x.shape)
+        noise = torch.randn(shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        denoised = denoise(self.network, torch.lerp(noise, x, level).flatten(0, 1), level)
+        return denoised.unflatten(0, (self.draws, -1)).mean(0)

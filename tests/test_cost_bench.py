@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_explain import CLIENTS, client
 
-from fl_app.surrogate_bench import PlainSurrogate
+from fl_app.cost_bench import PlainSurrogate
 from server_strategies.attacks.explain import explain
 
 

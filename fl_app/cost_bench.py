@@ -1,4 +1,4 @@
-"""What others' loops cost: the yardstick of `flowleak bench explain`."""
+"""What an iteration costs: the notes below `flowleak bench explain` and `prior`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from client_app.training import normalise
 from fl_app.bench import Case, draw_client
-from fl_app.config import AttackConfig
+from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.models import create_model
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
+from server_strategies.attacks import ATTACKS
 from server_strategies.attacks.explain import explain
+from server_strategies.priors.flow import FlowPrior, load_flow
 
 
 def surrogate_speedup(
@@ -50,10 +52,62 @@ def surrogate_speedup(
     def theirs() -> None:
         plain.gradients(x, 0.5)
 
-    _seconds(ours), _seconds(theirs)
-    turns = [(_seconds(ours), _seconds(theirs)) for _ in range(rounds)]
-    own, other = (statistics.median(times) for times in zip(*turns, strict=True))
-    return other / own
+    return _time_ratio(theirs, ours, rounds)
+
+
+def prior_cost(
+    info: DatasetInfo,
+    images: ImageSet,
+    training: LocalTraining,
+    prior: PriorConfig,
+    rounds: int = 5,
+) -> float:
+    """Return the time of the flow prior's step as a share of the matching step's.
+
+    Both with the defaults of flow_matching, on the CPU, and each with its
+    gradient in the images. They take turns, as in `surrogate_speedup`.
+
+    Parameters
+    ----------
+    info : DatasetInfo
+    images : ImageSet
+        To draw the client's images from.
+    training : LocalTraining
+    prior : PriorConfig
+    rounds : int
+        Turns of five iterations each; the median turn counts.
+    """
+    observation, knowledge, truth = draw_client(Case(training, AttackConfig()), images, info, 0)
+    pixels = truth.images.flip(0)
+    x = normalise(pixels, knowledge.mean, knowledge.std).requires_grad_()
+    pixels.requires_grad_()
+    chosen = ATTACKS["flow_matching"].options
+    explanation = explain(chosen["explain"], observation, knowledge)
+    unknowns = [unknown.value for unknown in explanation.unknowns]
+    generator = torch.Generator().manual_seed(0)
+    names = ("mode", "t_start", "t_end", "every", "draws")
+    flow = FlowPrior(
+        load_flow(prior.weights),
+        chosen["flow"],
+        generator=generator,
+        **{name: chosen[name] for name in names},
+    )
+
+    def matching() -> None:
+        torch.autograd.grad(explanation(x, 0.0), [x, *unknowns])
+
+    def pull() -> None:
+        torch.autograd.grad(flow(pixels, 0.0), pixels)
+
+    return _time_ratio(pull, matching, rounds)
+
+
+def _time_ratio(step: Callable[[], None], other: Callable[[], None], rounds: int) -> float:
+    """Return a step's time in units of another's, the median of turns that alternate."""
+    _seconds(step), _seconds(other)
+    turns = [(_seconds(step), _seconds(other)) for _ in range(rounds)]
+    times, others = (statistics.median(column) for column in zip(*turns, strict=True))
+    return times / others
 
 
 def _seconds(step: Callable[[], None]) -> float:
