@@ -182,7 +182,7 @@ def test_auto_says_what_it_chose_and_why() -> None:
     for name, change, chosen, why in (
         ("sgd", {}, "trajectory", "order is known"),
         ("adam", {}, "trajectory", "order is known"),
-        ("epochs", {}, "trajectory", "later passes in the first's order"),
+        ("epochs", {}, "fingerprints", "later passes in the first's order"),
         ("momentum", several, "trajectory", "later passes in the first's order"),
         ("momentum", {**several, "reshuffle": False}, "trajectory", "order is known"),
         ("momentum", one_step, "gradient", "is its gradient"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from test_explain import MEAN, STD, client
@@ -10,7 +9,8 @@ from test_explain import MEAN, STD, client
 from client_app.training import train
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining, Observation
-from server_strategies.attacks.explain.guess import guess_training, single_touch
+from server_strategies.attacks.explain.fingerprints import single_touch_moves
+from server_strategies.attacks.explain.guess import guess_training
 
 
 def large_client(training: LocalTraining, count: int) -> Observation:
@@ -65,8 +65,8 @@ def test_single_touch_is_adams_arithmetic() -> None:
         for k in range(4):
             w.grad = torch.full_like(w, -0.3 if k == step else 0.0)
             optimizer.step()
-        assert w.item() == pytest.approx(single_touch(4)[step])
-    assert np.allclose(single_touch(1), 1)
+        assert w.item() == pytest.approx(single_touch_moves(4)[step].item())
+    assert single_touch_moves(1).tolist() == pytest.approx([1])
 
 
 def test_nothing_to_guess_from_is_refused() -> None:

@@ -172,7 +172,7 @@ def converged(size: Tensor, training: LocalTraining, steps: int) -> str | None:
 
     SGD: its mean norm ``|w0 - w1| / (lr K)`` is under 0.05 (an untrained ConvNet's
     is 0.9 to 6, measured). Adam: no move reaches lr / 5, where a single gradient
-    well above eps = 1e-8 moves a weight by 0.48 lr or more, see `single_touch`.
+    well above eps = 1e-8 moves a weight by 0.48 lr or more, see `single_touch_moves`.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ Prior = Callable[[Tensor, float], Tensor]
 
 Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
+
+
+_COUNTED = 8  # iterations whose floating-point operations are counted
 
 
 class AttackError(RuntimeError):
@@ -114,8 +117,8 @@ def optimise(
     for iteration in range(budget.iterations):
         progress = iteration / budget.iterations
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(progress)
-        with counter if iteration == 0 else nullcontext():
+            group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
+        with counter.watch(progress >= explanation.restart):
             matching = explanation(x, progress)
             slope, *slopes = torch.autograd.grad(matching, [x, *unknowns])
             pull = _pull(priors, x, mean, std, progress)
@@ -125,9 +128,12 @@ def optimise(
         x.grad = slope + pull
         for unknown, part in zip(unknowns, slopes, strict=True):
             unknown.grad = part
+        pace, before = explanation.pace(), x.detach().clone()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
+            if pace is not None:
+                x.copy_(torch.lerp(before, x, pace.view(-1, 1, 1, 1)))
             x.clamp_(low, high)
             for unknown in unknowns:
                 unknown.clamp_(0, 1)
@@ -154,11 +160,18 @@ def optimise(
         iterations=done,
         seconds=time.monotonic() - began,
         peak_memory=memory.above_start(),
-        flops=counter.flops * done,
+        flops=counter.total(),
         stop_reason=stop_reason,
         options=options,
         diagnosis=diagnose(observation, knowledge, history, explanation.position()),
     )
+
+
+def _since_restart(progress: float, restart: float) -> float:
+    """Return the share done of that part of an attack which `restart` divides it into."""
+    if progress < restart:
+        return progress / restart
+    return (progress - restart) / (1 - restart)
 
 
 def _step_of_images(batches: Sequence[Sequence[int]], count: int) -> Tensor:
@@ -192,11 +205,27 @@ def _check_finite(losses: Tensor, iteration: int) -> None:
 class _FlopCounter(TorchDispatchMode):
     """Counts floating-point operations by torch's own formulas.
 
+    Counting is slow, so a few iterations stand for all of the same part of the
+    attack: enough of them for what is done in every m-th alone.
+
     `torch.utils.flop_counter.FlopCounterMode` also tracks modules, by hooks that
     do not stand gradients taken while another one is.
     """
 
-    flops = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self._flops, self._iterations, self._part = [0, 0], [0, 0], 0
+
+    def watch(self, restarted: bool) -> AbstractContextManager[object]:
+        """Return a context for one iteration, before or after the explanation's restart."""
+        self._part = int(restarted)
+        self._iterations[self._part] += 1
+        return self if self._iterations[self._part] <= _COUNTED else nullcontext()
+
+    def total(self) -> int:
+        """Return the operations of all iterations."""
+        parts = zip(self._flops, self._iterations, strict=True)
+        return sum(flops * count // min(count, _COUNTED) for flops, count in parts if count)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -204,7 +233,7 @@ class _FlopCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+            self._flops[self._part] += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import nn
+
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.explain.base import Explanation
+from server_strategies.attacks.explain.decode import Decoded, legible_fingerprints
 from server_strategies.attacks.explain.one_step import EpsInversion, GradientMatch, SignMatch
 from server_strategies.attacks.explain.surrogate import Surrogate
 from server_strategies.attacks.explain.trajectory import Trajectory
 
 EXPLANATIONS = {
-    kind.name: kind for kind in (Surrogate, Trajectory, GradientMatch, EpsInversion, SignMatch)
+    kind.name: kind
+    for kind in (Surrogate, Trajectory, Decoded, GradientMatch, EpsInversion, SignMatch)
 }
 
 
@@ -27,7 +31,7 @@ def explain(
 
     Parameters
     ----------
-    kind : {"auto", "surrogate", "trajectory", "gradient", "inversion", "sign"}
+    kind : {"auto", "surrogate", "trajectory", "fingerprints", "gradient", "inversion", "sign"}
         `auto` chooses by what is known of the client, see `choose`.
     observation : Observation
     knowledge : Knowledge
@@ -45,6 +49,7 @@ def explain(
     """
     if kind != "auto" and kind not in EXPLANATIONS:
         raise ValueError(f"explain is {kind!r}; allowed: auto, {', '.join(EXPLANATIONS)}")
+    model = create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape).to(device)
     labels = knowledge.labels
     if labels is not None and len(labels) != observation.num_examples:
         raise ValueError(
@@ -52,20 +57,20 @@ def explain(
         )
     reason = "asked for"
     if kind == "auto":
-        kind, reason = choose(observation, knowledge)
+        kind, reason = choose(model, observation, knowledge)
         reason = f"auto, {reason}"
-    model = create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape).to(device)
     make = partial(Surrogate, alpha=alpha) if kind == Surrogate.name else EXPLANATIONS[kind]
     return make(model, observation, knowledge, f"{kind}: {reason}")
 
 
-def choose(observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
+def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
     """Return the explanation that suits a client, and why.
 
     One step: the gradient itself, from SGD exactly, from Adam by its epsilon
     where the update is clean enough. Several steps: the client's own trajectory,
-    and where later passes take the images in an order that is not known, they are
-    taken in the first's: that is off by far less than other images would be.
+    where Adam left fingerprints with their images decoded first. Where later
+    passes take the images in an order that is not known, they are taken in the
+    first's: that is off by far less than other images would be.
     """
     training, count = knowledge.client, observation.num_examples
     optimizer, steps = training.optimizer, len(training.batches(count))
@@ -76,9 +81,12 @@ def choose(observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
         if usable:
             return "inversion", f"one step of {optimizer}, and {why}"
         return "trajectory", f"one step of {optimizer}, but {why}"
-    if training.reshuffle and training.passes(count) > 1:
-        return (
-            "trajectory",
-            f"{steps} steps of {optimizer}, later passes in the first's order",
-        )
-    return "trajectory", f"{steps} steps of {optimizer}, whose order is known"
+    shuffled = training.reshuffle and training.passes(count) > 1
+    order = "later passes in the first's order" if shuffled else "whose order is known"
+    why = f"{steps} steps of {optimizer}, {order}"
+    found = legible_fingerprints(model, observation, knowledge)
+    if found and knowledge.labels is not None:
+        told = len({seen.step for seen in found})
+        rows = sum(len(seen.rows) for seen in found)
+        return "fingerprints", f"{why}; {told} of them show {rows} rows of their gradients"
+    return "trajectory", why

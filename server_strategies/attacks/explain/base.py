@@ -47,9 +47,13 @@ class Explanation(ABC):
     unknowns : list of Unknown
     start : Tensor, shape (N, C, H, W), or None
         Normalised images to start from, where they are known in closed form.
+    restart : float
+        Share of the attack's iterations after which its learning rates start anew;
+        0: nowhere.
     """
 
     name: str
+    restart = 0.0
 
     def __init__(
         self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
@@ -83,6 +87,13 @@ class Explanation(ABC):
 
     def position(self) -> float | None:
         """Return where between w0 and w1 a surrogate's gradient was taken; None: no surrogate."""
+        return None
+
+    def pace(self) -> Tensor | None:
+        """Return how far each image moves, shape (N,), in units of the attack's steps.
+
+        None: all of them by the whole step.
+        """
         return None
 
     @abstractmethod

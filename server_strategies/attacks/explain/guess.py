@@ -12,7 +12,7 @@ from scipy.ndimage import maximum_filter1d, median_filter
 from torch import Tensor
 
 from fl_app.protocol import LocalTraining, Observation
-from server_strategies.attacks.explain.trajectory import BETA1, BETA2
+from server_strategies.attacks.explain.fingerprints import single_touch_moves
 
 SIGN_LIKE = 0.3  # `spread` above which steps are nearly signs: Adam's, not SGD's
 _BIN = 1e-3  # of log |u|; spikes are narrower
@@ -107,26 +107,11 @@ def _guess_adam(size: Tensor, num_examples: int, batch_size: int | None) -> Gues
     return Guess(training, told, confident=found is not None)
 
 
-def single_touch(num_steps: int) -> NDArray[np.float64]:
-    """Return how far Adam moves a coordinate that has a gradient in one of K steps only.
-
-    In units of lr and for ``|g| >> eps``, for that step j from 1 to K: the sum
-    over ``k >= j`` of ``mhat_k / sqrt(vhat_k)`` with ``mhat_k = (1 - b1)
-    b1^(k-j) g / (1 - b1^k)`` and vhat_k likewise with b2 and g^2. The gradient
-    itself cancels out.
-    """
-    k, j = np.arange(1, num_steps + 1)[None], np.arange(1, num_steps + 1)[:, None]
-    age = np.maximum(k - j, 0)
-    first = (1 - BETA1) * BETA1**age / (1 - BETA1**k)
-    second = (1 - BETA2) * BETA2**age / (1 - BETA2**k)
-    return np.where(k >= j, first / np.sqrt(second), 0).sum(1)
-
-
 def _fit_spikes(sizes: NDArray[np.float64], allowed: list[int]) -> tuple[float, int] | None:
     """Fit Adam's rate and K to the spikes in the distribution of its moves.
 
     A coordinate that a single step touched (a unit that only one batch
-    activates) moves by exactly ``lr single_touch(K)[j]``, so that the histogram
+    activates) moves by exactly ``lr single_touch_moves(K)[j]``, so that the histogram
     has K spikes whose distances depend on K alone. The fit is the share of all
     spikes' mass at the expected places, times the share of places with a spike.
 
@@ -151,7 +136,7 @@ def _fit_spikes(sizes: NDArray[np.float64], allowed: list[int]) -> tuple[float, 
     near = maximum_filter1d(spikes, 3)
     best, found = 0.3, None  # the true K fits by 0.39 and more, measured, and better than others
     for steps in (k for k in allowed if k <= _MAX_STEPS):
-        places = np.unique(np.round(np.log(single_touch(steps)) / _BIN).astype(int))
+        places = np.unique(np.round(np.log(single_touch_moves(steps).numpy()) / _BIN).astype(int))
         # The longest move is at most lr K, and hardly less than half of it.
         for shift in range(
             round(-math.log(1.03 * steps) / _BIN), round(math.log(2 / steps) / _BIN)

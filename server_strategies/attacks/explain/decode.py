@@ -1,0 +1,247 @@
+"""The trajectory, with the images of every step that left a fingerprint decoded first.
+
+A row of a linear layer's gradient is a sum over the batch, ``sum_n d_n a_n``, of the
+layer's inputs a_n, the features of image n. So a fingerprint holds features, and an
+image's features hold the image: no local step is too late for that. The images that
+fingerprints do not show follow from the trajectory, in which the others stand still.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fingerprints
+from server_strategies.attacks.explain.trajectory import LocalSteps, Trajectory, optimizer_of
+
+_RIDGE = 1e-3  # of the least squares on features of length 1
+_SOFT = 0.05  # residual at which a row gives up being of one image alone
+_SHARE = 0.5  # of a row's length, which an image needs to be shown by it
+_RESIDUAL = 0.1  # below which a row counts as explained
+_RENEW = 8  # calls after which the weights that features are taken at are simulated anew
+
+
+class Decoded(Trajectory):
+    """Images decoded from fingerprints first, then the trajectory's for the others.
+
+    Until `restart` the loss is the fingerprints' alone: for every row g of a local
+    step's gradient the residual of its best combination of the batch's features,
+    ``min_d |g - sum_n d_n a_n|^2 / |g|^2``, and, softly, that of the best single
+    image, since most such rows are of one image. Labels and activations do not
+    enter, so no unit has to be active by luck. The features are those at the
+    weights of that step, simulated from the images decoded so far.
+
+    Then the images that fingerprints show stand nearly still, for the others
+    `Trajectory` is added.
+
+    Parameters
+    ----------
+    model, observation, knowledge, reason
+        See `Explanation`.
+
+    Raises
+    ------
+    ValueError
+        If there are no fingerprints, or the labels are not known.
+    """
+
+    name = "fingerprints"
+    restart = 0.5
+
+    def __init__(
+        self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
+    ) -> None:
+        # The images that stand still make a small smoothing descend well.
+        super().__init__(model, observation, knowledge, reason, 0.02, 0.01)
+        if knowledge.labels is None:
+            raise ValueError("explain is 'fingerprints', which needs labels; these are not known")
+        self.prints: dict[int, list[Fingerprint]] = {}
+        for found in legible_fingerprints(model, observation, knowledge):
+            self.prints.setdefault(found.step, []).append(found)
+        if not self.prints:
+            raise ValueError("explain is 'fingerprints', but the update holds none")
+        self.calls = 0
+        self.held: list[dict[str, Tensor]] = []
+        self.shown: Tensor | None = None
+
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
+        """Return the loss, shape (), of normalised images (N, C, H, W)."""
+        if self.calls % _RENEW == 0:
+            self._simulate(x.detach())
+        self.calls += 1
+        if progress < self.restart:
+            return self._residual(x)
+        if self.shown is None:
+            self.shown = self._find_shown(x.detach())
+        if self.shown.all():
+            return self._residual(x)
+        still = self.shown.view(-1, 1, 1, 1)
+        residual = self._residual(torch.where(still, x, x.detach()))
+        return residual + super().__call__(torch.where(still, x.detach(), x), progress)
+
+    def pace(self) -> Tensor | None:
+        """See `Explanation`."""
+        return None if self.shown is None else torch.where(self.shown, 0.05, 1.0)
+
+    def _residual(self, x: Tensor) -> Tensor:
+        """Return the mean residual of the fingerprints in the images' features."""
+        residuals = []
+        for step, index in self._steps():
+            inputs = self._look(self.held[step], x[index])[0]
+            for seen in self.prints[step]:
+                alone, _, together = combine(inputs[seen.name], seen)
+                best = alone.min(1).values
+                residuals.append((together + _SOFT * best / (best + _SOFT)).mean())
+        return torch.stack(residuals).mean()
+
+    def _find_shown(self, x: Tensor) -> Tensor:
+        """Return which images make up most of a row that is explained, shape (N,) of bool."""
+        shown = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for step, index in self._steps():
+            inputs = self._look(self.held[step], x[index])[0]
+            for seen in self.prints[step]:
+                _, parts, together = combine(inputs[seen.name], seen)
+                large = (parts.abs() > _SHARE) & (together < _RESIDUAL)[:, None]
+                shown[index] |= large.any(0)
+        return shown
+
+    def _steps(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the local steps with fingerprints, and which images each trains on."""
+        return ((step, self.indices[step]) for step in self.prints)
+
+    def _simulate(self, x: Tensor) -> None:
+        """Hold the weights before each local step, as training on `x` makes them.
+
+        On the way the labels of a step are dealt out among its images: its
+        fingerprints tell which image has which.
+        """
+        steps = LocalSteps(self.model, list(self.w0), self.training.max_grad_norm, recompute=True)
+        optimizer, w = optimizer_of(self.training), list(self.w0.values())
+        self.held = []
+        for step, index in enumerate(self.indices[: max(self.prints) + 1]):
+            self.held.append(dict(zip(self.w0, w, strict=True)))
+            if step in self.prints and len(index) > 1:
+                self.labels[index] = self.labels[index][self._deal(step, x[index])]
+            g = steps.gradient(w, (x[index], self.labels[index]))
+            with torch.no_grad():
+                w = optimizer.step(w, g)
+
+    def _deal(self, step: int, x: Tensor) -> Tensor:
+        """Return which of a step's labels suits which of its images, shape (B,).
+
+        An image's part in a row is the slope of its loss in that unit's output,
+        which its label decides: they are matched by one linear assignment.
+        """
+        labels = self.labels[self.indices[step]]
+        weights = {name: w.requires_grad_() for name, w in self.held[step].items()}
+        inputs, outputs, logits = self._look(weights, x)
+        cost = x.new_zeros(len(x), len(x))
+        for number, label in enumerate(labels):
+            loss = F.cross_entropy(logits, label.expand(len(x)))
+            for seen in self.prints[step]:
+                (slope,) = torch.autograd.grad(loss, outputs[seen.name], retain_graph=True)
+                features = inputs[seen.name].detach()
+                _, parts, _ = combine(features, seen)
+                # In units of the slope: undo the lengths that `combine` works with.
+                lengths = (features[None] * seen.known[:, None]).norm(dim=2) + 1e-12
+                parts = parts * seen.gradient.norm(dim=1, keepdim=True) / lengths
+                misfit = (parts - slope[:, seen.rows].T).square().sum(0) / parts.square().sum()
+                cost[:, number] += misfit
+        return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(labels.device)
+
+    def _look(
+        self, weights: Mapping[str, Tensor], x: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return inputs and outputs of the layers with fingerprints, and the logits."""
+        inputs, outputs = {}, {}
+
+        def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name], outputs[name] = args[0], output
+
+        names = {seen.name for found in self.prints.values() for seen in found}
+        handles = [
+            self.model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
+                partial(hook, name)
+            )
+            for name in names
+        ]
+        logits = functional_call(self.model, dict(weights), (x,))
+        for handle in handles:
+            handle.remove()
+        return inputs, outputs, logits
+
+
+def combine(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor, Tensor]:
+    """Explain the rows of a fingerprint by the features of a batch, by least squares.
+
+    All on coordinates that are known, with rows and features scaled to length 1.
+
+    Parameters
+    ----------
+    features : Tensor, shape (B, D)
+        The layer's inputs.
+    seen : Fingerprint
+        Of R rows.
+
+    Returns
+    -------
+    alone : Tensor, shape (R, B)
+        The residual, in [0, 1], of a row in each image's features alone.
+    parts : Tensor, shape (R, B)
+        Each image's part in the best combination of all.
+    together : Tensor, shape (R,)
+        The residual of that.
+    """
+    rows = F.normalize(seen.gradient * seen.known, dim=1)
+    a = F.normalize(features[None] * seen.known[:, None], dim=2)
+    dots = a @ rows[:, :, None]
+    gram = a @ a.transpose(1, 2) + _RIDGE * torch.eye(a.shape[1], device=a.device)
+    parts = torch.linalg.solve(gram, dots)
+    together = (rows - (parts * a).sum(1)).square().sum(1)
+    return 1 - dots[:, :, 0].square(), parts[:, :, 0], together
+
+
+def legible_fingerprints(
+    model: nn.Module, observation: Observation, knowledge: Knowledge
+) -> list[Fingerprint]:
+    """Return an update's fingerprints that `Decoded` can read.
+
+    Those in linear layers with one input an image, of the first pass over the data:
+    the weights of later steps are less well known, of a client that reshuffles their
+    images, too.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of the update's architecture.
+    observation : Observation
+    knowledge : Knowledge
+        With the client's training.
+    """
+    training, count = knowledge.client, observation.num_examples
+    names: list[str] = []
+
+    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].dim() == 2 and name in observation.trained:
+            names.append(name)
+
+    handles = [
+        layer.register_forward_pre_hook(partial(hook, f"{name}.weight"))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    with torch.no_grad():
+        model(next(model.parameters()).new_zeros(1, *knowledge.image_shape))
+    for handle in handles:
+        handle.remove()
+    w0, w1 = ({name: w[name] for name in names} for w in (observation.w0, observation.w1))
+    found = find_fingerprints(w0, w1, training, len(training.batches(count)))
+    return [seen for seen in found if seen.step < math.ceil(count / training.batch_size)]

@@ -1,0 +1,146 @@
+"""Fingerprints: against Adam itself, and against real clients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_explain import SHAPE, client
+from torch import Tensor
+
+from fl_app.models import create_model
+from fl_app.protocol import LocalTraining, Observation
+from server_strategies.attacks.explain import explain
+from server_strategies.attacks.explain.decode import Decoded, combine
+from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fingerprints
+
+ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=4)
+
+
+def adam_client(training: LocalTraining) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Run torch's Adam on made-up gradients of a weight with five rows.
+
+    Steps that touch them: row 0 the first alone, 1 the third alone, 2 the last
+    alone, 3 the first and the second, 4 none.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w = torch.nn.Parameter(0.02 * torch.randn(5, 400, generator=generator))
+    w0 = w.detach().clone()
+    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind([w], lr=training.lr, weight_decay=training.weight_decay)
+    gradients = []
+    for rows in ([0, 3], [3], [1], [2]):
+        gradient = torch.zeros_like(w)
+        gradient[rows] = 1e-3 * torch.randn(len(rows), 400, generator=generator)
+        gradient[:, ::4] = 0  # features that are zero
+        gradients.append(gradient)
+        w.grad = gradient.clone()
+        optimizer.step()
+    return w0, w.detach(), gradients
+
+
+@pytest.mark.parametrize("training", [ADAM, replace(ADAM, optimizer="adamw", weight_decay=0.01)])
+def test_gradients_of_single_steps_are_read_from_adams_moves(training: LocalTraining) -> None:
+    w0, w1, gradients = adam_client(training)
+    found = find_fingerprints({"w": w0}, {"w": w1}, training, 4)
+    assert [(f.step, f.rows.tolist()) for f in found] == [(0, [0]), (2, [1]), (3, [2])]
+    for seen in found:
+        true = gradients[seen.step][seen.rows]
+        assert seen.known.float().mean() > 0.9
+        assert seen.known[true == 0].all()
+        assert seen.gradient[true == 0].abs().max() < 1e-12
+        error = ((seen.gradient - true) * seen.known).norm() / (true * seen.known).norm()
+        assert error < 0.2
+
+
+def test_moves_that_do_not_tell_the_step_leave_no_fingerprint() -> None:
+    w0, w1, _ = adam_client(ADAM)
+    noisy = w1 + 1e-5 * torch.randn(w1.shape, generator=torch.Generator().manual_seed(1))
+    assert not find_fingerprints({"w": w0}, {"w": noisy}, ADAM, 4)
+    assert not find_fingerprints({"w": w0}, {"w": w1}, replace(ADAM, optimizer="sgd"), 4)
+    assert not find_fingerprints({"w": w0}, {"w": w1}, replace(ADAM, weight_decay=0.01), 4)
+
+
+def test_rows_are_combined_from_features_by_least_squares() -> None:
+    features = torch.eye(3, 6)
+    rows = torch.stack([2 * features[1], features[0] - features[2], torch.eye(6)[5]])
+    known = torch.ones(3, 6, dtype=torch.bool)
+    alone, parts, together = combine(features, Fingerprint(0, "w", torch.arange(3), rows, known))
+    half = 0.5**0.5
+    torch.testing.assert_close(
+        alone, torch.tensor([[1.0, 0, 1], [0.5, 1, 0.5], [1, 1, 1]]), atol=1e-2, rtol=0
+    )
+    torch.testing.assert_close(
+        parts, torch.tensor([[0.0, 1, 0], [half, 0, -half], [0, 0, 0]]), atol=1e-2, rtol=0
+    )
+    torch.testing.assert_close(together, torch.tensor([0.0, 0, 1]), atol=1e-2, rtol=0)
+
+
+def test_fingerprints_are_explained_by_the_truth_and_not_by_other_images() -> None:
+    observation, knowledge, x = client(replace(ADAM, local_steps=3))
+    explanation = explain("auto", observation, knowledge)
+    assert isinstance(explanation, Decoded)
+    assert "of them show" in explanation.reason
+    assert explanation(x, 0.0) < 0.02
+    generator = torch.Generator().manual_seed(5)
+    assert explanation(torch.randn(x.shape, generator=generator), 0.0) > 0.2
+    # A batch's images come in no order: here the first two are swapped.
+    explanation = explain("auto", observation, knowledge)
+    explanation(x[[1, 0, 2, 3, 4, 5]], 0.0)
+    given = knowledge.labels
+    assert given and given[0] != given[1]
+    assert explanation.found_labels() == (given[1], given[0], *given[2:])
+
+
+def test_images_that_fingerprints_show_stand_still_after_the_restart() -> None:
+    observation, knowledge, x = client(replace(ADAM, local_steps=3))
+    explanation = explain("fingerprints", observation, knowledge)
+    assert isinstance(explanation, Decoded)
+    assert explanation.pace() is None
+    assert explanation(x, explanation.restart) < 0.05
+    shown, pace = explanation.shown, explanation.pace()
+    assert shown is not None
+    assert pace is not None
+    assert shown.any()
+    assert (pace[shown] < 0.1).all()
+    assert (pace[~shown] == 1).all()
+
+
+def test_without_fingerprints_the_reason_is_given() -> None:
+    observation, knowledge, _ = client(replace(ADAM, optimizer="sgd", local_steps=3))
+    with pytest.raises(ValueError, match="holds none"):
+        explain("fingerprints", observation, knowledge)
+    with pytest.raises(ValueError, match="needs labels"):
+        explain("fingerprints", observation, replace(knowledge, labels=None))
+    # Of two passes the first is read.
+    training = replace(ADAM, local_steps=6)
+    observation, knowledge, _ = client(training)
+    found = explain("fingerprints", observation, knowledge)
+    assert isinstance(found, Decoded)
+    assert max(found.prints) < 3
+
+
+def test_an_mlp_gives_the_images_themselves_away() -> None:
+    observation, knowledge, x = client(
+        replace(ADAM, batch_size=1, local_steps=6), architecture="mlp"
+    )
+    explanation = explain("fingerprints", observation, knowledge)
+    assert isinstance(explanation, Decoded)
+    model = create_model("mlp", 10, SHAPE)
+    first = next(name for name, _ in model.named_parameters())
+    rows = [f for found in explanation.prints.values() for f in found if f.name == first]
+    assert rows
+    for seen in rows:
+        image = x[seen.step].flatten() * seen.known
+        assert (torch.cosine_similarity(seen.gradient, image).abs() > 0.98).all()
+
+
+def test_noise_hides_them() -> None:
+    observation, knowledge, _ = client(replace(ADAM, local_steps=3))
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        n: w + 1e-5 * torch.randn(w.shape, generator=generator) for n, w in observation.w1.items()
+    }
+    seen = Observation(observation.w0, noisy, 6, round=1, node=1, client=1)
+    assert explain("auto", seen, knowledge).name == "trajectory"
