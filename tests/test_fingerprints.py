@@ -93,6 +93,18 @@ def test_fingerprints_are_explained_by_the_truth_and_not_by_other_images() -> No
     assert explanation.found_labels() == (given[1], given[0], *given[2:])
 
 
+def test_counted_labels_find_their_images() -> None:
+    observation, knowledge, x = client(replace(ADAM, local_steps=3))
+    given = knowledge.labels
+    assert given
+    counted = replace(knowledge, labels=tuple(sorted(given)), labels_source="llg")
+    explanation = explain("fingerprints", observation, counted)
+    for _ in range(17):  # the weights are simulated anew, with the labels dealt before
+        explanation(x, 0.0)
+    assert counted.labels != given
+    assert explanation.found_labels() == given
+
+
 def test_images_that_fingerprints_show_stand_still_after_the_restart() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     explanation = explain("fingerprints", observation, knowledge)

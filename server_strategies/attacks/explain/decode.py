@@ -64,10 +64,13 @@ class Decoded(Trajectory):
         if knowledge.labels is None:
             raise ValueError("explain is 'fingerprints', which needs labels; these are not known")
         self.prints: dict[int, list[Fingerprint]] = {}
-        for found in legible_fingerprints(model, observation, knowledge):
+        legible = legible_fingerprints(model, observation, knowledge)
+        for found in sorted(legible, key=lambda seen: seen.step):
             self.prints.setdefault(found.step, []).append(found)
         if not self.prints:
             raise ValueError("explain is 'fingerprints', but the update holds none")
+        self.ordered = knowledge.labels_source == "given"  # otherwise counted over all steps
+        self.labels = self.labels.clone()
         self.calls = 0
         self.held: list[dict[str, Tensor]] = []
         self.shown: Tensor | None = None
@@ -120,31 +123,42 @@ class Decoded(Trajectory):
     def _simulate(self, x: Tensor) -> None:
         """Hold the weights before each local step, as training on `x` makes them.
 
-        On the way the labels of a step are dealt out among its images: its
-        fingerprints tell which image has which.
+        On the way labels are dealt out: among the images of a step, whose order in
+        it is never known, or among all that fingerprints can tell, where labels
+        were only counted.
         """
         steps = LocalSteps(self.model, list(self.w0), self.training.max_grad_norm, recompute=True)
         optimizer, w = optimizer_of(self.training), list(self.w0.values())
+        misfits: list[Tensor] = []
         self.held = []
         for step, index in enumerate(self.indices[: max(self.prints) + 1]):
             self.held.append(dict(zip(self.w0, w, strict=True)))
-            if step in self.prints and len(index) > 1:
-                self.labels[index] = self.labels[index][self._deal(step, x[index])]
+            if step in self.prints:
+                misfits.append(self._misfit(step, x[index]))
+                if self.ordered:
+                    self._deal(index, misfits[-1])
             g = steps.gradient(w, (x[index], self.labels[index]))
             with torch.no_grad():
                 w = optimizer.step(w, g)
+        if not self.ordered:
+            self._deal(torch.cat([index for _, index in self._steps()]), torch.cat(misfits))
 
-    def _deal(self, step: int, x: Tensor) -> Tensor:
-        """Return which of a step's labels suits which of its images, shape (B,).
+    def _deal(self, index: Tensor, misfit: Tensor) -> None:
+        """Deal the labels of some images out among them: the linear assignment that fits best."""
+        labels = self.labels[index]
+        _, best = linear_sum_assignment(misfit[:, labels].cpu().numpy())
+        self.labels[index] = labels[torch.from_numpy(best).to(labels.device)]
+
+    def _misfit(self, step: int, x: Tensor) -> Tensor:
+        """Return how badly each class fits a step's images, shape (B, num_classes).
 
         An image's part in a row is the slope of its loss in that unit's output,
-        which its label decides: they are matched by one linear assignment.
+        which its label decides.
         """
-        labels = self.labels[self.indices[step]]
         weights = {name: w.requires_grad_() for name, w in self.held[step].items()}
         inputs, outputs, logits = self._look(weights, x)
-        cost = x.new_zeros(len(x), len(x))
-        for number, label in enumerate(labels):
+        misfit = torch.zeros_like(logits)
+        for label in self.labels.unique():
             loss = F.cross_entropy(logits, label.expand(len(x)))
             for seen in self.prints[step]:
                 (slope,) = torch.autograd.grad(loss, outputs[seen.name], retain_graph=True)
@@ -153,9 +167,9 @@ class Decoded(Trajectory):
                 # In units of the slope: undo the lengths that `combine` works with.
                 lengths = (features[None] * seen.known[:, None]).norm(dim=2) + 1e-12
                 parts = parts * seen.gradient.norm(dim=1, keepdim=True) / lengths
-                misfit = (parts - slope[:, seen.rows].T).square().sum(0) / parts.square().sum()
-                cost[:, number] += misfit
-        return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(labels.device)
+                off = (parts - slope[:, seen.rows].T).square().sum(0)
+                misfit[:, label] += off / parts.square().sum()
+        return misfit.detach()
 
     def _look(
         self, weights: Mapping[str, Tensor], x: Tensor
