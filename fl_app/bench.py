@@ -14,7 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +61,8 @@ class Case:
     model : str
     num_examples : int
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
+    labels_known : bool
+        Whether the attacker is given the labels; otherwise it counts them.
     """
 
     training: LocalTraining
@@ -69,6 +71,7 @@ class Case:
     gain: float | None = None
     model: str = "convnet"
     num_examples: int = 0
+    labels_known: bool = True
 
     @property
     def count(self) -> int:
@@ -77,7 +80,7 @@ class Case:
 
     @property
     def client(self) -> str:
-        """The client's side in words."""
+        """The client's side in words, and what of it is not known."""
         t = self.training
         words = [f"{t.optimizer} {t.lr:g}"]
         for name in ("momentum", "weight_decay", "max_grad_norm"):
@@ -87,6 +90,7 @@ class Case:
         if t.passes(self.count) > 1:
             order = "reshuffled" if t.reshuffle else "in order"
             words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
+        words += ["labels unknown"] * (not self.labels_known)
         return " ".join(words)
 
     @property
@@ -164,7 +168,8 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
     Its ``peak_memory`` (the column MB) is the attack's alone, see `Reconstruction`.
     """
     observation, knowledge, truth = draw_client(case, setting.images, setting.info, seed)
-    found = run_attack(observation, knowledge, case.attack, setting.prior, seed)
+    seen = knowledge if case.labels_known else replace(knowledge, labels=None)
+    found = run_attack(observation, seen, case.attack, setting.prior, seed)
     kind = case.attack.options.get("explain", ATTACKS[case.attack.name].options["explain"])
     explanation = explain(str(kind), observation, knowledge)
     private = normalise(truth.images, knowledge.mean, knowledge.std)

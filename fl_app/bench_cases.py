@@ -41,6 +41,7 @@ def _explained() -> tuple[Case, ...]:
         Case(replace(_ADAM, local_steps=1, batch_size=4), _flow(150), bar=28.0),
         Case(replace(_ADAM, batch_size=1), _flow(300), bar=24.0),
         Case(replace(_ADAM, batch_size=4), _flow(200)),
+        Case(replace(_ADAM, batch_size=4), _flow(200), labels_known=False),
         Case(replace(_ADAM, batch_size=8), _flow(150), bar=22.0),
         Case(replace(long, reshuffle=False), _flow(80), bar=24.0, num_examples=20),
         Case(long, _flow(80), bar=21.0, num_examples=20),
@@ -48,7 +49,11 @@ def _explained() -> tuple[Case, ...]:
     ]
     for client, at_once in ((_SGD, "gradient"), (_ADAM, "inversion")):
         for steps in (1, 5, 20):
-            kinds = ["surrogate", "trajectory", *([at_once, "sign"] if steps == 1 else [])]
+            kinds = ["surrogate", "trajectory"]
+            if steps == 1:
+                kinds += [at_once, "sign"]
+            elif client is _ADAM:
+                kinds += ["fingerprints"]
             one_image = replace(client, local_steps=steps, batch_size=1, reshuffle=False)
             cases += [
                 Case(one_image, _flow(60, explain=kind), num_examples=min(steps, 5))
