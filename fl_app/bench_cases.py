@@ -39,13 +39,13 @@ def _explained() -> tuple[Case, ...]:
     long = replace(_ADAM, local_steps=20, batch_size=4)
     cases = [
         Case(replace(_ADAM, local_steps=1, batch_size=4), _flow(150), bar=28.0),
-        Case(replace(_ADAM, batch_size=1), _flow(300), bar=24.0),
-        Case(replace(_ADAM, batch_size=4), _flow(200)),
+        Case(replace(_ADAM, batch_size=1), _flow(200), bar=24.0),
+        Case(replace(_ADAM, batch_size=4), _flow(300)),
         Case(replace(_ADAM, batch_size=4), _flow(200), labels_known=False),
-        Case(replace(_ADAM, batch_size=8), _flow(150), bar=22.0),
-        Case(replace(long, reshuffle=False), _flow(80), bar=24.0, num_examples=20),
-        Case(long, _flow(80), bar=21.0, num_examples=20),
-        Case(replace(_SGD, momentum=0.9, batch_size=4), _flow(150), bar=23.0),
+        Case(replace(_ADAM, batch_size=8), _flow(400), bar=22.0),
+        Case(replace(long, reshuffle=False), _flow(160), bar=24.0, num_examples=20),
+        Case(long, _flow(160), bar=21.0, num_examples=20),
+        Case(replace(_SGD, momentum=0.9, batch_size=4), _flow(300), bar=23.0),
     ]
     for client, at_once in ((_SGD, "gradient"), (_ADAM, "inversion")):
         for steps in (1, 5, 20):

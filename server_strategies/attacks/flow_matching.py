@@ -61,7 +61,7 @@ def flow_matching(
         Weights of the priors; one of weight 0 is left out, at no cost.
     balance, last_balance : float
         How strongly the priors pull, as a multiple of the explanation's pull on
-        the images of a local step, at the first and the last iteration; it falls
+        each image, at the first and the last iteration; it falls
         geometrically. 0: by their weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.

@@ -80,10 +80,10 @@ def optimise(
     schedule : callable
         Factor of every learning rate by progress in [0, 1).
     balance : callable, optional
-        By progress, how strongly the priors pull the images of each local step,
-        as a multiple of the explanation's pull on them. The last steps of a
-        trajectory are felt a hundred times less in the update than the first: at
-        equal weights the priors would decide them alone. None: as the losses are.
+        By progress, how strongly the priors pull each image, as a multiple of the
+        explanation's pull on it. Images of the last steps of a trajectory are felt
+        a hundred times less in the update than those of the first: at equal
+        weights the priors would decide them alone. None: as the losses are.
     report : Report, optional
     options : mapping
         The attack's constants, for the result.
@@ -104,7 +104,6 @@ def optimise(
         shape = (observation.num_examples, *knowledge.image_shape)
         x = torch.randn(shape, generator=generator, device=device)
     x = x.clamp(low, high).requires_grad_()
-    step, steps = _step_of_images(explanation.batches, len(x)).to(device), len(explanation.batches)
     unknowns = [unknown.value for unknown in explanation.unknowns]
     groups: list[dict[str, object]] = [{"params": [x], "lr": lr, "peak": lr}]
     groups += [{"params": [u.value], "lr": u.lr, "peak": u.lr} for u in explanation.unknowns]
@@ -123,8 +122,7 @@ def optimise(
             slope, *slopes = torch.autograd.grad(matching, [x, *unknowns])
             pull = _pull(priors, x, mean, std, progress)
         if balance:
-            share = balance(progress) * _size(slope, step, steps) / _size(pull, step, steps)
-            pull = pull * share[step].view(-1, 1, 1, 1)
+            pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
         x.grad = slope + pull
         for unknown, part in zip(unknowns, slopes, strict=True):
             unknown.grad = part
@@ -174,14 +172,6 @@ def _since_restart(progress: float, restart: float) -> float:
     return (progress - restart) / (1 - restart)
 
 
-def _step_of_images(batches: Sequence[Sequence[int]], count: int) -> Tensor:
-    """Return the local step that first uses each image, shape (count,)."""
-    step = torch.zeros(count, dtype=torch.int64)
-    for number, batch in reversed(list(enumerate(batches))):
-        step[list(batch)] = number
-    return step
-
-
 def _pull(priors: Sequence[Prior], x: Tensor, mean: Tensor, std: Tensor, progress: float) -> Tensor:
     """Return the gradient of the priors' sum in x, of x's shape."""
     if not priors:
@@ -191,10 +181,9 @@ def _pull(priors: Sequence[Prior], x: Tensor, mean: Tensor, std: Tensor, progres
     return torch.autograd.grad(penalty, images)[0] * std
 
 
-def _size(gradient: Tensor, step: Tensor, steps: int) -> Tensor:
-    """Return the norm of a gradient (N, C, H, W) by local step, shape (steps,), above 0."""
-    squares = gradient.new_full((steps,), 1e-30)
-    return squares.index_add(0, step, gradient.square().sum((1, 2, 3))).sqrt()
+def _sizes(gradient: Tensor) -> Tensor:
+    """Return the norm of a gradient (N, C, H, W) by image, shape (N, 1, 1, 1), above 0."""
+    return (gradient.square().sum((1, 2, 3), keepdim=True) + 1e-30).sqrt()
 
 
 def _check_finite(losses: Tensor, iteration: int) -> None:
