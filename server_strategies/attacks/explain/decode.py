@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fingerprints
-from server_strategies.attacks.explain.trajectory import LocalSteps, Trajectory, optimizer_of
+from server_strategies.attacks.explain.trajectory import Trajectory
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
 _SOFT = 0.05  # residual at which a row gives up being of one image alone
@@ -72,7 +73,7 @@ class Decoded(Trajectory):
         self.ordered = knowledge.labels_source == "given"  # otherwise counted over all steps
         self.labels = self.labels.clone()
         self.calls = 0
-        self.held: list[dict[str, Tensor]] = []
+        self.held: dict[int, dict[str, Tensor]] = {}
         self.shown: Tensor | None = None
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
@@ -127,19 +128,21 @@ class Decoded(Trajectory):
         it is never known, or among all that fingerprints can tell, where labels
         were only counted.
         """
-        steps = LocalSteps(self.model, list(self.w0), self.training.max_grad_norm, recompute=True)
-        optimizer, w = optimizer_of(self.training), list(self.w0.values())
+        weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
+        optimizer = create_optimizer(weights.values(), self.training)
         misfits: list[Tensor] = []
-        self.held = []
         for step, index in enumerate(self.indices[: max(self.prints) + 1]):
-            self.held.append(dict(zip(self.w0, w, strict=True)))
             if step in self.prints:
+                self.held[step] = {name: w.detach().clone() for name, w in weights.items()}
                 misfits.append(self._misfit(step, x[index]))
                 if self.ordered:
                     self._deal(index, misfits[-1])
-            g = steps.gradient(w, (x[index], self.labels[index]))
-            with torch.no_grad():
-                w = optimizer.step(w, g)
+            optimizer.zero_grad()
+            logits = functional_call(self.model, {**weights}, (x[index],))
+            F.cross_entropy(logits, self.labels[index]).backward()
+            if self.training.max_grad_norm:
+                nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
+            optimizer.step()
         if not self.ordered:
             self._deal(torch.cat([index for _, index in self._steps()]), torch.cat(misfits))
 
@@ -155,7 +158,7 @@ class Decoded(Trajectory):
         An image's part in a row is the slope of its loss in that unit's output,
         which its label decides.
         """
-        weights = {name: w.requires_grad_() for name, w in self.held[step].items()}
+        weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
         inputs, outputs, logits = self._look(weights, x)
         misfit = torch.zeros_like(logits)
         for label in self.labels.unique():

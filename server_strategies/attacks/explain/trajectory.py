@@ -158,11 +158,6 @@ class Adam:
         return dg
 
 
-def optimizer_of(training: LocalTraining, smoothing: float = 0.0) -> Optimizer:
-    """Return a client's optimiser, Adam with `smoothing` (see `Adam`; 0: exactly the client's)."""
-    return Sgd(training) if training.optimizer == "sgd" else Adam(training, smoothing)
-
-
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the same stretch of every tensor, flat, short enough for the cache on a CPU."""
     size = 1 << 15 if tensors[0].device.type == "cpu" else tensors[0].numel()
@@ -195,15 +190,15 @@ def simulate(
     dict of str to Tensor
         The weights after the last step; they can be back-propagated once.
     """
-    optimizer = optimizer_of(training, smoothing)
-    steps = LocalSteps(model, list(w0), training.max_grad_norm, len(batches) > KEPT_GRAPHS)
+    optimizer = Sgd(training) if training.optimizer == "sgd" else Adam(training, smoothing)
+    steps = _Steps(model, list(w0), training.max_grad_norm, len(batches) > KEPT_GRAPHS)
     flat = [part for batch in batches for part in batch]
     weights = _Simulation.apply(steps, optimizer, [w.detach() for w in w0.values()], *flat)
     return dict(zip(w0, weights, strict=True))
 
 
 @dataclass
-class LocalSteps:
+class _Steps:
     """The local gradients of a simulation: in order forwards, in reverse backwards."""
 
     model: nn.Module
@@ -248,7 +243,7 @@ class _Simulation(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, steps: LocalSteps, optimizer: Optimizer, w0: list[Tensor], *batches: Tensor
+        ctx: Any, steps: _Steps, optimizer: Optimizer, w0: list[Tensor], *batches: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.steps, ctx.optimizer, w = steps, optimizer, w0
         with torch.enable_grad():
