@@ -69,17 +69,17 @@ def test_the_loop_starts_where_the_explanation_says() -> None:
 
 
 @pytest.mark.parametrize("balance", [0.5, 2.0])
-def test_priors_pull_every_local_step_in_proportion(balance: float) -> None:
-    # Six images in three steps; the explanation hardly feels the last step.
+def test_priors_pull_every_image_in_proportion(balance: float) -> None:
+    # The explanation hardly feels some of the images.
     observation, knowledge, x = client(CLIENTS["sgd"])
     target = Target(observation, knowledge, torch.zeros_like(x))
-    felt = torch.tensor([1.0, 1.0, 0.1, 0.1, 1e-4, 1e-4]).view(-1, 1, 1, 1)
+    felt = torch.tensor([1.0, 0.5, 0.1, 0.01, 1e-3, 1e-4]).view(-1, 1, 1, 1)
     target.start = torch.full_like(x, 0.1)
     target.alpha.data.zero_()
     target.__class__ = type(
         "Weak", (Target,), {"__call__": lambda self, x, _: (felt * x).sum() + 0 * self.alpha}
     )
-    # The prior wants the other direction: whoever is stronger decides the sign, in every step.
+    # The prior wants the other direction: whoever is stronger decides the sign, of every image.
     found = loop(
         target,
         observation,
@@ -89,6 +89,33 @@ def test_priors_pull_every_local_step_in_proportion(balance: float) -> None:
     )
     start = target.start * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)
     assert torch.equal(found.images > start, torch.full_like(start, balance > 1, dtype=torch.bool))
+
+
+def test_learning_rates_start_anew_where_the_explanation_says_and_images_may_stand_still() -> None:
+    class Halting(Target):
+        restart = 0.6
+        halted = False
+
+        def __call__(self, x: Tensor, progress: float) -> Tensor:
+            if progress >= self.restart and not self.halted:
+                self.halted, self.reached = True, x.detach().clone()
+            return super().__call__(x, progress)
+
+        def pace(self) -> Tensor | None:
+            return torch.tensor([0.0, 1, 1, 1, 1, 1]) if self.halted else None
+
+    observation, knowledge, x = client(ONE_STEP)
+    halting = Halting(observation, knowledge, x.flip(2))
+    halting.start = x
+    progress: list[float] = []
+    schedule = lambda share: progress.append(share) or 1.0  # noqa: E731
+    found = loop(halting, observation, Budget(5), lr=0.01, schedule=schedule)
+    # One call for each of two learning rates.
+    assert progress[::2] == pytest.approx([0, 1 / 3, 2 / 3, 0, 0.5])
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+    moved = (found.images - (halting.reached * std + mean)).abs().amax((1, 2, 3))
+    assert moved[0] < 1e-6
+    assert (moved[1:] > 1e-3).all()
 
 
 def test_the_loop_stops_in_time_and_on_nonsense() -> None:
