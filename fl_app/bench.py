@@ -34,11 +34,11 @@ from fl_app.audit.metrics import (
 )
 from fl_app.audit.perceptual import load_lpips
 from fl_app.audit.truth import Truth
+from fl_app.bench_processes import in_processes, shares
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
 from fl_app.models import create_model
-from fl_app.processes import in_processes, shares
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import ATTACKS, run_attack
 from server_strategies.attacks.explain import explain

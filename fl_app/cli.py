@@ -19,6 +19,7 @@ from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import find_run, git_commit, list_runs
 from fl_app.bench import Benchmark, sections_markdown
 from fl_app.bench_cases import BENCHMARKS
+from fl_app.bench_processes import shares
 from fl_app.config import (
     AttackConfig,
     ConfigError,
@@ -32,7 +33,6 @@ from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.prior_assumptions import assumption_tables
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
-from fl_app.processes import shares
 from fl_app.server_app import open_pool
 from server_strategies.attack_pool import Job, pending
 from server_strategies.attacks import check_attack

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from fl_app.audit.metrics import label_accuracy, label_chance, mean_interval
 from fl_app.bench import Case, draw_client, machine, results_markdown
+from fl_app.bench_processes import in_processes
 from fl_app.config import AttackConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
-from fl_app.processes import in_processes
 from fl_app.protocol import DatasetInfo, LocalTraining
 from server_strategies.attacks.labels import choose_method, count_labels
 

@@ -7,7 +7,7 @@ import os
 import torch
 from rich.console import Console
 
-from fl_app.processes import in_processes, shares
+from fl_app.bench_processes import in_processes, shares
 
 
 def _where(shared: str, number: int) -> tuple[str, int, int, int]:
