@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fl_app.attacking import finish_attacks, only_one, score_later, watch_input
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
@@ -21,10 +22,10 @@ from fl_app.config import AttackConfig, ConfigError, DatasetConfig, from_yaml, l
 from fl_app.data import dataset_info, load_split
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
+from fl_app.lan import lan_app
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
-from fl_app.server_app import open_pool
 from fl_app.surrogate_bench import surrogate_speedup
-from server_strategies.attack_pool import Job, pending
+from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks import check_attack
 from server_strategies.observations import ObservationStore
 from server_strategies.priors.flow import find_weights
@@ -35,6 +36,7 @@ from server_strategies.priors.training import Trainer, TrainingSettings
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 prior_app = typer.Typer(no_args_is_help=True, help="Flow-matching priors.")
 app.add_typer(prior_app, name="prior")
+app.add_typer(lan_app, name="lan")
 console = Console()
 
 RunsDir = Annotated[Path, typer.Option(help="Where the runs are.")]
@@ -96,6 +98,9 @@ def attack(
         list[str] | None,
         typer.Option("--set", help="Settings of the attack, e.g. iterations=500 options.lr=0.4"),
     ] = None,
+    follow: Annotated[
+        bool, typer.Option(help="Take jobs that join the queue, until standard input ends.")
+    ] = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Attack a run's recorded Observations again; the lines join its log."""
@@ -103,20 +108,38 @@ def attack(
     config = from_yaml(folder / "config.yaml")
     store = ObservationStore(folder)
     auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
+    before = len(auditor.lines())
     if attack:
         chosen = _attack_config(attack, set_ or [])
-        wanted = [(id_, chosen, config.prior, config.seed) for id_ in store.ids()]
-    else:
-        wanted = [(e.observation, e.attack, e.prior, e.seed) for e in pending(folder)]
-    if not wanted:
-        console.print("Nothing to do: no observation, or every attack of the run has its line")
+        with only_one(folder):
+            for id_ in store.ids():
+                job = Job(store.load(id_), auditor.knowledge, chosen, config.prior, config.seed)
+                enqueue(folder, job)
+    finish_attacks(auditor, console, watch_input() if follow else lambda: True)
+    lines = auditor.lines()[before:]
+    if follow:  # the training shows the table
         return
-    with open_pool(auditor) as pool:
-        for id_, attack_config, prior, seed in wanted:
-            seen = store.load(id_)
-            pool.submit(Job(seen, auditor.grant(seen), attack_config, prior, seed))
-        pool.drain(console)
-    console.print(leakage_table(auditor.lines()[-len(wanted) :]))
+    if lines:
+        console.print(leakage_table(lines))
+    else:
+        console.print("Nothing to do: no observation, or every attack of the run has its line")
+
+
+@app.command()
+def score(
+    run: str,
+    truth: Annotated[
+        Path, typer.Option(help="Folder whose truth/ holds the clients' private batches.")
+    ],
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Score a run's reconstructions with a Truth brought later; the lines join its log."""
+    folder = find_run(user_path(str(runs_dir)), run)
+    lines = score_later(folder, truth)
+    if not lines:
+        console.print(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
+        return
+    console.print(leakage_table(lines))
 
 
 def _attack_config(name: str, settings: list[str]) -> AttackConfig:
@@ -273,3 +296,7 @@ def evaluate_prior(
     what = f"{images} of {len(test):,} {data.name} test images"
     write_card(card, rows, what, command, git_commit() or "unknown")
     console.print(f"Card: {card}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class WatchConfig:
 class AuditConfig:
     """What the auditor may know and needs."""
 
-    truth: bool = True
+    truth: bool | None = None
     labels: str = "given"
     training: str = "given"
     lpips_weights: str = ""
@@ -113,7 +113,7 @@ class AuditConfig:
     def __post_init__(self) -> None:
         _one_of("labels", self.labels, ("given", "unknown"))
         _one_of("training", self.training, ("given", "unknown"))
-        if self.labels == "given" and not self.truth:
+        if self.labels == "given" and self.truth is False:
             raise ValueError("labels is 'given'; allowed without truth: unknown")
 
 
@@ -167,6 +167,17 @@ class Config:
         _at_least("seed", self.seed, 0)
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; allowed: a folder's name, no path")
+
+    def settled(self, simulated: bool) -> Config:
+        """Return the configuration with what depends on where it runs decided.
+
+        Truth is on in a simulation and off in a deployment where it is not set;
+        without it the labels are unknown.
+        """
+        if self.audit.truth is not None:
+            return self
+        labels = self.audit.labels if simulated else "unknown"
+        return replace(self, audit=replace(self.audit, truth=simulated, labels=labels))
 
     def knowledge(self, info: DatasetInfo) -> Knowledge:
         """Return what the server knows of every client, the data's facts included; no labels."""
