@@ -168,7 +168,8 @@ def _make(kit: Kit, authority: _Authority, server: Path) -> None:
         _write(unfinished / "ray.token", secrets.token_hex(32).encode())
     if role == "client":
         node = generate_private_key(SECP384R1())
-        _write(unfinished / "node.key", _private_bytes(node))
+        private = node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        _write(unfinished / "node.key", private)
         public = node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         _write(server / "nodes" / f"{kit.folder.name}.pub", public)
     if role == "worker":
