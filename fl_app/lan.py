@@ -85,7 +85,8 @@ def server(
     """Run the SuperLink and the Ray head; clients and workers may come, go and come back."""
     this = read_kit(kit)
     _connect(this, connection)
-    ray_ = ray_environment(this) | _slots(attacks)
+    # What runs beside the head starts again soon after it; a network's gaps it does not see.
+    ray_ = ray_environment(this) | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
     children = [
         superlink(this),
         superexec(this, f"{this.server}:{this.port}", {**ray_, "RAY_ADDRESS": _ray_address(this)}),
@@ -101,9 +102,9 @@ def server(
         children.append(
             Child(
                 "resume",
-                ["sh", "-c", "; ".join(commands)],
+                ["sh", "-c", " && ".join(commands)],
                 {**ray_, "RAY_ADDRESS": _ray_address(this)},
-                when_it_ends="leave",
+                when_it_ends="retry",
             )
         )
     raise typer.Exit(run_together(children, _tell, lambda: _register(this, connection)))
@@ -228,8 +229,6 @@ def ray_environment(kit: Kit) -> dict[str, str]:
         "RAY_TLS_SERVER_CERT": str(kit.file("tls.crt")),
         "RAY_TLS_SERVER_KEY": str(kit.file("tls.key")),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker that asks for no GPU may use it
-        # How long what depends on the head waits for it, and so a queue for its restart.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
     }
 
 

@@ -26,8 +26,8 @@ class Child:
     command : sequence of str
     environment : mapping of str to str
         Added to this process's own.
-    when_it_ends : {"restart", "stop", "leave"}
-        Start it again, end all others too, or go on without it.
+    when_it_ends : {"stop", "restart", "retry"}
+        End all others too, start it again, or start it again unless it succeeded.
     """
 
     name: str
@@ -74,7 +74,7 @@ def run_together(
                 if child.when_it_ends == "stop":
                     tell(f"{child.name} ended ({code})")
                     return code or 1
-                if child.when_it_ends == "restart":
+                if child.when_it_ends == "restart" or code:
                     tell(f"{child.name} ended ({code}); it is started again")
                     time.sleep(_PAUSE)
                     running.append((child, _start(child)))

@@ -22,8 +22,8 @@ class ValidReplies(Strategy):
 
     Flower's strategies average what they get: an array of another shape, or one
     that can't be read, raises in the server, and a NaN spreads to every client.
-    Such a reply is left out, with its reason in the log, as if its client had
-    failed. All others are passed on as they came.
+    Such a reply is left out, as is that of a client that failed, with its reason
+    in the log. All others are passed on as they came.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class ValidReplies(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Delegate, with the valid replies and those of clients that failed."""
+        """Delegate, with the valid replies."""
 
         def check(reply: Message) -> None:
             returned_weights(reply, self._model)
@@ -65,7 +65,7 @@ class ValidReplies(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Delegate, with the valid replies and those of clients that failed."""
+        """Delegate, with the valid replies."""
 
         def check(reply: Message) -> None:
             _check_metrics(reply, self._evaluate)
@@ -83,8 +83,9 @@ def _valid(
     kept = []
     for reply in replies:
         try:
-            if not reply.has_error():  # with those the inner strategy knows what to do
-                check(reply)
+            if reply.has_error():  # Flower would log its words as they are
+                raise ValueError(f"the client failed: {reply.error.reason}")
+            check(reply)
         except Exception as error:  # whatever is wrong with it, the others are averaged
             reason = printable(str(error)) or type(error).__name__
             node = reply.metadata.src_node_id
