@@ -33,7 +33,12 @@ from server_strategies.priors.images import load_images
 from server_strategies.priors.networks import NETWORKS
 from server_strategies.priors.training import Trainer, TrainingSettings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    pretty_exceptions_show_locals=False,  # keys are among them
+)
 prior_app = typer.Typer(no_args_is_help=True, help="Flow-matching priors.")
 app.add_typer(prior_app, name="prior")
 app.add_typer(lan_app, name="lan")

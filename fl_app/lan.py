@@ -10,21 +10,33 @@ import json
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import typer
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_public_key,
+)
 from flwr.cli.auth_plugin import OidcCliPlugin
-from flwr.cli.flower_config import init_flwr_config, write_superlink_connection
+from flwr.cli.flower_config import (
+    init_flwr_config,
+    read_superlink_connection,
+    write_superlink_connection,
+)
 from flwr.cli.typing import SuperLinkConnection
+from flwr.cli.utils import init_http_client_from_connection
+from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.supercore.auth.typing import AccountAuthCredentials
 from rich.console import Console
 
 from fl_app.audit.runs import list_runs
+from fl_app.audit_cost import audit_cost
 from fl_app.files import user_path
 from fl_app.lan_keys import Kit, make_kits, read_kit
 from fl_app.lan_superlink import KEY_FILE
@@ -85,8 +97,7 @@ def server(
     """Run the SuperLink and the Ray head; clients and workers may come, go and come back."""
     this = read_kit(kit)
     _connect(this, connection)
-    # What runs beside the head starts again soon after it; a network's gaps it does not see.
-    ray_ = ray_environment(this) | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    ray_ = ray_environment(this)
     children = [
         superlink(this),
         superexec(this, f"{this.server}:{this.port}", {**ray_, "RAY_ADDRESS": _ray_address(this)}),
@@ -154,6 +165,23 @@ def worker(
     if attacks < 1:
         raise ValueError(f"attacks is {attacks}; allowed: 1 or more")
     raise typer.Exit(run_together([ray_worker(this, attacks)], _tell))
+
+
+@lan_app.command()
+def cost(
+    rounds: Annotated[int, typer.Option(help="Rounds with, and as many without the audit.")] = 20,
+    clients: int = 4,
+    local_steps: Annotated[int, typer.Option(help="Of each client, with one image.")] = 50,
+    folder: Annotated[Path, typer.Option(help="On the disk that runs are written to.")] = Path("."),
+    bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
+) -> None:
+    """Measure what the audit costs the training, with every client watched."""
+    measured = audit_cost(rounds, clients, local_steps, folder)
+    console.print(measured.table())
+    for words in measured.shortfalls():
+        console.print(f"Short of its bar: {words}", style="yellow")
+    if bars and measured.shortfalls():
+        raise typer.Exit(1)
 
 
 def superlink(kit: Kit) -> Child:
@@ -229,6 +257,8 @@ def ray_environment(kit: Kit) -> dict[str, str]:
         "RAY_TLS_SERVER_CERT": str(kit.file("tls.crt")),
         "RAY_TLS_SERVER_KEY": str(kit.file("tls.key")),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker that asks for no GPU may use it
+        # A head that is started again knows nobody: who waits for it should join it anew.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     }
 
 
@@ -265,23 +295,25 @@ def _register(kit: Kit, connection: str) -> None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no SuperLink at {kit.server}:{kit.port}: {error}") from error
             time.sleep(0.2)
-    keys = {path.stem: path for path in sorted(kit.file("nodes").glob("*.pub"))}
-    listed = json.loads(_flwr("supernode", "list", connection, "--format", "json"))
-    for name in keys.keys() - {node["name"] for node in listed["nodes"]}:
-        _flwr("supernode", "register", str(keys[name]), connection, "--name", name)
-    console.print(f"Ready: {len(keys)} clients may join {kit.server}:{kit.port}", highlight=False)
+    nodes = sorted(kit.file("nodes").glob("*.pub"))
+    control = init_http_client_from_connection(read_superlink_connection(connection))
+    try:
+        for node in nodes:
+            request = RegisterNodeRequest(public_key=_public_key(node), name=node.stem)
+            try:
+                control.RegisterNode(request)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
+                    raise
+                # It is registered already, in the SuperLink's database.
+    finally:
+        control.close()
+    console.print(f"Ready: {len(nodes)} clients may join {kit.server}:{kit.port}", highlight=False)
 
 
-def _flwr(*arguments: str) -> str:
-    done = subprocess.run(
-        [str(_SCRIPTS / "flwr"), *arguments],
-        env=os.environ | _QUIET, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise ValueError(
-            f"flwr {arguments[0]} {arguments[1]}: {(done.stderr or done.stdout).strip()}"
-        )
-    return done.stdout[done.stdout.find("{") :]
+def _public_key(path: Path) -> bytes:
+    key = load_ssh_public_key(path.read_bytes())
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _unfinished(runs_dir: Path) -> list[Path]:

@@ -87,7 +87,12 @@ class Deployment:
         ready = log.read_text().count("Ready") if log.exists() else 0
         kit = str(self.folder / "lan" / "server")
         self.start("server", "server", kit, "--runs-dir", str(self.runs), *options)
-        wait_until(lambda: log.read_text().count("Ready") > ready, "the server is ready")
+        server = self.processes["server"]
+        wait_until(
+            lambda: server.poll() is not None or log.read_text().count("Ready") > ready,
+            "the server is ready",
+        )
+        assert server.poll() is None, self.logs()
 
     def flwr(self, *arguments: str, home: str = "flwr") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
