@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -45,6 +46,23 @@ def _config(context: Context) -> Config:
     return replace(config, dataset=replace(config.dataset, source=str(source)))
 
 
+def _agreed(info: DatasetInfo, settings: ConfigRecord) -> DatasetInfo:
+    """Return the facts of the data with the server's normalisation, which all clients share.
+
+    A folder of images gives its own: on two machines they differ.
+    """
+    if "mean" not in settings:
+        return info
+    values: dict[str, Any] = dict(settings)
+    ours, theirs = [info.num_classes, *info.image_shape], list(values["classes-and-shape"])
+    if ours != theirs:
+        raise ConfigError(
+            f"this client's data has classes and image shape {ours}; "
+            f"allowed, as on the server: {theirs}"
+        )
+    return replace(info, mean=tuple(values["mean"]), std=tuple(values["std"]))
+
+
 def _received_model(
     msg: Message, config: Config, info: DatasetInfo, device: torch.device
 ) -> nn.Module:
@@ -69,6 +87,7 @@ def train_locally(msg: Message, context: Context) -> Message:
     data = load_partition(config.dataset, partition, num_partitions, config.seed)
     settings = msg.content["config"]
     assert isinstance(settings, ConfigRecord)
+    info = _agreed(info, settings)
     round_ = int(settings["server-round"])  # type: ignore[arg-type]
 
     seed = local_seed(config.seed, partition, round_)
@@ -122,7 +141,9 @@ def _leave_truth(folder: Path, truth: Truth) -> None:
 def evaluate_globally(msg: Message, context: Context) -> Message:
     """Evaluate the global model on this client's share of the test images."""
     config = _config(context)
-    info = dataset_info(config.dataset)
+    settings = msg.content["config"]
+    assert isinstance(settings, ConfigRecord)
+    info = _agreed(dataset_info(config.dataset), settings)
     partition, num_partitions = _partition(context, config)
     test = load_split(config.dataset, "test")
     share = ImageSet(test.images[partition::num_partitions], test.labels[partition::num_partitions])

@@ -99,7 +99,7 @@ def finish_attacks(
 
         def feed() -> int:
             over = ended()  # before the queue is read, so that the last job is in it
-            new = [entry for entry in pending(folder) if entry.id not in seen]
+            new = pending(folder, seen)
             for entry in new[: max(0, _IN_MEMORY - pool.unfinished)]:
                 seen.add(entry.id)
                 if entry.id in logged:

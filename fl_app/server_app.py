@@ -208,13 +208,20 @@ def _train(
             on_skipped=auditor.record_skipped,
             seed=config.seed,
         )
+        known = auditor.knowledge
+        data = {
+            "mean": list(known.mean),
+            "std": list(known.std),
+            "classes-and-shape": [known.num_classes, *known.image_shape],
+        }
         # Only in an audit are clients told where to leave their private batches.
-        settings = {"audit-dir": str(auditor.run_dir)} if config.audit.truth else {}
+        folder = {"audit-dir": str(auditor.run_dir)} if config.audit.truth else {}
         result = strategy.start(
             grid=grid,
             initial_arrays=model,
             num_rounds=config.rounds,
-            train_config=ConfigRecord(dict(settings)),
+            train_config=ConfigRecord({**data, **folder}),  # type: ignore[dict-item]
+            evaluate_config=ConfigRecord(dict(data)),  # type: ignore[arg-type]
         )
     _save_training(auditor.run_dir, result)
     return bool(result.train_metrics_clientapp)

@@ -9,7 +9,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -106,13 +106,15 @@ def queue_path(folder: Path, id_: str) -> Path:
     return folder / "queue" / f"{id_}.json"
 
 
-def pending(folder: Path) -> list[QueueEntry]:
+def pending(folder: Path, known: Container[str] = ()) -> list[QueueEntry]:
     """Return the jobs that a run left without an outcome, by round.
 
     Parameters
     ----------
     folder : Path
         The run's folder.
+    known : container of str
+        Ids of jobs to leave out, unread.
 
     Raises
     ------
@@ -121,11 +123,15 @@ def pending(folder: Path) -> list[QueueEntry]:
     """
     entries = []
     for path in sorted((folder / "queue").glob("[!.]*.json")):
+        if path.stem in known:
+            continue
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             fields["attack"] = AttackConfig(**fields["attack"])
             fields["prior"] = PriorConfig(**fields["prior"])
             entries.append(QueueEntry(**fields, id=path.stem))
+        except FileNotFoundError:
+            continue  # it has its outcome by now
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no queue entry of this version: {error}") from error
     return entries

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
-from test_flower import Client, start, toy_client
+from test_flower import Client, real_client, start, toy_client
 
 from fl_app import attacking
 from fl_app.attacking import finish_attacks
@@ -35,6 +35,8 @@ from fl_app.config import (
     WatchConfig,
     load_config,
 )
+from fl_app.data import dataset_info
+from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
 from fl_app.server_app import create_strategy
 from fl_app.words import MOST, printable
@@ -237,9 +239,11 @@ def run_queue(
     auditor = Auditor(create_run(config), config, KNOWLEDGE)
     store, done = ObservationStore(auditor.run_dir), Counter[str]()
     weights = {"x": torch.rand(1, 3, 2, 2)}
-    for number in range(jobs):
-        seen = Observation(weights, weights, 1, number // 50 + 1, number % 50, number % 50)
+    clients = [Observation(weights, weights, 1, 1, node, node) for node in range(50)]
+    for seen in clients:
         store.save(seen)
+    for number in range(jobs):
+        seen = clients[number % len(clients)]
         attack = AttackConfig("counting", options={"seconds": seconds})
         enqueue(auditor.run_dir, Job(seen, KNOWLEDGE, attack, PriorConfig(), 0))
 
@@ -265,6 +269,30 @@ def test_a_thousand_queued_attacks_are_shared_and_have_one_outcome_each(
     done = run_queue(tmp_path, monkeypatch, 1000, 2, 0.02)
     assert sum(done.values()) == 1000
     assert len(done) == 2 and min(done.values()) >= 250
+
+
+def test_clients_normalise_as_the_server_says_or_refuse() -> None:
+    config = load_config()
+    info = dataset_info(config.dataset)
+    model = create_model("convnet", info.num_classes, info.image_shape, seed=0)
+
+    def losses(mean: float, classes: int = info.num_classes) -> float:
+        settings = {
+            "server-round": 1,
+            "mean": [mean] * 3,
+            "std": list(info.std),
+            "classes-and-shape": [classes, *info.image_shape],
+        }
+        content = {
+            "arrays": ArrayRecord(model.state_dict()),
+            "config": ConfigRecord(settings),  # type: ignore[arg-type]
+        }
+        message = Message(RecordDict(content), dst_node_id=7, message_type="train")
+        return real_client(0)(message).content["metrics"]["loss"]  # type: ignore[index, return-value]
+
+    assert losses(0.1) != losses(0.9)
+    with pytest.raises(ConfigError, match=r"allowed, as on the server: \[99, 3, 32, 32\]"):
+        losses(0.1, classes=99)
 
 
 def test_words_from_others_are_printed_not_obeyed(tmp_path: Path) -> None:
