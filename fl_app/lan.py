@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
 import sys
 import time
@@ -235,7 +236,9 @@ def ray_worker(kit: Kit, attacks: int) -> Child:
 def _ray(kit: Kit, name: str, command: list[str], attacks: int) -> Child:
     command += ["--num-cpus", "0", "--resources", json.dumps({SLOT: attacks})]
     command += ["--disable-usage-stats", "--block"]
-    return Child(name, command, ray_environment(kit) | _slots(attacks), when_it_ends="restart")
+    # `ray start` may outlast a SIGTERM; its own processes end with it, however it ends.
+    environment = ray_environment(kit) | _slots(attacks)
+    return Child(name, command, environment, when_it_ends="restart", end=signal.SIGKILL)
 
 
 def ray_environment(kit: Kit) -> dict[str, str]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 
 _GRACE = 10.0  # seconds to end by itself, before a process is killed
@@ -28,12 +29,15 @@ class Child:
         Added to this process's own.
     when_it_ends : {"stop", "restart", "retry"}
         End all others too, start it again, or start it again unless it succeeded.
+    end : signal.Signals
+        What ends it, also when this process is killed (on Linux).
     """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     when_it_ends: str = "stop"
+    end: signal.Signals = signal.SIGTERM
 
 
 def run_together(
@@ -81,7 +85,7 @@ def run_together(
             time.sleep(0.2)
         return 0
     finally:
-        _end([process for _, process in running])
+        _end(running)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -91,20 +95,20 @@ def _start(child: Child) -> subprocess.Popen[bytes]:
         child.command,
         env={**os.environ, **child.environment},
         start_new_session=True,  # Ctrl-C reaches this process, which ends them in order
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=partial(_end_with_parent, child.end) if sys.platform == "linux" else None,
     )
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(number: signal.Signals) -> None:
     """Ask the kernel to end this process when its parent is killed (prctl, PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(1, number)
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    for process in reversed(processes):
-        process.terminate()
+def _end(running: list[tuple[Child, subprocess.Popen[bytes]]]) -> None:
+    for child, process in reversed(running):
+        process.send_signal(child.end)
     deadline = time.monotonic() + _GRACE
-    for process in processes:
+    for _, process in running:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
