@@ -58,14 +58,15 @@ def returned_weights(reply: Message, w0: Mapping[str, Tensor]) -> dict[str, Tens
             )
         if w1[name].is_floating_point() != sent.is_floating_point() or w1[name].is_complex():
             raise ValueError(f"the update's {name} is {w1[name].dtype}; expected {sent.dtype}")
-        if not torch.isfinite(w1[name]).all():
+        # A sum takes a tenth of the time, and only what is not finite or is huge fails it.
+        if not w1[name].sum().isfinite() and not w1[name].isfinite().all():
             raise ValueError(f"the update's {name} holds NaN or infinity")
     return w1
 
 
 def array_tensor(array: Array) -> Tensor:
     """Return an Array's numbers in memory of their own."""
-    return torch.from_numpy(array.numpy().copy())
+    return torch.from_numpy(array.numpy())  # decoded into memory of its own
 
 
 def num_examples(reply: Message) -> int:
