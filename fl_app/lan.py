@@ -63,7 +63,9 @@ KitFolder = Annotated[Path, typer.Argument(help="This machine's kit, from flowle
 
 @lan_app.command()
 def init(
-    server: Annotated[str, typer.Argument(help="The server's address, as the others reach it.")],
+    server: Annotated[
+        str, typer.Argument(help="The server's IPv4 address, as the others reach it.")
+    ],
     clients: Annotated[int, typer.Option(help="Kits for clients: client-0, client-1, ...")] = 2,
     worker: Annotated[
         list[str] | None, typer.Option(help="Address of a machine that takes attacks; repeatable.")

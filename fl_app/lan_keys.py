@@ -14,7 +14,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import re
 import secrets
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -106,7 +105,7 @@ def make_kits(
     folder : Path
         Made with mode 0700.
     server : str
-        The server's address as the others reach it: an IP address or a host name.
+        The server's IPv4 address as the others reach it.
     clients : int
         ``client-0`` to ``client-(N-1)``.
     workers : list of str
@@ -205,7 +204,9 @@ class _Authority:
         """Return a key and its certificate (PEM) for a machine's address and its loopback."""
         key = generate_private_key(SECP384R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, address[:64])])
-        names = [_general_name(name) for name in dict.fromkeys((address, "127.0.0.1", "localhost"))]
+        ips = dict.fromkeys((address, "127.0.0.1"))
+        names: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ips]
+        names.append(x509.DNSName("localhost"))
         builder = _builder(key, subject, self.certificate.subject)
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         builder = builder.add_extension(x509.BasicConstraints(False, None), critical=True)
@@ -237,21 +238,11 @@ def _usage(signs: bool) -> x509.KeyUsage:
     )  # fmt: skip
 
 
-def _general_name(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
 def _check_address(address: str) -> None:
     try:
-        ipaddress.ip_address(address)
-    except ValueError:
-        if not re.fullmatch(r"(?!-)[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", address):
-            raise ValueError(
-                f"address is {address!r}; allowed: an IP address or a host name, without a port"
-            ) from None
+        ipaddress.IPv4Address(address)
+    except ValueError:  # Ray knows its machines by their addresses, not by names
+        raise ValueError(f"address is {address!r}; allowed: an IPv4 address") from None
 
 
 def _private_bytes(key: EllipticCurvePrivateKey) -> bytes:
