@@ -360,8 +360,10 @@ class AttackPool:
             self._drop(worker)
 
     def _start_ray(self) -> None:
+        # A Ray of its own has no keys: it listens on the loopback alone.
+        own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         ray.init(
-            include_dashboard=None if self._cluster else False,
+            **({} if self._cluster else own),
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},

@@ -259,3 +259,22 @@ def test_a_killed_server_goes_on_where_it_was(lan: Deployment) -> None:
     wait_until(lambda: not pending(run), "the queue is empty")
     jobs_done = Counter(line["job"] for line in lines(run)[len(finished) :])
     assert jobs_done == {job.id: 1 for job in jobs[:3]}
+
+
+@inside
+@pytest.mark.skipif("FLOWLEAK_SLOW" not in os.environ, reason="two minutes; set FLOWLEAK_SLOW=1")
+def test_a_network_cut_for_thirty_seconds_loses_nothing(lan: Deployment) -> None:
+    run = lan.runs / "cut"
+    lan.run(
+        "name=cut num_clients=1 rounds=3 strategy.fraction_evaluate=0 watch.clients=all "
+        "watch.rounds=[] attack.iterations=9999 attack.seconds=5"
+    )
+    wait_until(lambda: run.exists() and ObservationStore(run).ids(), "round 1 was seen")
+    subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    time.sleep(30)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    wait_until(lambda: (run / "training.json").exists(), "the training is done")
+    wait_until(lambda: not pending(run), "all attacks are done")
+    assert sorted((line["round"], line["status"]) for line in lines(run)) == [
+        (1, "ok"), (2, "ok"), (3, "ok"),
+    ]  # fmt: skip
