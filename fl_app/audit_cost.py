@@ -127,11 +127,6 @@ def audit_cost(rounds: int, clients: int, local_steps: int, folder: Path) -> Aud
         Each client makes so many steps of one image with Adam on the ConvNet.
     folder : Path
         On the disk to measure.
-
-    Raises
-    ------
-    ConfigError
-        If a number is not 1 or more.
     """
     overrides = f"num_clients={clients} client.local_steps={local_steps} rounds={rounds}"
     overrides += " strategy.fraction_evaluate=0 audit.truth=false audit.labels=unknown"

@@ -31,7 +31,8 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _at_least(name: str, value: float, low: float) -> None:
+def at_least(name: str, value: float, low: float) -> None:
+    """Raise ValueError, with the name and what is allowed, for a value below `low`."""
     if not value >= low:
         raise ValueError(f"{name} is {value}; allowed: {low} or more")
 
@@ -71,8 +72,8 @@ class AttackConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _at_least("iterations", self.iterations, 1)
-        _at_least("seconds", self.seconds, 0)
+        at_least("iterations", self.iterations, 1)
+        at_least("seconds", self.seconds, 0)
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ class PoolConfig:
     retries: int = 1
 
     def __post_init__(self) -> None:
-        _at_least("workers", self.workers, 0)
-        _at_least("retries", self.retries, 0)
+        at_least("workers", self.workers, 0)
+        at_least("retries", self.retries, 0)
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ class Config:
     prior: PriorConfig = field(default_factory=PriorConfig)
 
     def __post_init__(self) -> None:
-        _at_least("rounds", self.rounds, 1)
-        _at_least("num_clients", self.num_clients, 1)
-        _at_least("seed", self.seed, 0)
+        at_least("rounds", self.rounds, 1)
+        at_least("num_clients", self.num_clients, 1)
+        at_least("seed", self.seed, 0)
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; allowed: a folder's name, no path")
 

@@ -38,6 +38,7 @@ from rich.console import Console
 
 from fl_app.audit.runs import list_runs
 from fl_app.audit_cost import audit_cost
+from fl_app.config import at_least
 from fl_app.files import user_path
 from fl_app.lan_keys import Kit, make_kits, read_kit
 from fl_app.lan_superlink import KEY_FILE
@@ -99,6 +100,7 @@ def server(
 ) -> None:
     """Run the SuperLink and the Ray head; clients and workers may come, go and come back."""
     this = read_kit(kit)
+    at_least("attacks", attacks, 0)
     _connect(this, connection)
     ray_ = ray_environment(this)
     children = [
@@ -141,8 +143,8 @@ def client(
 ) -> None:
     """Run a SuperNode that trains on this machine's data."""
     this = read_kit(kit)
-    if partition < 0 or partitions < 0:
-        raise ValueError("partition and partitions: allowed: 0 or more")
+    at_least("partition", partition, 0)
+    at_least("partitions", partitions, 0)
     config: dict[str, str | int] = {"partition-id": partition}
     if partitions:
         config["num-partitions"] = partitions
@@ -165,8 +167,7 @@ def worker(
 ) -> None:
     """Join the server's Ray cluster and take attacks, on a GPU if there is one."""
     this = read_kit(kit)
-    if attacks < 1:
-        raise ValueError(f"attacks is {attacks}; allowed: 1 or more")
+    at_least("attacks", attacks, 1)
     raise typer.Exit(run_together([ray_worker(this, attacks)], _tell))
 
 
@@ -179,6 +180,8 @@ def cost(
     bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
 ) -> None:
     """Measure what the audit costs the training, with every client watched."""
+    for name, value in (("rounds", rounds), ("clients", clients), ("local_steps", local_steps)):
+        at_least(name, value, 1)
     measured = audit_cost(rounds, clients, local_steps, folder)
     console.print(measured.table())
     for words in measured.shortfalls():

@@ -35,6 +35,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from fl_app.config import at_least
 from fl_app.files import whole_file
 
 _VALID = timedelta(days=365)
@@ -126,8 +127,7 @@ def make_kits(
     for name, value in (("port", port), ("ray_port", ray_port)):
         if not 1 <= value <= 65535:
             raise ValueError(f"{name} is {value}; allowed: 1 to 65535")
-    if clients < 0:
-        raise ValueError(f"clients is {clients}; allowed: 0 or more")
+    at_least("clients", clients, 0)
     for address in (server, *workers):
         _check_address(address)
     _private(folder)

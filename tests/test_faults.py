@@ -25,6 +25,7 @@ from fl_app.attacking import finish_attacks
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import create_run
+from fl_app.audit_cost import AuditCost, audit_cost
 from fl_app.config import (
     AttackConfig,
     AuditConfig,
@@ -293,6 +294,17 @@ def test_clients_normalise_as_the_server_says_or_refuse() -> None:
     assert losses(0.1) != losses(0.9)
     with pytest.raises(ConfigError, match=r"allowed, as on the server: \[99, 3, 32, 32\]"):
         losses(0.1, classes=99)
+
+
+def test_the_cost_of_an_audit_is_measured_on_real_rounds(tmp_path: Path) -> None:
+    cost = audit_cost(rounds=2, clients=2, local_steps=1, folder=tmp_path)
+    assert len(cost.plain) == len(cost.watched) == 2 and min(cost.plain) > 0
+    assert cost.disk_speed > 0 and cost.store_speed > 0
+    assert list(tmp_path.iterdir()) == []
+    slow = AuditCost([1.0, 2.0, 1.0], [1.2, 1.2, 9.0], store_speed=4e8, disk_speed=1e9)
+    assert slow.overhead == pytest.approx(0.2)
+    assert slow.shortfalls() == ["a round takes 20.0% longer", "the store has 40% of the disk"]
+    assert AuditCost([1.0], [1.04], store_speed=5e8, disk_speed=1e9).shortfalls() == []
 
 
 def test_words_from_others_are_printed_not_obeyed(tmp_path: Path) -> None:
