@@ -176,12 +176,12 @@ def _round(config: Config, overrides: str, store: ObservationStore | None, run: 
 
 
 def _speeds(store: ObservationStore, observation: Observation, folder: Path) -> tuple[float, float]:
-    """Return the store's and the disk's speed in bytes a second, the best of five each."""
+    """Return the store's and the disk's speed in bytes a second, the best of three each."""
     size = sum(t.nbytes for w in (observation.w0, observation.w1) for t in w.values())
     number = max(1, _DISK_BYTES // size)
     data = os.urandom(size)
     stored, plain = [], []
-    for _ in range(5):
+    for _ in range(3):
         began = time.perf_counter()
         for _ in range(number):
             store.save(observation)
