@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -21,11 +23,11 @@ app = ClientApp()
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
 
-def _partition(context: Context) -> tuple[int, int]:
-    """Return which partition of how many this client holds."""
+def _partition(context: Context, config: Config) -> tuple[int, int]:
+    """Return which partition of how many this client holds; by default one for each client."""
     values = []
-    for key in ("partition-id", "num-partitions"):
-        value = context.node_config.get(key)
+    for key, default in (("partition-id", None), ("num-partitions", config.num_clients)):
+        value = context.node_config.get(key, default)
         if type(value) is not int or value < 0:
             raise ConfigError(
                 f"node config {key} is {value!r}; allowed: an int, as in "
@@ -33,6 +35,32 @@ def _partition(context: Context) -> tuple[int, int]:
             )
         values.append(value)
     return values[0], values[1]
+
+
+def _config(context: Context) -> Config:
+    """Return the run's configuration, with this machine's own place of the data."""
+    config = load_config(context.run_config)
+    source = context.node_config.get("data-path")
+    if source is None:
+        return config
+    return replace(config, dataset=replace(config.dataset, source=str(source)))
+
+
+def _agreed(info: DatasetInfo, settings: ConfigRecord) -> DatasetInfo:
+    """Return the facts of the data with the server's normalisation, which all clients share.
+
+    A folder of images gives its own: on two machines they differ.
+    """
+    if "mean" not in settings:
+        return info
+    values: dict[str, Any] = dict(settings)
+    ours, theirs = [info.num_classes, *info.image_shape], list(values["classes-and-shape"])
+    if ours != theirs:
+        raise ConfigError(
+            f"this client's data has classes and image shape {ours}; "
+            f"allowed, as on the server: {theirs}"
+        )
+    return replace(info, mean=tuple(values["mean"]), std=tuple(values["std"]))
 
 
 def _received_model(
@@ -53,12 +81,13 @@ def _device() -> torch.device:
 @app.train()
 def train_locally(msg: Message, context: Context) -> Message:
     """Train the global model on this client's images and return its weights."""
-    config = load_config(context.run_config)
+    config = _config(context)
     info = dataset_info(config.dataset)
-    partition, num_partitions = _partition(context)
+    partition, num_partitions = _partition(context, config)
     data = load_partition(config.dataset, partition, num_partitions, config.seed)
     settings = msg.content["config"]
     assert isinstance(settings, ConfigRecord)
+    info = _agreed(info, settings)
     round_ = int(settings["server-round"])  # type: ignore[arg-type]
 
     seed = local_seed(config.seed, partition, round_)
@@ -76,9 +105,11 @@ def train_locally(msg: Message, context: Context) -> Message:
         loss = train(
             model, images.to(device), labels.to(device), steps, config.client, info.mean, info.std
         )
-    if config.audit.truth and settings.get("audit-dir"):
-        truth = Truth(images, tuple(labels.tolist()), batches, round_, msg.metadata.dst_node_id)
+    truth = Truth(images, tuple(labels.tolist()), batches, round_, msg.metadata.dst_node_id)
+    if config.audit.truth is not False and settings.get("audit-dir"):
         _leave_truth(Path(str(settings["audit-dir"])), truth)
+    if "truth-dir" in context.node_config:  # only the machine's owner sets it
+        write_truth(Path(str(context.node_config["truth-dir"])) / str(context.run_id), truth)
 
     reply = RecordDict(
         {
@@ -97,21 +128,23 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
 def _leave_truth(folder: Path, truth: Truth) -> None:
     """Leave the private batch in the auditor's folder, never in a Message.
 
-    Only in a folder that is already there: on a machine that is not the
+    Only in one that an auditor made for it: on a machine that is not the
     auditor's, a server can't make a client write its images anywhere.
     """
-    if folder.is_dir():
+    if (folder / "truth").is_dir():
         write_truth(folder, truth)
     else:
-        _log.warning("audit-dir %s is not on this machine: no truth is left there", folder)
+        _log.warning("%s is no auditor's folder on this machine: no truth is left there", folder)
 
 
 @app.evaluate()
 def evaluate_globally(msg: Message, context: Context) -> Message:
     """Evaluate the global model on this client's share of the test images."""
-    config = load_config(context.run_config)
-    info = dataset_info(config.dataset)
-    partition, num_partitions = _partition(context)
+    config = _config(context)
+    settings = msg.content["config"]
+    assert isinstance(settings, ConfigRecord)
+    info = _agreed(dataset_info(config.dataset), settings)
+    partition, num_partitions = _partition(context, config)
     test = load_split(config.dataset, "test")
     share = ImageSet(test.images[partition::num_partitions], test.labels[partition::num_partitions])
     model = _received_model(msg, config, info, _device())

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fl_app.attacking import finish_attacks, only_one, score_later, watch_input
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
@@ -31,10 +32,10 @@ from fl_app.cost_bench import prior_cost, surrogate_speedup
 from fl_app.data import dataset_info, load_split
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
+from fl_app.lan import lan_app
 from fl_app.prior_assumptions import assumption_tables
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
-from fl_app.server_app import open_pool
-from server_strategies.attack_pool import Job, pending
+from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks import check_attack
 from server_strategies.observations import ObservationStore
 from server_strategies.priors.flow import find_weights
@@ -42,9 +43,15 @@ from server_strategies.priors.images import load_images
 from server_strategies.priors.networks import NETWORKS
 from server_strategies.priors.training import Trainer, TrainingSettings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    pretty_exceptions_show_locals=False,  # keys are among them
+)
 prior_app = typer.Typer(no_args_is_help=True, help="Flow-matching priors.")
 app.add_typer(prior_app, name="prior")
+app.add_typer(lan_app, name="lan")
 console = Console()
 
 RunsDir = Annotated[Path, typer.Option(help="Where the runs are; as the setting runs_dir.")]
@@ -106,6 +113,9 @@ def attack(
         list[str] | None,
         typer.Option("--set", help="Settings of the attack, e.g. iterations=500 options.lr=0.4"),
     ] = None,
+    follow: Annotated[
+        bool, typer.Option(help="Take jobs that join the queue, until standard input ends.")
+    ] = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Attack a run's recorded Observations again; the lines join its log."""
@@ -113,20 +123,38 @@ def attack(
     config = from_yaml(folder / "config.yaml")
     store = ObservationStore(folder)
     auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
+    before = len(auditor.lines())
     if attack:
         chosen = _attack_config(attack, set_ or [])
-        wanted = [(id_, chosen, config.prior, config.seed) for id_ in store.ids()]
-    else:
-        wanted = [(e.observation, e.attack, e.prior, e.seed) for e in pending(folder)]
-    if not wanted:
-        console.print("Nothing to do: no observation, or every attack of the run has its line")
+        with only_one(folder):
+            for id_ in store.ids():
+                job = Job(store.load(id_), auditor.knowledge, chosen, config.prior, config.seed)
+                enqueue(folder, job)
+    finish_attacks(auditor, console, watch_input() if follow else lambda: True)
+    lines = auditor.lines()[before:]
+    if follow:  # the training shows the table
         return
-    with open_pool(auditor) as pool:
-        for id_, attack_config, prior, seed in wanted:
-            seen = store.load(id_)
-            pool.submit(Job(seen, auditor.grant(seen), attack_config, prior, seed))
-        pool.drain(console)
-    console.print(leakage_table(auditor.lines()[-len(wanted) :]))
+    if lines:
+        console.print(leakage_table(lines))
+    else:
+        console.print("Nothing to do: no observation, or every attack of the run has its line")
+
+
+@app.command()
+def score(
+    run: str,
+    truth: Annotated[
+        Path, typer.Option(help="Folder whose truth/ holds the clients' private batches.")
+    ],
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Score a run's reconstructions with a Truth brought later; the lines join its log."""
+    folder = find_run(user_path(str(runs_dir)), run)
+    lines = score_later(folder, truth)
+    if not lines:
+        console.print(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
+        return
+    console.print(leakage_table(lines))
 
 
 def _attack_config(name: str, settings: list[str]) -> AttackConfig:
@@ -331,3 +359,7 @@ def check_assumptions(
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if out:
         write_text(out, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _at_least(name: str, value: float, low: float) -> None:
+def at_least(name: str, value: float, low: float) -> None:
+    """Raise ValueError, with the name and what is allowed, for a value below `low`."""
     if not value >= low:
         raise ValueError(f"{name} is {value}; allowed: {low} or more")
 
@@ -71,8 +72,8 @@ class AttackConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _at_least("iterations", self.iterations, 1)
-        _at_least("seconds", self.seconds, 0)
+        at_least("iterations", self.iterations, 1)
+        at_least("seconds", self.seconds, 0)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class WatchConfig:
 class AuditConfig:
     """What the auditor may know and needs."""
 
-    truth: bool = True
+    truth: bool | None = None
     labels: str = "given"
     training: str = "given"
     lpips_weights: str = ""
@@ -113,7 +114,7 @@ class AuditConfig:
     def __post_init__(self) -> None:
         _one_of("labels", self.labels, ("given", "unknown"))
         _one_of("training", self.training, ("given", "unknown"))
-        if self.labels == "given" and not self.truth:
+        if self.labels == "given" and self.truth is False:
             raise ValueError("labels is 'given'; allowed without truth: unknown")
 
 
@@ -125,8 +126,8 @@ class PoolConfig:
     retries: int = 1
 
     def __post_init__(self) -> None:
-        _at_least("workers", self.workers, 0)
-        _at_least("retries", self.retries, 0)
+        at_least("workers", self.workers, 0)
+        at_least("retries", self.retries, 0)
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,22 @@ class Config:
     prior: PriorConfig = field(default_factory=PriorConfig)
 
     def __post_init__(self) -> None:
-        _at_least("rounds", self.rounds, 1)
-        _at_least("num_clients", self.num_clients, 1)
-        _at_least("seed", self.seed, 0)
+        at_least("rounds", self.rounds, 1)
+        at_least("num_clients", self.num_clients, 1)
+        at_least("seed", self.seed, 0)
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; allowed: a folder's name, no path")
+
+    def settled(self, simulated: bool) -> Config:
+        """Return the configuration with what depends on where it runs decided.
+
+        Truth is on in a simulation and off in a deployment where it is not set;
+        without it the labels are unknown.
+        """
+        if self.audit.truth is not None:
+            return self
+        labels = self.audit.labels if simulated else "unknown"
+        return replace(self, audit=replace(self.audit, truth=simulated, labels=labels))
 
     def knowledge(self, info: DatasetInfo) -> Knowledge:
         """Return what the server knows of every client, the data's facts included; no labels."""

@@ -125,6 +125,11 @@ class LocalTraining:
         return tuple(one_pass[step % len(one_pass)] for step in range(steps))
 
 
+def observation_id(round_: int, node: int) -> str:
+    """Return the id of an Observation."""
+    return f"round-{round_:04d}-node-{node}"
+
+
 @dataclass(frozen=True)
 class Observation:
     """Exactly what an honest-but-curious server has seen of one client in one round.
@@ -155,7 +160,7 @@ class Observation:
     @property
     def id(self) -> str:
         """A name for files, unique in a run."""
-        return f"round-{self.round:04d}-node-{self.node}"
+        return observation_id(self.round, self.node)
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Result, Strategy
+from flwr.superlink.grid import InMemoryGrid
 from rich.console import Console
 from safetensors.torch import save_file
 
+from fl_app.attacking import AttackProcess, only_one, open_pool
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import create_run
@@ -22,14 +24,18 @@ from fl_app.data import DataError, dataset_info
 from fl_app.files import whole_file, write_text
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, Observation
-from server_strategies.attack_pool import AttackPool, Job
+from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks import check_attack
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
+from server_strategies.recorder import Recorder
+from server_strategies.valid_replies import ValidReplies
 
 app = ServerApp()
 
 _LOG_WIDTH = 140  # Flower streams the output as a log, where rich would assume 80 columns
+
+_MOST_IMAGES = 10_000  # of one client, where whole epochs leave their number open
 
 _PATIENCE = 30.0  # seconds without another node connecting, before too few is an error
 
@@ -41,15 +47,20 @@ def main(grid: Grid, context: Context) -> None:
     if not console.is_terminal:
         console.width = _LOG_WIDTH
     try:
-        config, knowledge, model = _prepare(context.run_config)
+        simulated = isinstance(grid, InMemoryGrid)
+        config, knowledge, model = _prepare(context.run_config, simulated)
         wait_for_nodes(grid, config.num_clients)
     except (ConfigError, DataError) as error:
         console.print(f"[bold red]Nothing was started:[/] {error}", highlight=False)
         raise
     run_dir = create_run(config)
     console.print(f"Run folder: {run_dir}", highlight=False, soft_wrap=True)
+    console.print(_truth_notice(config, run_dir, context.run_id), highlight=False, soft_wrap=True)
     auditor = Auditor(run_dir, config, knowledge)
-    trained = _train_and_attack(grid, config, auditor, model, console)
+    if simulated:
+        trained = _audit_in_simulation(grid, auditor, model, console)
+    else:
+        trained = _audit_in_deployment(grid, auditor, model, console)
     lines = auditor.lines()
     _tell(console, run_dir, lines)
     if not trained:
@@ -57,9 +68,11 @@ def main(grid: Grid, context: Context) -> None:
         raise RuntimeError(f"no client trained in any round: {reason}")
 
 
-def _prepare(run_config: Mapping[str, Any]) -> tuple[Config, Knowledge, ArrayRecord]:
+def _prepare(
+    run_config: Mapping[str, Any], simulated: bool
+) -> tuple[Config, Knowledge, ArrayRecord]:
     """Refuse what can't work, before anything starts."""
-    config = load_config(run_config)
+    config = load_config(run_config).settled(simulated)
     check_attack(config.attack)
     info = dataset_info(config.dataset)
     try:
@@ -67,6 +80,15 @@ def _prepare(run_config: Mapping[str, Any]) -> tuple[Config, Knowledge, ArrayRec
     except ValueError as error:
         raise ConfigError(f"model.name: {error}") from error
     return config, config.knowledge(info), ArrayRecord(model.state_dict())
+
+
+def _truth_notice(config: Config, run_dir: Path, run_id: int) -> str:
+    if config.audit.truth:
+        return f"Truth is on: clients leave their private images in {run_dir / 'truth'}"
+    return (
+        "Truth is off: the scores are those that need none, and the labels are the attack's own. "
+        f"Bring it later with flowleak score {run_dir.name} --truth PATH (Flower run {run_id})"
+    )
 
 
 def wait_for_nodes(grid: Grid, num_clients: int, patience: float = _PATIENCE) -> None:
@@ -103,38 +125,80 @@ def wait_for_nodes(grid: Grid, num_clients: int, patience: float = _PATIENCE) ->
 
 
 def create_strategy(config: Config) -> Strategy:
-    """Return the strategy that the curious server runs honestly, with all clients in each round."""
+    """Return the strategy that the curious server runs honestly, with all clients in each round.
+
+    All that are connected: a client that dies is missing from then on, and back
+    in the round after it returns.
+    """
     kinds: dict[str, type[FedAvg]] = {"fedavg": FedAvg, "fedadam": FedAdam}
-    return kinds[config.strategy.name](
+    inner = kinds[config.strategy.name](
         fraction_evaluate=config.strategy.fraction_evaluate,
-        min_train_nodes=config.num_clients,
-        min_available_nodes=config.num_clients,
+        min_train_nodes=1,
+        min_available_nodes=1,
         min_evaluate_nodes=1,
     )
+    return ValidReplies(inner, train={"loss"}, evaluate={"loss", "accuracy"})
 
 
-def open_pool(auditor: Auditor) -> AttackPool:
-    """Return a pool of attacks, to be used as a context, whose outcomes the auditor records."""
-    return AttackPool(
-        auditor.run_dir,
-        auditor.config.pool,
-        on_result=lambda job, found: auditor.record(job.observation, found),
-        on_error=lambda job, error: auditor.record_failure(job.observation, job.attack.name, error),
-    )
-
-
-def _train_and_attack(
-    grid: Grid, config: Config, auditor: Auditor, model: ArrayRecord, console: Console
+def _audit_in_simulation(
+    grid: Grid, auditor: Auditor, model: ArrayRecord, console: Console
 ) -> bool:
-    """Run all rounds and the attacks on them; return whether any round could be aggregated."""
-    store = ObservationStore(auditor.run_dir)
-    with open_pool(auditor) as pool:
+    """Attack in the simulation's own Ray; return whether any round could be aggregated."""
+    store, config = ObservationStore(auditor.run_dir), auditor.config
+    with only_one(auditor.run_dir), open_pool(auditor) as pool:
 
-        def on_observation(observation: Observation) -> None:
-            _check_size(observation, config)
+        def record(observation: Observation) -> None:
             knowledge = auditor.grant(observation)
             store.save(observation)
             pool.submit(Job(observation, knowledge, config.attack, config.prior, config.seed))
+
+        trained = _train(grid, auditor, model, record)
+        pool.drain(console)
+    return trained
+
+
+def _audit_in_deployment(
+    grid: Grid, auditor: Auditor, model: ArrayRecord, console: Console
+) -> bool:
+    """Attack in a process beside the training; return whether any round could be aggregated."""
+    store, config = ObservationStore(auditor.run_dir), auditor.config
+    attacks = AttackProcess(
+        auditor.run_dir,
+        lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+    )
+
+    def record(observation: Observation) -> None:
+        store.save(observation)
+        # What the attack may know is granted where it runs.
+        job = Job(observation, auditor.knowledge, config.attack, config.prior, config.seed)
+        enqueue(auditor.run_dir, job)
+
+    trained = False
+    try:
+        trained = _train(grid, auditor, model, record)
+    finally:
+        left = attacks.drain()
+    if left:
+        console.print(
+            f"The attacks' process failed: {left}. The rest is in the queue: "
+            f"flowleak attack {auditor.run_dir.name}",
+            style="red",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return trained
+
+
+def _train(
+    grid: Grid, auditor: Auditor, model: ArrayRecord, record: Callable[[Observation], None]
+) -> bool:
+    """Run all rounds and hand out what was seen; return whether any could be aggregated."""
+    config = auditor.config
+    with Recorder(record, auditor.record_skipped) as recorder:
+
+        def on_observation(observation: Observation) -> None:
+            _check_size(observation, config)
+            recorder.add(observation)
 
         strategy = HonestButCurious(
             create_strategy(config),
@@ -145,15 +209,28 @@ def _train_and_attack(
             # Only in an audit are clients told where to leave their private batches.
             settings={"audit-dir": str(auditor.run_dir)} if config.audit.truth else None,
         )
-        result = strategy.start(grid=grid, initial_arrays=model, num_rounds=config.rounds)
-        _save_training(auditor.run_dir, result)
-        pool.drain(console)
+        known = auditor.knowledge
+        data = {
+            "mean": list(known.mean),
+            "std": list(known.std),
+            "classes-and-shape": [known.num_classes, *known.image_shape],
+        }
+        result = strategy.start(
+            grid=grid,
+            initial_arrays=model,
+            num_rounds=config.rounds,
+            train_config=ConfigRecord(dict(data)),  # type: ignore[arg-type]
+            evaluate_config=ConfigRecord(dict(data)),  # type: ignore[arg-type]
+        )
+    _save_training(auditor.run_dir, result)
     return bool(result.train_metrics_clientapp)
 
 
 def _check_size(observation: Observation, config: Config) -> None:
     """Refuse a number of images that the protocol rules out, before an attack allocates them."""
     most = config.client.local_steps * config.client.batch_size
+    if not most and observation.num_examples > _MOST_IMAGES:
+        raise ValueError(f"num-examples is {observation.num_examples}; no attack takes so many")
     if most and observation.num_examples > most:
         raise ValueError(
             f"num-examples is {observation.num_examples}; "

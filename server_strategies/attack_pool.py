@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RaySystemError, RayTaskError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -28,7 +30,11 @@ from server_strategies.attacks import run_attack
 Report = Callable[[int, float], None]
 Runner = Callable[[Observation, Knowledge, AttackConfig, PriorConfig, int, Report], Reconstruction]
 
+SLOT = "attack"  # the Ray resource by which a machine of a cluster says how many attacks it takes
+
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
+_MOST_WORKERS = 64  # in a cluster, each with a thread here that waits for it
+_PATIENCE = 2.0  # seconds between looks whether a worker has started, or has a place to
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
 
@@ -45,6 +51,8 @@ class Job:
     prior : PriorConfig
     seed : int
         Seeds the attack.
+    id : str
+        A name for files, unique in a run; empty: a new one.
     """
 
     observation: Observation
@@ -52,11 +60,13 @@ class Job:
     attack: AttackConfig
     prior: PriorConfig
     seed: int
+    id: str = ""
 
-    @property
-    def id(self) -> str:
-        """A name for files, unique in a run for each attack."""
-        return f"{self.observation.id}-{self.attack.name}"
+    def __post_init__(self) -> None:
+        if not self.id:
+            # The same attack may be run on one update again: only chance tells them apart.
+            name = f"{self.observation.id}-{self.attack.name}-{secrets.token_hex(4)}"
+            object.__setattr__(self, "id", name)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class QueueEntry:
     ----------
     observation : str
         Id in the `ObservationStore`.
-    attack, prior, seed
+    attack, prior, seed, id
         As in the Job.
     """
 
@@ -75,15 +85,36 @@ class QueueEntry:
     attack: AttackConfig
     prior: PriorConfig
     seed: int
+    id: str
 
 
-def pending(folder: Path) -> list[QueueEntry]:
+def enqueue(folder: Path, job: Job) -> None:
+    """Write a job to a run's queue, whole or not at all.
+
+    Raises
+    ------
+    OSError
+        If it could not be written.
+    """
+    entry = asdict(QueueEntry(job.observation.id, job.attack, job.prior, job.seed, job.id))
+    del entry["id"]  # the file's name
+    write_text(queue_path(folder, job.id), json.dumps(entry, indent=2))
+
+
+def queue_path(folder: Path, id_: str) -> Path:
+    """Return where the queue entry of a job lies in a run's folder."""
+    return folder / "queue" / f"{id_}.json"
+
+
+def pending(folder: Path, known: Container[str] = ()) -> list[QueueEntry]:
     """Return the jobs that a run left without an outcome, by round.
 
     Parameters
     ----------
     folder : Path
         The run's folder.
+    known : container of str
+        Ids of jobs to leave out, unread.
 
     Raises
     ------
@@ -92,11 +123,15 @@ def pending(folder: Path) -> list[QueueEntry]:
     """
     entries = []
     for path in sorted((folder / "queue").glob("[!.]*.json")):
+        if path.stem in known:
+            continue
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             fields["attack"] = AttackConfig(**fields["attack"])
             fields["prior"] = PriorConfig(**fields["prior"])
-            entries.append(QueueEntry(**fields))
+            entries.append(QueueEntry(**fields, id=path.stem))
+        except FileNotFoundError:
+            continue  # it has its outcome by now
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no queue entry of this version: {error}") from error
     return entries
@@ -114,7 +149,8 @@ class _Worker:
         # Both settings belong to the calling thread. Training comes first.
         if hasattr(os, "nice"):
             os.nice(19)
-        torch.set_num_threads(self._threads)
+        if self._threads:
+            torch.set_num_threads(self._threads)
         self._progress = None
         return self._runner(
             job.observation, job.knowledge, job.attack, job.prior, job.seed, self._report
@@ -130,18 +166,20 @@ class _Worker:
 class AttackPool:
     """A queue of attacks on disk, and the workers that empty it.
 
-    Workers are Ray actors, made on the first submit: in the simulation's own
-    Ray, in the cluster that ``RAY_ADDRESS`` names, or in a local Ray that the
-    pool starts and ends itself. They get the observation by value and never see
-    a Truth. Use it as a context manager; leaving it ends the workers, and what
-    has no outcome by then stays in ``queue/`` for another time.
+    Workers are Ray actors, made when there is something to do: in the
+    simulation's own Ray, in the cluster that ``RAY_ADDRESS`` names, or in a local
+    Ray that the pool starts and ends itself. In a cluster there are as many as
+    its machines have slots (the resource `SLOT`): one that joins takes attacks,
+    and those of one that leaves go to another. They get the observation by value
+    and never see a Truth. Use it as a context manager; leaving it ends the
+    workers, and what has no outcome by then stays in ``queue/`` for another time.
 
     Parameters
     ----------
     folder : Path
         The run's folder.
     pool : PoolConfig
-        Number of workers, and retries after a worker died or raised.
+        Number of workers, in a cluster at most, and retries after a worker died or raised.
     on_result : callable
         Takes a job and its reconstruction. If it raises, `on_error` is called.
     on_error : callable
@@ -159,17 +197,19 @@ class AttackPool:
         on_error: Callable[[Job, str], None],
         runner: Runner = run_attack,
     ) -> None:
-        self._queue = folder / "queue"
+        self._folder = folder
         self._retries = pool.retries
-        self._size = pool.workers or torch.cuda.device_count() or 1
+        self._cluster = "RAY_ADDRESS" in os.environ and not ray.is_initialized()
+        here = _MOST_WORKERS if self._cluster else torch.cuda.device_count() or 1
+        self._size = min(pool.workers or here, _MOST_WORKERS)
         self._on_result = on_result
         self._on_error = on_error
         self._runner = runner
         # One thread waits for each worker, so that nobody else has to.
         self._threads = ThreadPoolExecutor(self._size, thread_name_prefix="attack")
         self._outcome_lock = threading.Lock()
-        self._worker_lock = threading.Lock()
-        self._workers: list[Any] = []  # all that were ever made
+        self._worker_lock = threading.Condition()
+        self._workers: list[Any] = []  # all that are not known to be dead
         self._idle: list[Any] = []
         self._running: list[tuple[Job, Any]] = []  # with its worker
         self._futures: list[Future[None]] = []
@@ -190,14 +230,29 @@ class AttackPool:
         OSError
             If the queue entry can't be written; the job is not queued then.
         """
-        entry = QueueEntry(job.observation.id, job.attack, job.prior, job.seed)
-        write_text(self._entry(job), json.dumps(asdict(entry), indent=2))
+        enqueue(self._folder, job)
+        self.take(job)
+
+    def take(self, job: Job) -> None:
+        """Queue a job whose entry is on disk already."""
         self._futures.append(self._threads.submit(self._attack, job))
 
-    def drain(self, console: Console) -> None:
+    @property
+    def unfinished(self) -> int:
+        """How many jobs were queued and have no outcome yet."""
+        return sum(not future.done() for future in self._futures)
+
+    def drain(self, console: Console, feed: Callable[[], int] | None = None) -> None:
         """Wait until every job has an outcome, and show how far the attacks are.
 
         A terminal gets a progress bar; anything else a line every five seconds.
+
+        Parameters
+        ----------
+        console : Console
+        feed : callable, optional
+            Called twice a second; may queue further jobs, and returns how many
+            are still to come.
         """
         columns = (
             TextColumn("attacks"),
@@ -209,8 +264,10 @@ class AttackPool:
         told = time.monotonic()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=1.0)
-            while wait(self._futures, timeout=0.5).not_done:
-                share, state = self._state()
+            while (coming := feed() if feed else 0) or self.unfinished:
+                if not wait(self._futures, timeout=0.5).not_done:
+                    time.sleep(0.5)
+                share, state = self._state(coming)
                 progress.update(bar, completed=share, description=state)
                 if not console.is_terminal and time.monotonic() - told > _LINE_EVERY:
                     told = time.monotonic()
@@ -225,16 +282,14 @@ class AttackPool:
         """End the workers, and Ray if the pool started it."""
         with self._worker_lock:
             self._closed = True
+            self._worker_lock.notify_all()
         self._threads.shutdown(wait=False, cancel_futures=True)
         if ray.is_initialized():
-            for worker in self._workers:
-                ray.kill(worker)
+            for worker in list(self._workers):
+                self._drop(worker)
         self._threads.shutdown(wait=True)
         if self._started_ray:
             ray.shutdown()
-
-    def _entry(self, job: Job) -> Path:
-        return self._queue / f"{job.id}.json"
 
     def _attack(self, job: Job) -> None:
         """Run a job to its outcome, in one of the pool's threads."""
@@ -245,6 +300,8 @@ class AttackPool:
             except Exception as error:  # raised by the attack, or the worker died
                 if self._closed:
                     return
+                if isinstance(error, RaySystemError | ConnectionError):
+                    raise  # Ray itself is gone: that says nothing of the attack
                 message = _concise(error)
                 _log.warning("attack %s: %s", job.id, message)
             else:
@@ -259,11 +316,14 @@ class AttackPool:
         try:
             result = ray.get(worker.run.remote(job))
         except RayTaskError:
-            self._idle.append(worker)  # it raised, but is alive
+            self._give_back(worker)  # it raised, but is alive
+            raise
+        except Exception:
+            self._drop(worker)
             raise
         finally:
             self._running = [other for other in self._running if other is not running]
-        self._idle.append(worker)
+        self._give_back(worker)
         return result
 
     def _deliver(self, job: Job, outcome: Reconstruction | str) -> None:
@@ -276,40 +336,89 @@ class AttackPool:
             try:
                 if isinstance(outcome, str):
                     self._on_error(job, outcome)
-                self._entry(job).unlink(missing_ok=True)
+                queue_path(self._folder, job.id).unlink(missing_ok=True)
             except Exception as error:  # the entry stays, for another time
                 _log.error("attack %s has no outcome: %s", job.id, _concise(error))
 
     def _take_worker(self) -> Any:
+        """Return an idle worker, or a new one as soon as there is a place for it."""
+        while True:
+            with self._worker_lock:
+                if self._closed:
+                    raise RuntimeError("the pool is closed")
+                if self._idle:
+                    return self._idle.pop()
+                if not ray.is_initialized():
+                    self._start_ray()
+                if len(self._workers) >= self._places():
+                    self._worker_lock.wait(_PATIENCE)
+                    continue
+                worker = self._new_worker()
+                self._workers.append(worker)
+            if self._started(worker):
+                return worker
+            self._drop(worker)
+
+    def _start_ray(self) -> None:
+        # A Ray of its own has no keys: it listens on the loopback alone.
+        own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        ray.init(
+            **({} if self._cluster else own),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+        )
+        self._started_ray = True
+
+    def _places(self) -> int:
+        """Return how many workers there may be; in a cluster that changes with its machines."""
+        if not self._cluster:
+            return self._size
+        return min(self._size, int(ray.cluster_resources().get(SLOT, 0)))
+
+    def _started(self, worker: Any) -> bool:
+        """Wait for a worker to start; False: its place is gone, or another is idle meanwhile."""
+        answer = worker.progress.remote()
+        while True:
+            try:
+                ray.get(answer, timeout=_PATIENCE)
+                return True
+            except GetTimeoutError:
+                with self._worker_lock:
+                    if self._closed or self._idle or len(self._workers) > self._places():
+                        return False
+            except Exception:
+                self._drop(worker)
+                raise
+
+    def _give_back(self, worker: Any) -> None:
         with self._worker_lock:
-            if self._closed:
-                raise RuntimeError("the pool is closed")
-            if self._idle:
-                return self._idle.pop()
-            if not ray.is_initialized():
-                ray.init(
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-                )
-                self._started_ray = True
-            self._workers.append(self._new_worker())
-            return self._workers[-1]
+            self._idle.append(worker)
+            self._worker_lock.notify()
+
+    def _drop(self, worker: Any) -> None:
+        with self._worker_lock:
+            self._workers = [other for other in self._workers if other is not worker]
+            self._worker_lock.notify()
+        with suppress(Exception):  # Ray itself may be gone
+            ray.kill(worker)
 
     def _new_worker(self) -> Any:
         # The simulation's clients hold every CPU that Ray counts: a worker that
         # asked for one would wait for ever. GPUs are asked for if they are free.
-        gpus = ray.available_resources().get("GPU", 0.0)
-        share = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self._size)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2}
-        if share and share <= gpus:
-            options["num_gpus"] = share
-        cores = os.cpu_count() or 1
+        threads = max(1, (os.cpu_count() or 1) // self._size)
+        if self._cluster:  # its machines say by themselves what a slot may use
+            options["resources"], threads = {SLOT: 1}, 0
+        else:
+            gpus = ray.available_resources().get("GPU", 0.0)
+            share = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self._size)
+            if share and share <= gpus:
+                options["num_gpus"] = share
         worker = ray.remote(_Worker).options(**options)  # type: ignore[attr-defined]
-        return worker.remote(self._runner, max(1, cores // self._size))
+        return worker.remote(self._runner, threads)
 
-    def _state(self) -> tuple[float, str]:
+    def _state(self, coming: int = 0) -> tuple[float, str]:
         """Return the share of all attacks' work that is done, and each running attack's state."""
         done = float(sum(future.done() for future in self._futures))
         words = []
@@ -324,7 +433,9 @@ class AttackPool:
                 done += progress[0] / job.attack.iterations
             seen = job.observation
             words.append(f"round {seen.round} client {seen.client}: {state}")
-        return min(1.0, done / max(1, len(self._futures))), "; ".join(words)
+        if self.unfinished and not words:
+            words.append(f"{self.unfinished} wait for a worker")
+        return min(1.0, done / max(1, len(self._futures) + coming)), "; ".join(words)
 
 
 def _concise(error: Exception) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fl_app.config import WatchConfig
 from fl_app.protocol import Observation
+from fl_app.words import printable
+from server_strategies.updates import num_examples, returned_weights, sent_weights
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
@@ -131,7 +133,7 @@ class HonestButCurious(Strategy):
         try:
             self._on_observation(self._observe(server_round, reply))
         except Exception as error:  # whatever it is, training goes on
-            reason = str(error) or type(error).__name__
+            reason = printable(str(error)) or type(error).__name__
             _log.warning("round %d, node %d is not observed: %s", server_round, node, reason)
             try:
                 self._on_skipped(server_round, node, reason)
@@ -145,26 +147,16 @@ class HonestButCurious(Strategy):
             raise ValueError(f"the client failed: {reply.error.reason}")
         if node not in self._sent:
             raise ValueError("no model was sent to this node in this round")
-        w0, w1 = self._sent[node], _copy(reply)
-        _check_update(w0, w1)
+        w0 = self._sent[node]
+        w1 = returned_weights(reply, w0)
         return Observation(
             w0={name: _as_loaded(w0[name], w1[name]) for name in w0},
-            w1={name: w1[name] for name in w0},  # in the model's order
-            num_examples=_num_examples(reply),
+            w1=w1,
+            num_examples=num_examples(reply),
             round=server_round,
             node=node,
             client=_client(reply),
         )
-
-
-def _copy(message: Message) -> dict[str, Tensor]:
-    """Return the message's weights, sharing no memory with it."""
-    records = list(message.content.array_records.values())
-    if len(records) != 1:
-        raise ValueError(f"the message holds {len(records)} ArrayRecords; expected one")
-    return {
-        name: tensor.detach().clone() for name, tensor in records[0].to_torch_state_dict().items()
-    }
 
 
 def _copies(messages: list[Message]) -> dict[int, Mapping[str, Tensor]]:
@@ -172,23 +164,8 @@ def _copies(messages: list[Message]) -> dict[int, Mapping[str, Tensor]]:
     by_content: dict[int, dict[str, Tensor]] = {}
     for message in messages:
         if id(message.content) not in by_content:
-            by_content[id(message.content)] = _copy(message)
+            by_content[id(message.content)] = sent_weights(message)
     return {m.metadata.dst_node_id: by_content[id(m.content)] for m in messages}
-
-
-def _check_update(w0: Mapping[str, Tensor], w1: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if `w1` can't be an update of `w0`; the message names the array."""
-    for problem, names in (("misses", w0.keys() - w1.keys()), ("adds", w1.keys() - w0.keys())):
-        if names:
-            raise ValueError(f"the update {problem} arrays: {', '.join(sorted(names))}")
-    for name, sent in w0.items():
-        if w1[name].shape != sent.shape:
-            raise ValueError(
-                f"the update's {name} has shape {tuple(w1[name].shape)}; "
-                f"expected {tuple(sent.shape)}"
-            )
-        if not torch.isfinite(w1[name]).all():
-            raise ValueError(f"the update's {name} holds NaN or infinity")
 
 
 def _as_loaded(sent: Tensor, returned: Tensor) -> Tensor:
@@ -200,18 +177,6 @@ def _as_loaded(sent: Tensor, returned: Tensor) -> Tensor:
     if sent.dtype == torch.float64 and returned.dtype == torch.float32:
         return sent.float()
     return sent
-
-
-def _num_examples(reply: Message) -> int:
-    counts = [
-        r["num-examples"] for r in reply.content.metric_records.values() if "num-examples" in r
-    ]
-    if len(counts) != 1:
-        raise ValueError("the reply has no num-examples" if not counts else "two num-examples")
-    count = counts[0]
-    if isinstance(count, list) or count < 1 or count != int(count):
-        raise ValueError(f"num-examples is {count}; allowed: a whole number of 1 or more")
-    return int(count)
 
 
 def _client(reply: Message) -> int:

@@ -362,6 +362,9 @@ def test_client_trains_as_configured_and_leaves_truth_only_when_asked(tmp_path: 
 
     ask()
     assert not list(tmp_path.iterdir())
+    ask(**{"audit-dir": str(tmp_path)})
+    assert not list(tmp_path.iterdir())  # it is no auditor's folder
+    (tmp_path / "truth").mkdir()
     reply = ask(**{"audit-dir": str(tmp_path)})
     assert reply.content["client"]["partition-id"] == 1  # type: ignore[index]
     assert reply.content["metrics"]["num-examples"] == 6  # type: ignore[index]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
@@ -22,11 +23,13 @@ from fl_app.audit.metrics import (
     target_features,
 )
 from fl_app.audit.perceptual import load_lpips
+from fl_app.audit.reference_free import reference_free
 from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.files import whole_file
 from fl_app.protocol import Knowledge, Observation, Reconstruction
+from server_strategies.priors.flow import load_flow
 
 
 class Auditor:
@@ -40,10 +43,15 @@ class Auditor:
         The run's configuration.
     knowledge : Knowledge
         What the server knows of every client; without labels.
+    truth_dir : Path, optional
+        Holds ``truth/``; the run's folder where not given.
     """
 
-    def __init__(self, run_dir: Path, config: Config, knowledge: Knowledge) -> None:
+    def __init__(
+        self, run_dir: Path, config: Config, knowledge: Knowledge, truth_dir: Path | None = None
+    ) -> None:
         self.run_dir = run_dir
+        self.truth_dir = truth_dir or run_dir
         self.config = config
         self.knowledge = knowledge
         self._log = run_dir / "leakage.jsonl"
@@ -65,7 +73,7 @@ class Auditor:
             return self.knowledge
         truth = self._truth(observation)
         if truth is None:
-            path = truth_path(self.run_dir, observation.round, observation.node)
+            path = truth_path(self.truth_dir, observation.round, observation.node)
             raise ValueError(
                 f"audit.labels is given, but client {observation.client} left no truth at {path}; "
                 "set audit.labels=unknown, or run the clients where they can write the run's folder"
@@ -77,10 +85,13 @@ class Auditor:
             )
         return replace(self.knowledge, labels=truth.labels)
 
-    def record(self, observation: Observation, reconstruction: Reconstruction) -> None:
+    def record(
+        self, observation: Observation, reconstruction: Reconstruction, job: str | None = None
+    ) -> None:
         """Score a reconstruction, draw it beside the truth, and log both.
 
-        One that can't be scored is logged as failed.
+        One that can't be scored is logged as failed. Where there is no truth the
+        scores are those that need none, see `reference_free`.
 
         Raises
         ------
@@ -88,16 +99,19 @@ class Auditor:
             If the log can't be written.
         """
         truth = self._truth(observation)
-        leakage = None
+        leakage, alone = None, {}
         reasons = dict.fromkeys(("metrics", "label_accuracy", "label_chance"), "no truth")
         try:
             if truth is None:
                 check_images(reconstruction.images, reconstruction.labels)
+                network, why = self._prior
+                reasons |= why
+                alone = reference_free(reconstruction, network)
             else:
                 leakage = self._score(observation, reconstruction, truth)
                 reasons = dict(leakage.reasons)
         except ValueError as error:
-            self.record_failure(observation, reconstruction.attack, str(error))
+            self.record_failure(observation, reconstruction.attack, str(error), job)
             return
         picture = None
         try:
@@ -111,6 +125,7 @@ class Auditor:
             status="ok",
             explanation=reconstruction.explanation,
             metrics=leakage.metrics if leakage else {},
+            reference_free=alone,
             psnr_by_step=leakage.psnr_by_step if leakage else (),
             label_accuracy=leakage.label_accuracy if leakage else None,
             label_chance=leakage.label_chance if leakage else None,
@@ -124,13 +139,35 @@ class Auditor:
             options=reconstruction.options,
             diagnosis=reconstruction.diagnosis,
             picture=picture,
+            job=job,
             losses=thinned(reconstruction.losses),
             reasons=reasons,
         )
 
-    def record_failure(self, observation: Observation, attack: str, error: str) -> None:
+    def record_failure(
+        self, observation: Observation, attack: str, error: str, job: str | None = None
+    ) -> None:
         """Log an attack that raised."""
-        self._append(observation, attack, status="failed", error=error, reasons=_absent(error))
+        self._append(
+            observation, attack, status="failed", error=error, job=job, reasons=_absent(error)
+        )
+
+    def record_unreadable(self, id_: str, attack: str, error: str, job: str) -> None:
+        """Log an attack whose Observation, by its id, can't be read from the store."""
+        _, round_, _, node = id_.split("-")
+        reasons = _absent(error) | {"client": error, "num_examples": error}
+        line = LogLine(
+            round=int(round_),
+            node=int(node),
+            client=None,
+            attack=attack,
+            status="failed",
+            labels=self.config.audit.labels,
+            error=error,
+            job=job,
+            reasons=reasons,
+        )
+        self._write(line)
 
     def record_skipped(self, round_: int, node: int, reason: str) -> None:
         """Log an update on which no attack was run."""
@@ -158,6 +195,7 @@ class Auditor:
             num_examples=observation.num_examples,
             attack=attack,
             labels=self.config.audit.labels,
+            truth=truth_path(self.truth_dir, observation.round, observation.node).exists(),
             **fields,
         )
         self._write(line)
@@ -167,11 +205,18 @@ class Auditor:
             append_line(self._log, line)
 
     def _truth(self, observation: Observation) -> Truth | None:
-        return read_truth(self.run_dir, observation.round, observation.node)
+        return read_truth(self.truth_dir, observation.round, observation.node)
 
     @cached_property
     def _lpips(self) -> tuple[dict[str, Measure], dict[str, str]]:
         return load_lpips(self.config.audit.lpips_weights)
+
+    @cached_property
+    def _prior(self) -> tuple[nn.Module | None, dict[str, str]]:
+        try:
+            return load_flow(self.config.prior.weights), {}
+        except (ValueError, OSError) as error:
+            return None, {"prior_residual": str(error)}
 
     def _score(
         self, observation: Observation, reconstruction: Reconstruction, truth: Truth

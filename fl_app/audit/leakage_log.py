@@ -32,6 +32,8 @@ class LogLine:
         Why, when not ok.
     metrics : mapping
         By metric: mean, low, high, values (in training order), baseline.
+    reference_free : mapping
+        Scores that need no truth, see `reference_free`; empty where there is one.
     psnr_by_step : sequence of (float or None)
         Mean PSNR in dB of the images first used in each local step.
     label_accuracy, label_chance : float or None
@@ -48,10 +50,14 @@ class LogLine:
     diagnosis : sequence of str
         What is likely wrong with the update or its explanation.
     labels : {"given", "unknown"}
+    truth : bool
+        Whether the auditor holds the client's private batch.
     num_examples : int or None
         N, as the client says.
     picture : str or None
         Path from the run's folder.
+    job : str or None
+        The queue entry that this is the outcome of.
     losses : sequence of float
         At most 100, evenly spaced over the iterations, first and last included.
     reasons : mapping of str to str
@@ -67,6 +73,7 @@ class LogLine:
     error: str | None = None
     explanation: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    reference_free: Mapping[str, Any] = field(default_factory=dict)
     psnr_by_step: Sequence[float | None] = ()
     label_accuracy: float | None = None
     label_chance: float | None = None
@@ -79,8 +86,10 @@ class LogLine:
     stop_reason: str = ""
     options: Mapping[str, float | int | str] = field(default_factory=dict)
     diagnosis: Sequence[str] = ()
+    truth: bool = False
     num_examples: int | None = None
     picture: str | None = None
+    job: str | None = None
     losses: Sequence[float] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
 

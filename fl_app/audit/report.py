@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from fl_app.files import whole_file
+from fl_app.words import printable
 
 _TILE = 96  # pixels a tile has at least: 32 x 32 is too small to judge
 _GAP = 12  # pixels between pairs; the two of a pair nearly touch
@@ -90,7 +91,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
     A reconstruction that is no better than a grey image is said to be so;
     failed attacks are red, with their error below the table, as is what the
-    diagnosis of the others found.
+    diagnosis of the others found, the scores of those without a truth, and that
+    a run holds private images.
     """
     table = Table(
         title="Leakage: mean over a client's images, PSNR with its 95% interval",
@@ -120,14 +122,21 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             note,
         ]
         # Text, not str: a name may look like rich's markup.
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
         who = f"client {line['client']}" if line["client"] is not None else "client unknown"
         where = f"round {line['round']}, {who} (node {line['node']}), {line['attack']}"
         if line["status"] != "ok":
-            below.append(f"{where} {line['status']}: {line['error']}\n", style=style)
-        # Logs from before there was a diagnosis have none.
-        elif line.get("diagnosis"):
-            below.append(f"{where}: {'; '.join(line['diagnosis'])}\n", style="yellow")
+            error = printable(str(line["error"]))
+            below.append(f"{where} {line['status']}: {error}\n", style=style)
+            continue
+        # Logs from before there was a diagnosis have none, nor have they these scores.
+        if line.get("diagnosis"):
+            words = printable("; ".join(line["diagnosis"]))
+            below.append(f"{where}: {words}\n", style="yellow")
+        if line.get("reference_free"):
+            below.append(f"{where}, no truth: {_alone(line['reference_free'])}\n")
+    if any(line.get("truth") for line in lines):
+        below.append("With Truth: the clients' private batches were there to score with.\n")
     table.caption = below if below else None
     table.caption_style = "none"
     return table
@@ -143,6 +152,19 @@ def _note(line: Mapping[str, Any]) -> tuple[str, str]:
     if beats_grey(line["metrics"]):
         return labels, ""
     return f"no better than grey; {labels}", "dim"
+
+
+def _alone(scores: Mapping[str, Any]) -> str:
+    """Say the scores of a reconstruction that has no truth."""
+    words = []
+    if scores["matching_loss"] is not None:
+        words.append(f"matching loss {scores['matching_loss']:.3g}")
+    for name, what in (("tv", "TV"), ("prior_residual", "prior residual")):
+        score = scores[name]
+        if score and score["mean"] is not None:
+            words.append(f"{what} {score['mean']:.3f} (noise {score['baseline']:.3f})")
+    counts = ", ".join(f"{count} of {label}" for label, count in scores["label_counts"].items())
+    return printable("; ".join([*words, f"labels: {counts}"]))
 
 
 def _labels(line: Mapping[str, Any]) -> str:

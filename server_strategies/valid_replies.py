@@ -1,0 +1,107 @@
+"""ValidReplies: one client's broken reply does not end the training of all."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fl_app.words import printable
+from server_strategies.updates import array_tensor, num_examples, returned_weights
+
+_log = logging.getLogger("flwr")  # Flower streams it to the user
+
+
+class ValidReplies(Strategy):
+    """Wrap a strategy; leave replies out that it could not average.
+
+    Flower's strategies average what they get: an array of another shape, or one
+    that can't be read, raises in the server, and a NaN spreads to every client.
+    Such a reply is left out, as is that of a client that failed, with its reason
+    in the log. All others are passed on as they came.
+
+    Parameters
+    ----------
+    inner : Strategy
+        Decides everything else.
+    train, evaluate : set of str
+        The metrics of a valid reply, beside ``num-examples``.
+    """
+
+    def __init__(self, inner: Strategy, train: set[str], evaluate: set[str]) -> None:
+        self._inner = inner
+        self._train, self._evaluate = train, evaluate
+        self._model: Mapping[str, Tensor] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Remember the model, and delegate."""
+        self._model = {name: array_tensor(array) for name, array in arrays.items()}
+        return self._inner.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Delegate, with the valid replies."""
+
+        def check(reply: Message) -> None:
+            returned_weights(reply, self._model)
+            _check_metrics(reply, self._train)
+
+        return self._inner.aggregate_train(server_round, _valid(server_round, replies, check))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Delegate."""
+        return self._inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Delegate, with the valid replies."""
+
+        def check(reply: Message) -> None:
+            _check_metrics(reply, self._evaluate)
+
+        return self._inner.aggregate_evaluate(server_round, _valid(server_round, replies, check))
+
+    def summary(self) -> None:
+        """Delegate."""
+        self._inner.summary()
+
+
+def _valid(
+    server_round: int, replies: Iterable[Message], check: Callable[[Message], None]
+) -> list[Message]:
+    kept = []
+    for reply in replies:
+        try:
+            if reply.has_error():  # Flower would log its words as they are
+                raise ValueError(f"the client failed: {reply.error.reason}")
+            check(reply)
+        except Exception as error:  # whatever is wrong with it, the others are averaged
+            reason = printable(str(error)) or type(error).__name__
+            node = reply.metadata.src_node_id
+            _log.warning("round %d, node %d is left out: %s", server_round, node, reason)
+        else:
+            kept.append(reply)
+    return kept
+
+
+def _check_metrics(reply: Message, names: set[str]) -> None:
+    """Raise ValueError if a reply's metrics can't be averaged with the others'."""
+    num_examples(reply)
+    records = list(reply.content.metric_records.values())
+    if len(records) != 1 or set(records[0]) != names | {"num-examples"}:
+        found = ", ".join(sorted(name for record in records for name in record))
+        raise ValueError(f"metrics are {found}; expected {', '.join(sorted(names))}, num-examples")
+    for name, value in records[0].items():
+        if isinstance(value, list) or not math.isfinite(value):
+            raise ValueError(f"metric {name} is {value}; allowed: a finite number")
