@@ -42,9 +42,9 @@ def _explained() -> tuple[Case, ...]:
         Case(replace(_ADAM, batch_size=1), _flow(200), bar=24.0),
         Case(replace(_ADAM, batch_size=4), _flow(300)),
         Case(replace(_ADAM, batch_size=4), _flow(200), labels_known=False),
-        Case(replace(_ADAM, batch_size=8), _flow(400), bar=22.0),
-        Case(replace(long, reshuffle=False), _flow(160), bar=24.0, num_examples=20),
-        Case(long, _flow(160), bar=21.0, num_examples=20),
+        Case(replace(_ADAM, batch_size=8), _flow(500), bar=22.0),
+        Case(replace(long, reshuffle=False), _flow(300), bar=24.0, num_examples=20),
+        Case(long, _flow(300), bar=21.0, num_examples=20),
         Case(replace(_SGD, momentum=0.9, batch_size=4), _flow(300), bar=23.0),
     ]
     for client, at_once in ((_SGD, "gradient"), (_ADAM, "inversion")):

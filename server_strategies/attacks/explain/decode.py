@@ -55,7 +55,7 @@ class Decoded(Trajectory):
     """
 
     name = "fingerprints"
-    restart = 0.5
+    restart = 0.6  # the first part is cheap, and what it misses the second has to find
 
     def __init__(
         self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
