@@ -24,7 +24,7 @@ from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fin
 from server_strategies.attacks.explain.trajectory import Trajectory
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
-_SOFT = 0.05  # residual at which a row gives up being of one image alone
+_SOFT = 0.005  # residual at which a row gives up being of one image alone
 _SHARE = 0.5  # of a row's length, which an image needs to be shown by it
 _RESIDUAL = 0.1  # below which a row counts as explained
 _RENEW = 8  # calls after which the weights that features are taken at are simulated anew
