@@ -240,8 +240,8 @@ def _notes(summary: Mapping[str, Any], budget: str) -> list[str]:
         f"- Observations: {count}; each value is the mean over an observation's images, then over "
         f"observations ({interval}). An attack's rows are over those where it succeeded.",
         "- One assignment of reconstructions to private images (least MSE) serves all metrics, for "
-        "attacks and baselines alike. What is no better than the best baseline in PSNR reveals "
-        "nothing.",
+        "attacks and baselines alike. What is no better than the best baseline in PSNR is no "
+        "reconstruction.",
         f"- Budget: {budget}. Costs are means over observations.",
     ]
     lines += [f"- {printable(f'{name}: {why}')}" for name, why in summary["reasons"].items()]
