@@ -126,8 +126,8 @@ class LineUp:
         caption = [f"{folder.name}, budget: {self.budget}"]
         save_comparison_picture(path.with_suffix(".png"), auditor, comparison, caption)
         console.print(_table(cells))
-        for entry in sorted(folder.glob("line-up.*")):
-            console.print(entry, soft_wrap=True, highlight=False)
+        for written in sorted(folder.glob("line-up.*")):
+            console.print(written, soft_wrap=True, highlight=False)
 
 
 def budgeted(attack: AttackConfig, budget: str) -> AttackConfig:
