@@ -375,7 +375,7 @@ class Benchmark:
                     case.client,
                     case.name.split(", ", 1)[1],
                     str(line["draws"]),
-                    f"{psnr['mean']:.2f}{_half(psnr, 1)}"
+                    f"{psnr['mean']:.2f}{half_width(psnr, 1)}"
                     + ("" if beaten else " (no better than grey)"),
                     _bar(case),
                     f"{psnr['baseline']:.1f}",
@@ -414,7 +414,7 @@ class Benchmark:
         return short
 
 
-def _half(interval: Mapping[str, float | None], digits: int) -> str:
+def half_width(interval: Mapping[str, float | None], digits: int) -> str:
     """Return half the width of an interval in words; nothing for a single draw."""
     low, high = interval["low"], interval["high"]
     return "" if low is None or high is None else f" ± {(high - low) / 2:.{digits}f}"
@@ -422,7 +422,7 @@ def _half(interval: Mapping[str, float | None], digits: int) -> str:
 
 def _signed(gain: Mapping[str, float | None] | None, digits: int) -> str:
     """Return a paired difference in words; nothing where there is none."""
-    return f"{gain['mean']:+.{digits}f}{_half(gain, digits)}" if gain else ""
+    return f"{gain['mean']:+.{digits}f}{half_width(gain, digits)}" if gain else ""
 
 
 def _bar(case: Case) -> str:

@@ -33,6 +33,7 @@ from fl_app.data import dataset_info, load_split
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.lan import lan_app
+from fl_app.line_up import LineUp
 from fl_app.prior_assumptions import assumption_tables
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
 from server_strategies.attack_pool import Job, enqueue
@@ -107,7 +108,18 @@ def show(run: str, runs_dir: RunsDir = Path("runs")) -> None:
 def attack(
     run: str,
     attack: Annotated[
-        str, typer.Option(help="Attack to run; default: finish what the run left unfinished.")
+        str,
+        typer.Option(
+            help="Attack to run, several with commas between, or all; "
+            "default: finish what the run left unfinished."
+        ),
+    ] = "",
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What each attack of a line-up may spend: authors (default), iterations=N "
+            "or seconds=S."
+        ),
     ] = "",
     set_: Annotated[
         list[str] | None,
@@ -118,8 +130,17 @@ def attack(
     ] = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Attack a run's recorded Observations again; the lines join its log."""
+    """Attack a run's recorded Observations again; the lines join its log.
+
+    Several attacks, or one with a budget, make a line-up: what has its line already
+    is not run again, and line-up.md, .json and .png in the run's folder compare them.
+    """
     folder = find_run(user_path(str(runs_dir)), run)
+    if budget or attack == "all" or "," in attack:
+        if set_ or follow:
+            raise ConfigError("--set and --follow are allowed with one attack, without --budget")
+        LineUp.of(attack or "all", budget or "authors").run(folder, console)
+        return
     config = from_yaml(folder / "config.yaml")
     store = ObservationStore(folder)
     auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))

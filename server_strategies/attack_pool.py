@@ -88,7 +88,7 @@ class QueueEntry:
     id: str
 
 
-def enqueue(folder: Path, job: Job) -> None:
+def enqueue(folder: Path, job: Job | QueueEntry) -> None:
     """Write a job to a run's queue, whole or not at all.
 
     Raises
@@ -96,7 +96,9 @@ def enqueue(folder: Path, job: Job) -> None:
     OSError
         If it could not be written.
     """
-    entry = asdict(QueueEntry(job.observation.id, job.attack, job.prior, job.seed, job.id))
+    if isinstance(job, Job):
+        job = QueueEntry(job.observation.id, job.attack, job.prior, job.seed, job.id)
+    entry = asdict(job)
     del entry["id"]  # the file's name
     write_text(queue_path(folder, job.id), json.dumps(entry, indent=2))
 

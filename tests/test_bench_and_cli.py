@@ -25,7 +25,7 @@ from fl_app.data import dataset_info, load_split
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
 from server_strategies.attack_pool import pending
-from server_strategies.attacks import check_attack
+from server_strategies.attacks import ATTACKS, check_attack
 from server_strategies.observations import ObservationStore
 
 CASE = Case(
@@ -170,6 +170,16 @@ def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
     assert str(run / lines[0]["picture"]) in flowleak("show", "x", *runs_dir)
     assert "photos" in flowleak("runs", *runs_dir)
     assert len(Auditor(run, config, config.knowledge(info)).lines()) == 1
+
+    line_up = ["attack", "x", "--attack", "all", "--budget", "iterations=1", *runs_dir]
+    shown = flowleak(*line_up)
+    assert str(run / "line-up.md") in shown and "random training image" in shown
+    lines = read_lines(run / "leakage.jsonl")[0]
+    assert sorted(line["attack"] for line in lines) == sorted([*ATTACKS, "sme"])
+    flowleak(*line_up)  # each has its line
+    assert read_lines(run / "leakage.jsonl")[0] == lines
+    with pytest.raises(ValueError, match="--set and --follow are allowed with one attack"):
+        flowleak(*line_up, "--set", "options.lr=0.5")
 
     with pytest.raises(ValueError, match=r"options.speed .* allowed for sme"):
         flowleak("attack", "x", "--attack", "sme", "--set", "options.speed=2", *runs_dir)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fl_app.audit.baselines import PRIOR, baseline_images
 from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
     MEASURES,
@@ -143,6 +144,30 @@ class Auditor:
             losses=thinned(reconstruction.losses),
             reasons=reasons,
         )
+
+    def baselines(self, observation: Observation) -> tuple[dict[str, Leakage], dict[str, str]]:
+        """Score what could be guessed without the update, see `baseline_images`.
+
+        Returns
+        -------
+        scores : dict of str to Leakage
+            By baseline; empty where there is no truth.
+        reasons : dict of str to str
+            Why one of them could not be had.
+        """
+        truth = self._truth(observation)
+        if truth is None:
+            return {}, {}
+        network, why = self._prior
+        seed = (self.config.seed, observation.round, observation.node)
+        mean, dataset = self.knowledge.mean, self.config.dataset
+        images, reasons = baseline_images(truth.images, mean, dataset, network, seed)
+        guess = Reconstruction("", "none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
+        scores = {
+            name: self._score(observation, replace(guess, images=guessed), truth)
+            for name, guessed in images.items()
+        }
+        return scores, reasons | dict.fromkeys([PRIOR] if why else [], "; ".join(why.values()))
 
     def record_failure(
         self, observation: Observation, attack: str, error: str, job: str | None = None

@@ -73,6 +73,50 @@ def save_picture(
         canvas.save(temporary, format="PNG")
 
 
+def save_grid(
+    path: Path, columns: Mapping[str, Sequence[Tensor | None]], caption: Sequence[str]
+) -> None:
+    """Write a PNG of images in named columns, enlarged without smoothing.
+
+    Parameters
+    ----------
+    path : Path
+        Written whole or not at all.
+    columns : mapping of str to sequence of (Tensor or None)
+        By heading: images (C, H, W) in [0, 1], C 1 or 3, one a row, or None where
+        there is none. As many in every column, and one image at least.
+    caption : sequence of str
+        Lines above the grid.
+    """
+    images = [image for column in columns.values() for image in column if image is not None]
+    scale = math.ceil(_TILE / min(images[0].shape[-2:]))
+    width, height = _tile(images[0], scale).size
+    font = ImageFont.load_default(size=12)
+    step = _GAP + max(width, *(math.ceil(font.getlength(name)) for name in columns))
+    top = _GAP + (len(caption) + 1) * _LINE
+    rows = max(map(len, columns.values()))
+    text_width = math.ceil(max((font.getlength(line) for line in caption), default=0))
+    size = (
+        max(len(columns) * step, text_width + _GAP) + _GAP,
+        top + rows * (height + 2) + _GAP,
+    )
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(caption):
+        draw.text((_GAP, _GAP + number * _LINE), line, fill="black", font=font)
+    for number, (name, column) in enumerate(columns.items()):
+        left = _GAP + number * step
+        draw.text((left, top - _LINE), name, fill="black", font=font)
+        for row, image in enumerate(column):
+            corner = (left, top + row * (height + 2))
+            if image is None:
+                draw.text(corner, "none", fill="grey", font=font)
+            else:
+                canvas.paste(_tile(image, scale), corner)
+    with whole_file(path) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
 def _tile(image: Tensor, scale: int) -> Image.Image:
     """Turn (C, H, W) in [0, 1] into an RGB image, `scale` times as large."""
     pixels = image.detach().cpu().float().expand(3, -1, -1).permute(1, 2, 0).numpy()

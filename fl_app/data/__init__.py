@@ -6,6 +6,7 @@ import warnings
 from functools import lru_cache
 
 import datasets
+import numpy as np
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 
 from fl_app.config import DatasetConfig
@@ -17,6 +18,7 @@ __all__ = [
     "DataError",
     "ImageSet",
     "dataset_info",
+    "draw_images",
     "load_partition",
     "load_split",
 ]
@@ -132,3 +134,25 @@ def load_split(config: DatasetConfig, split: str) -> ImageSet:
         If the data is not there or is broken.
     """
     return read_images(_encoded_split(config, split), dataset_info(config), config.name)
+
+
+def draw_images(config: DatasetConfig, split: str, count: int, seed: int) -> ImageSet:
+    """Return images of a split, drawn without replacement; only they are decoded.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+    split : {"train", "test"}
+    count : int
+        As many, or all if there are not so many.
+    seed : int
+        >= 0.
+
+    Raises
+    ------
+    DataError
+        If the data is not there or is broken.
+    """
+    rows = _encoded_split(config, split)
+    picks = np.random.default_rng(seed).permutation(len(rows))[:count]
+    return read_images(rows.select(picks), dataset_info(config), config.name)

@@ -1,8 +1,9 @@
 """The attacks: one short file each, and one way to run them.
 
-An attack is a plain function of tensors, usable from a notebook::
+An attack is a plain function of tensors, usable from a notebook. Here each has the
+name that it has in `ATTACKS`: the function, bound after the module of that name was::
 
-    from server_strategies.attacks.flow_matching import flow_matching
+    from server_strategies.attacks import flow_matching
     from server_strategies.priors.flow import load_flow
 
     found = flow_matching(observation, knowledge, load_flow("compact"), Budget(iterations=200))

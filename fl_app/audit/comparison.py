@@ -1,0 +1,254 @@
+"""Attacks on the same updates, side by side, beside what needs no update.
+
+Of a job's lines in the log the last one counts, whatever it scored: nothing is
+chosen by its likeness to the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fl_app.audit.auditor import Auditor
+from fl_app.audit.metrics import mean_interval
+from fl_app.audit.report import save_grid
+from fl_app.audit.truth import read_truth
+from server_strategies.observations import ObservationStore
+
+NOISE = "uniform noise"
+
+_COSTS = ("seconds", "iterations", "peak_memory", "flops")
+_SHOWN = 4  # observations in the picture
+_ROWS = 12  # private images in the picture
+
+Scores = dict[str, dict[str, float]]
+"""By metric and by observation id: the mean over the observation's images."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attacks and baselines on the same observations.
+
+    Attributes
+    ----------
+    observations : tuple of str
+        Their ids.
+    lines : mapping of str to mapping of str to dict
+        By attack and observation id: the log's line of the attack's outcome;
+        without those that have none.
+    baselines : mapping of str to Scores
+        By baseline, see `baseline_images`; `NOISE` where there is no truth.
+    reasons : mapping of str to str
+        Why a baseline or a metric could not be had.
+    """
+
+    observations: tuple[str, ...]
+    lines: Mapping[str, Mapping[str, dict[str, Any]]]
+    baselines: Mapping[str, Scores]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything as plain JSON; intervals are over observations.
+
+        Returns
+        -------
+        dict
+            ``baselines``: by name the metrics; ``attacks``: by name
+            ``succeeded`` (observations), ``failures`` (observation and error),
+            ``metrics``, ``psnr_by_step``, the mean costs ``seconds``,
+            ``iterations``, ``peak_memory`` (bytes) and ``flops``, ``stop_reasons``
+            and ``options``. A metric has ``mean``, ``low``, ``high``, ``values``
+            by observation and, for an attack, ``chance``: each baseline's mean
+            over the same observations. ``label_accuracy`` is among the metrics
+            where labels were counted.
+        """
+        return {
+            "observations": list(self.observations),
+            "baselines": {
+                name: {metric: _spread(values) for metric, values in scores.items()}
+                for name, scores in self.baselines.items()
+            },
+            "attacks": {name: self._attack(lines) for name, lines in self.lines.items()},
+            "reasons": dict(self.reasons),
+        }
+
+    def _attack(self, lines: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        done = {id_: line for id_, line in lines.items() if line["status"] == "ok"}
+        errors = {id_: str(lines[id_]["error"]) for id_ in lines if id_ not in done}
+        errors |= dict.fromkeys(
+            (id_ for id_ in self.observations if id_ not in lines),
+            "no outcome yet; the same command goes on",
+        )
+        metrics = {
+            metric: {**_spread(values), "chance": self._chance(metric, values)}
+            for metric, values in _collected(done).items()
+        }
+        accuracy = {i: line["label_accuracy"] for i, line in done.items()}
+        if counted := {i: share for i, share in accuracy.items() if share is not None}:
+            chance = mean_interval([done[id_]["label_chance"] for id_ in counted])[0]
+            metrics["label_accuracy"] = {
+                **_spread(counted),
+                "chance": {"counted without the update": chance},
+            }
+        reasons = [line["stop_reason"] for line in done.values()]
+        return {
+            "succeeded": len(done),
+            "failures": [{"observation": id_, "error": errors[id_]} for id_ in sorted(errors)],
+            "metrics": metrics,
+            "psnr_by_step": _mean_by_step([line["psnr_by_step"] for line in done.values()]),
+            **{cost: _mean([line[cost] for line in done.values()]) for cost in _COSTS},
+            "stop_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+            "options": next((line["options"] for line in done.values()), {}),
+        }
+
+    def _chance(self, metric: str, values: Mapping[str, float]) -> dict[str, float]:
+        """Return each baseline's mean over the observations that have a value."""
+        chance = {}
+        for name, scores in self.baselines.items():
+            known = scores.get(metric, {})
+            if shared := [known[id_] for id_ in values if id_ in known]:
+                chance[name] = mean_interval(shared)[0]
+        return chance
+
+
+def compare(
+    auditor: Auditor, store: ObservationStore, jobs: Mapping[str, Mapping[str, str]]
+) -> Comparison:
+    """Gather what the log holds of some jobs, and score the baselines on the same observations.
+
+    Parameters
+    ----------
+    auditor : Auditor
+    store : ObservationStore
+    jobs : mapping of str to mapping of str to str
+        By attack and observation id: the job's id.
+    """
+    observations = tuple(dict.fromkeys(id_ for ids in jobs.values() for id_ in ids))
+    logged = {line["job"]: line for line in auditor.lines() if line.get("job")}
+    lines = {
+        attack: {id_: logged[job] for id_, job in ids.items() if job in logged}
+        for attack, ids in jobs.items()
+    }
+    baselines: dict[str, Scores] = {}
+    reasons: dict[str, str] = {}
+    for id_ in observations:
+        for name, metric, mean in _chances(auditor, store, id_, lines, reasons):
+            if math.isfinite(mean):
+                baselines.setdefault(name, {}).setdefault(metric, {})[id_] = mean
+    return Comparison(observations, lines, baselines, reasons)
+
+
+def _chances(
+    auditor: Auditor,
+    store: ObservationStore,
+    id_: str,
+    lines: Mapping[str, Mapping[str, dict[str, Any]]],
+    reasons: dict[str, str],
+) -> Iterator[tuple[str, str, float]]:
+    """Yield baseline, metric and score of one observation; add to the reasons."""
+    try:
+        scores, why = auditor.baselines(store.load(id_))
+    except Exception as error:  # whatever is wrong with the file, the others are compared
+        reasons[id_] = f"no baselines: {error}"
+        return
+    reasons.update(why)
+    for name, leakage in scores.items():
+        reasons.update({k: v for k, v in leakage.reasons.items() if k in leakage.metrics})
+        for metric, score in leakage.metrics.items():
+            if score:
+                yield name, metric, score.mean
+    if not scores:
+        reasons["metrics"] = "no truth: only what needs none, beside uniform noise"
+    for found in lines.values():
+        for metric, score in (found.get(id_) or {}).get("reference_free", {}).items():
+            if _scored(score):
+                yield NOISE, metric, score["baseline"]
+
+
+def save_comparison_picture(
+    path: Path, auditor: Auditor, comparison: Comparison, caption: Sequence[str]
+) -> None:
+    """Write a grid of a few private images: the truth, and what each attack made of it.
+
+    Images are the first of the first observations, in training order.
+
+    Parameters
+    ----------
+    path : Path
+        Written whole or not at all.
+    auditor : Auditor
+    comparison : Comparison
+    caption : sequence of str
+        Lines above the grid.
+    """
+    truths: dict[str, Tensor] = {}
+    found: dict[tuple[str, str], Tensor] = {}
+    shown = comparison.observations[:_SHOWN]
+    for id_ in shown:
+        _, round_, _, node = id_.split("-")
+        truth = read_truth(auditor.truth_dir, int(round_), int(node))
+        if truth:
+            truths[id_] = truth.images
+        for attack, lines in comparison.lines.items():
+            picture = lines.get(id_, {}).get("picture")
+            if (
+                picture
+                and (tensors := (auditor.run_dir / picture).with_suffix(".safetensors")).exists()
+            ):
+                found[attack, id_] = _in_order_of_truth(load_file(tensors))
+    sizes = {id_: len(images) for id_, images in truths.items()}
+    sizes |= {id_: len(images) for (_, id_), images in found.items()}
+    each = math.ceil(_ROWS / max(1, len(shown)))
+    rows = [(id_, i) for id_ in shown for i in range(min(each, sizes.get(id_, 0)))][:_ROWS]
+    if not rows:
+        return
+    columns = {"private": [truths[id_][i] if id_ in truths else None for id_, i in rows]}
+    if not truths:
+        columns, caption = {}, [*caption, "no truth: reconstructions alone"]
+    for attack in comparison.lines:
+        columns[attack] = [
+            found[attack, id_][i] if (attack, id_) in found else None for id_, i in rows
+        ]
+    save_grid(path, columns, caption)
+
+
+def _in_order_of_truth(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the images behind a picture as they are assigned, where there is a truth."""
+    images = tensors["images"]
+    return images[tensors["assignment"]] if "assignment" in tensors else images
+
+
+def _collected(lines: Mapping[str, Mapping[str, Any]]) -> Scores:
+    """Return the scores of some lines; without a truth those that need none."""
+    scores: Scores = {}
+    for id_, line in lines.items():
+        for metric, score in (line["metrics"] or line.get("reference_free") or {}).items():
+            if _scored(score):
+                scores.setdefault(metric, {})[id_] = score["mean"]
+    return scores
+
+
+def _scored(score: object) -> bool:
+    return isinstance(score, Mapping) and isinstance(score.get("mean"), float)
+
+
+def _spread(values: Mapping[str, float]) -> dict[str, Any]:
+    mean, low, high = mean_interval(list(values.values()))
+    return {"mean": mean, "low": low, "high": high, "values": dict(values)}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return mean_interval(values)[0] if values else None
+
+
+def _mean_by_step(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Return the mean of each step over the observations that have one; steps may differ."""
+    longest = max(map(len, rows), default=0)
+    columns = ([row[step] for row in rows if step < len(row)] for step in range(longest))
+    return [_mean([value for value in column if value is not None]) for column in columns]
