@@ -22,6 +22,7 @@ from torch import nn
 from fl_app.config import AttackConfig, ConfigError, PriorConfig
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.flow_matching import flow_matching
+from server_strategies.attacks.inverting_gradients import inverting_gradients
 from server_strategies.attacks.optimise import Report
 from server_strategies.attacks.sme import sme
 from server_strategies.priors.flow import load_flow
@@ -49,7 +50,11 @@ class Attack:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-ATTACKS = {"flow_matching": Attack(flow_matching, load_flow), "sme": Attack(sme)}
+ATTACKS = {
+    "flow_matching": Attack(flow_matching, load_flow),
+    "inverting_gradients": Attack(inverting_gradients),
+    "sme": Attack(sme),
+}
 
 
 def check_attack(attack: AttackConfig) -> None:
