@@ -22,8 +22,10 @@ from torch import nn
 from fl_app.config import AttackConfig, ConfigError, PriorConfig
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.dlf import dlf
+from server_strategies.attacks.dlg import dlg
 from server_strategies.attacks.flow_matching import flow_matching
 from server_strategies.attacks.gradinversion import gradinversion
+from server_strategies.attacks.idlg import idlg
 from server_strategies.attacks.inverting_gradients import inverting_gradients
 from server_strategies.attacks.optimise import Report
 from server_strategies.attacks.sme import sme
@@ -54,8 +56,10 @@ class Attack:
 
 ATTACKS = {
     "dlf": Attack(dlf),
+    "dlg": Attack(dlg),
     "flow_matching": Attack(flow_matching, load_flow),
     "gradinversion": Attack(gradinversion),
+    "idlg": Attack(idlg),
     "inverting_gradients": Attack(inverting_gradients),
     "sme": Attack(sme),
 }
