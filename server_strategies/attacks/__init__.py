@@ -24,6 +24,7 @@ from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.dlf import dlf
 from server_strategies.attacks.dlg import dlg
 from server_strategies.attacks.flow_matching import flow_matching
+from server_strategies.attacks.ggl import ggl
 from server_strategies.attacks.gradinversion import gradinversion
 from server_strategies.attacks.idlg import idlg
 from server_strategies.attacks.inverting_gradients import inverting_gradients
@@ -58,6 +59,7 @@ ATTACKS = {
     "dlf": Attack(dlf),
     "dlg": Attack(dlg),
     "flow_matching": Attack(flow_matching, load_flow),
+    "ggl": Attack(ggl, load_flow),
     "gradinversion": Attack(gradinversion),
     "idlg": Attack(idlg),
     "inverting_gradients": Attack(inverting_gradients),
