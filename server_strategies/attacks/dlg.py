@@ -1,7 +1,9 @@
 """Deep Leakage from Gradients (Zhu, Liu & Han, NeurIPS 2019).
 
-Squared distance of gradients at w0, by L-BFGS on images and labels together; no
-prior. The authors' L-BFGS has no line search; without it, it diverges on ReLU.
+Squared distance of gradients at w0, over images and labels together; no prior.
+With Adam instead of L-BFGS, because a model with ReLU has a gradient that jumps
+where the image makes a unit active: a line search ends there. The authors
+replace ReLU by the sigmoid.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import nn
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.explain import explain as explain_update
 from server_strategies.attacks.infer import infer
-from server_strategies.attacks.optimise import Report, lbfgs, optimise
+from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
 
 
 def dlg(
@@ -24,7 +26,7 @@ def dlg(
     report: Report | None = None,
     *,
     explain: str = "gradient",
-    lr: float = 1.0,
+    lr: float = 0.1,
 ) -> Reconstruction:
     """Reconstruct a client's images and labels from its gradient alone.
 
@@ -37,14 +39,14 @@ def dlg(
     prior : None
         Not used.
     budget : Budget
-        The authors use 300 iterations, of 20 L-BFGS steps each.
+        The authors use 300 iterations of L-BFGS, with 20 gradients each.
     report : Report, optional
         Called about once a second with the iteration and the matching loss.
     explain : str
         The authors match the gradient at w0, here with the mean step of several;
         for others see `explain`.
     lr : float
-        Of L-BFGS: its first trial step.
+        Peak learning rate on normalised pixels, which falls by a half cosine.
 
     Raises
     ------
@@ -61,8 +63,7 @@ def dlg(
         observation,
         budget,
         lr=lr,
-        schedule=lambda progress: 1.0,
-        make_optimizer=lbfgs,
+        schedule=cosine_schedule,
         report=report,
         options={"lr": lr},
     )

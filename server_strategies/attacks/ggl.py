@@ -9,7 +9,7 @@ prior's network, without labels, the search Adam; no defence is estimated.
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +76,6 @@ def ggl(
     def decode(z: Tensor) -> Tensor:
         return ((generate(prior, z, int(steps)) + 1) / 2 - mean) / std
 
-    def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        # Adam's weight decay is the gradient of half the square.
-        latent = groups[0]["params"][0]
-        return torch.optim.Adam([{**groups[0], "weight_decay": kl / latent.numel()}, *groups[1:]])
-
     return optimise(
         "ggl",
         explain_update(explain, observation, knowledge, budget.device, distance="squared"),
@@ -89,8 +84,8 @@ def ggl(
         budget,
         lr=lr,
         schedule=cosine_schedule,
-        make_optimizer=make_optimizer,
         decode=decode,
+        decay=kl / (observation.num_examples * math.prod(knowledge.image_shape)),
         report=report,
         options={"lr": lr, "kl": kl, "steps": steps},
     )

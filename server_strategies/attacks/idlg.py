@@ -1,6 +1,7 @@
 """Improved Deep Leakage from Gradients (Zhao, Mopuri & Bilen, 2020).
 
-The label from the sign of the last layer's gradient, then DLG on the images alone.
+The label from the sign of the last layer's gradient, then DLG on the images alone,
+with Adam as there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import nn
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.explain import explain as explain_update
 from server_strategies.attacks.infer import infer
-from server_strategies.attacks.optimise import Report, lbfgs, optimise
+from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
 
 
 def idlg(
@@ -23,7 +24,7 @@ def idlg(
     report: Report | None = None,
     *,
     explain: str = "gradient",
-    lr: float = 1.0,
+    lr: float = 0.1,
 ) -> Reconstruction:
     """Reconstruct a client's images from its gradient, after their labels.
 
@@ -37,14 +38,14 @@ def idlg(
     prior : None
         Not used.
     budget : Budget
-        The authors use 300 iterations, of 20 L-BFGS steps each.
+        The authors use 300 iterations of L-BFGS, with 20 gradients each.
     report : Report, optional
         Called about once a second with the iteration and the matching loss.
     explain : str
         The authors match the gradient at w0, here with the mean step of several;
         for others see `explain`.
     lr : float
-        Of L-BFGS: its first trial step.
+        Peak learning rate on normalised pixels, which falls by a half cosine.
 
     Raises
     ------
@@ -61,8 +62,7 @@ def idlg(
         observation,
         budget,
         lr=lr,
-        schedule=lambda progress: 1.0,
-        make_optimizer=lbfgs,
+        schedule=cosine_schedule,
         report=report,
         options={"lr": lr},
     )

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,6 @@ Prior = Callable[[Tensor, float], Tensor]
 Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-"""torch's optimiser of parameter groups: the images first, then each unknown."""
-
-
 _COUNTED = 8  # iterations whose floating-point operations are counted
 
 
@@ -49,18 +44,6 @@ def step_schedule(progress: float) -> float:
     return 0.1 ** sum(progress >= milestone for milestone in (3 / 8, 5 / 8, 7 / 8))
 
 
-def lbfgs(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return L-BFGS with a line search, 20 steps an iteration, for `optimise`.
-
-    It has one learning rate, the first group's. It never takes a small loss for
-    convergence: that of a client with a small learning rate is small everywhere.
-    """
-    together = {**groups[0], "params": [value for group in groups for value in group["params"]]}
-    return torch.optim.LBFGS(
-        [together], tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-
 def optimise(
     attack: str,
     explanation: Explanation,
@@ -71,10 +54,10 @@ def optimise(
     lr: float,
     schedule: Callable[[float], float],
     balance: Callable[[float], float] | None = None,
-    make_optimizer: MakeOptimizer = torch.optim.Adam,
     signed: bool = False,
     noise: float = 0.0,
     decode: Callable[[Tensor], Tensor] | None = None,
+    decay: float = 0.0,
     report: Report | None = None,
     options: Mapping[str, float | int | str],
 ) -> Reconstruction:
@@ -104,10 +87,6 @@ def optimise(
         explanation's pull on it. Images of the last steps of a trajectory are felt
         a hundred times less in the update than those of the first: at equal
         weights the priors would decide them alone. None: as the losses are.
-    make_optimizer : callable
-        Of the parameter groups' learning rates, the first group's may be kept for
-        all. Each of its evaluations of the loss is counted in `flops`, and
-        `losses` holds the first of every step.
     signed : bool
         Whether the optimiser sees only the sign of the images' gradient.
     noise : float
@@ -115,6 +94,8 @@ def optimise(
     decode : callable, optional
         From the optimised variable, of the images' shape, to normalised images,
         differentiable. The variable is then not boxed.
+    decay : float
+        Weight of half the variable's squared norm.
     report : Report, optional
     options : mapping
         The attack's constants, for the result.
@@ -136,14 +117,21 @@ def optimise(
         start = torch.randn(shape, generator=generator, device=device)
     variable = (start if decode else start.clamp(low, high)).requires_grad_()
     unknowns = [unknown.value for unknown in explanation.unknowns]
-    groups: list[dict[str, Any]] = [{"params": [variable], "lr": lr, "peak": lr}]
+    groups: list[dict[str, object]] = [
+        # Adam's weight decay is the gradient of half the square.
+        {"params": [variable], "lr": lr, "peak": lr, "weight_decay": decay}
+    ]
     groups += [{"params": [u.value], "lr": u.lr, "peak": u.lr} for u in explanation.unknowns]
-    optimizer = make_optimizer(groups)
+    optimizer = torch.optim.Adam(groups)
     losses = torch.zeros(budget.iterations, device=device)
     counter = _FlopCounter()
     memory = _PeakMemory(device)
-
-    def evaluate(progress: float) -> Any:  # torch types a closure's loss as a float
+    began = reported = time.monotonic()
+    stop_reason, done = "iterations", 0
+    for iteration in range(budget.iterations):
+        progress = iteration / budget.iterations
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
         with counter.watch(progress >= explanation.restart):
             x = decode(variable) if decode else variable
             matching = explanation(x, progress)
@@ -155,28 +143,20 @@ def optimise(
         variable.grad = gradient.sign() if signed else gradient
         for unknown, part in zip(unknowns, slopes, strict=True):
             unknown.grad = part
-        return matching.detach()
-
-    began = reported = time.monotonic()
-    stop_reason, done = "iterations", 0
-    for iteration in range(budget.iterations):
-        progress = iteration / budget.iterations
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
-        before = variable.detach().clone()
-        matching: Any = optimizer.step(partial(evaluate, progress))
+        pace, before = explanation.pace(), variable.detach().clone()
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             if noise:
                 drawn = torch.randn(variable.shape, generator=generator, device=device)
                 variable.add_(drawn, alpha=noise * optimizer.param_groups[0]["lr"])
-            if (pace := explanation.pace()) is not None:
+            if pace is not None:
                 variable.copy_(torch.lerp(before, variable, pace.view(-1, 1, 1, 1)))
             if decode is None:
                 variable.clamp_(low, high)
             for unknown in unknowns:
                 unknown.clamp_(0, 1)
-        losses[iteration] = matching
+        losses[iteration] = matching.detach()
         done, now = iteration + 1, time.monotonic()
         # Reading a loss waits for the device, so do it once a second only.
         if now - reported > 1:
