@@ -130,6 +130,8 @@ def optimise(
     stop_reason, done = "iterations", 0
     for iteration in range(budget.iterations):
         progress = iteration / budget.iterations
+        if budget.seconds:  # the schedules are to end when the time does
+            progress = max(progress, min((time.monotonic() - began) / budget.seconds, 1.0))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
         with counter.watch(progress >= explanation.restart):
