@@ -130,6 +130,9 @@ class LineUp:
             console.print(written, soft_wrap=True, highlight=False)
 
 
+_UNBOUNDED = 1_000_000  # iterations that no attack makes in its seconds
+
+
 def budgeted(attack: AttackConfig, budget: str) -> AttackConfig:
     """Return an attack with the budget of a line-up.
 
@@ -139,8 +142,7 @@ def budgeted(attack: AttackConfig, budget: str) -> AttackConfig:
         With its authors' iterations.
     budget : str
         ``authors``: as it is; ``iterations=N``: N, however long they take;
-        ``seconds=S``: the authors' iterations, ended after S seconds. A schedule
-        that S seconds cut is cut as well.
+        ``seconds=S``: as many as S seconds hold, with the schedules spread over them.
 
     Raises
     ------
@@ -154,7 +156,7 @@ def budgeted(attack: AttackConfig, budget: str) -> AttackConfig:
         if kind == "iterations":
             return replace(attack, iterations=int(number), seconds=0.0)
         if kind == "seconds" and 0 < float(number) < math.inf:
-            return replace(attack, seconds=float(number))
+            return replace(attack, iterations=_UNBOUNDED, seconds=float(number))
     except ValueError:
         pass  # no number, or one below 1
     raise ConfigError(

@@ -51,10 +51,13 @@ def client(
     *,
     architecture: str = "convnet",
     count: int = 6,
+    smooth: bool = False,
 ) -> tuple[Observation, Knowledge, Tensor]:
     """Train a real client on random images; return what the server sees, and the images."""
     generator = torch.Generator().manual_seed(3)
     images = torch.rand((count, *SHAPE), generator=generator, dtype=dtype)
+    if smooth:
+        images = F.interpolate(F.avg_pool2d(images, 2), SHAPE[1:], mode="bilinear")
     labels = torch.randint(10, (count,), generator=generator)
     model = create_model(architecture, 10, SHAPE, seed=1).to(dtype)
     w0 = {name: value.clone() for name, value in model.state_dict().items()}

@@ -161,7 +161,7 @@ def test_budgets() -> None:
     attack = AttackConfig("sme", 1000)
     assert budgeted(attack, "authors") == attack
     assert budgeted(replace(attack, seconds=5), "iterations=7") == AttackConfig("sme", 7)
-    assert budgeted(attack, "seconds=1.5") == AttackConfig("sme", 1000, 1.5)
+    assert budgeted(attack, "seconds=1.5") == AttackConfig("sme", 1_000_000, 1.5)
     for wrong in ("iterations=0", "iterations=x", "seconds=0", "seconds=inf", "minutes=1", ""):
         with pytest.raises(ConfigError, match="allowed: authors, iterations=N"):
             budgeted(attack, wrong)

@@ -22,7 +22,13 @@ from torch import nn
 
 from fl_app.config import AttackConfig, ConfigError, PriorConfig
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
+from server_strategies.attacks.dlf import dlf
+from server_strategies.attacks.dlg import dlg
 from server_strategies.attacks.flow_matching import flow_matching
+from server_strategies.attacks.ggl import ggl
+from server_strategies.attacks.gradinversion import gradinversion
+from server_strategies.attacks.idlg import idlg
+from server_strategies.attacks.inverting_gradients import inverting_gradients
 from server_strategies.attacks.optimise import Report
 from server_strategies.attacks.sme import sme
 from server_strategies.priors.flow import load_flow
@@ -50,7 +56,16 @@ class Attack:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-ATTACKS = {"flow_matching": Attack(flow_matching, load_flow), "sme": Attack(sme)}
+ATTACKS = {
+    "dlf": Attack(dlf),
+    "dlg": Attack(dlg),
+    "flow_matching": Attack(flow_matching, load_flow),
+    "ggl": Attack(ggl, load_flow),
+    "gradinversion": Attack(gradinversion),
+    "idlg": Attack(idlg),
+    "inverting_gradients": Attack(inverting_gradients),
+    "sme": Attack(sme),
+}
 
 
 def check_attack(attack: AttackConfig) -> None:

@@ -9,7 +9,9 @@ from server_strategies.attacks.explain.guess import guess_training
 from server_strategies.attacks.labels import count_labels
 
 
-def infer(observation: Observation, knowledge: Knowledge, device: str = "cpu") -> Knowledge:
+def infer(
+    observation: Observation, knowledge: Knowledge, device: str = "cpu", labels: str = "auto"
+) -> Knowledge:
     """Return the knowledge with the client's training and labels filled in from its update.
 
     What is known stays as it is. The training is guessed by `guess_training`, the
@@ -22,6 +24,8 @@ def infer(observation: Observation, knowledge: Knowledge, device: str = "cpu") -
     knowledge : Knowledge
     device : str
         The torch device to work on.
+    labels : str
+        How unknown labels are counted, see `count_labels`; ``fitted``: not at all.
 
     Raises
     ------
@@ -36,9 +40,11 @@ def infer(observation: Observation, knowledge: Knowledge, device: str = "cpu") -
         surely = "" if guess.confident else ", unsure"
         inferred.append(f"training guessed ({told}{surely}): {guess.reason}")
         knowledge = replace(knowledge, training=t)
-    if knowledge.labels is None:
+    if knowledge.labels is None and labels == "fitted":
+        knowledge = replace(knowledge, labels_source="fitted")
+    elif knowledge.labels is None:
         try:
-            estimate = count_labels("auto", observation, knowledge, device)
+            estimate = count_labels(labels, observation, knowledge, device)
         except ValueError as error:
             inferred.append(f"labels fitted beside the images: {error}")
             knowledge = replace(knowledge, labels_source="fitted")

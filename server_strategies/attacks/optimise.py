@@ -27,7 +27,6 @@ Prior = Callable[[Tensor, float], Tensor]
 Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
 
-
 _COUNTED = 8  # iterations whose floating-point operations are counted
 
 
@@ -55,6 +54,10 @@ def optimise(
     lr: float,
     schedule: Callable[[float], float],
     balance: Callable[[float], float] | None = None,
+    signed: bool = False,
+    noise: float = 0.0,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    decay: float = 0.0,
     report: Report | None = None,
     options: Mapping[str, float | int | str],
 ) -> Reconstruction:
@@ -62,8 +65,8 @@ def optimise(
 
     Adam on normalised pixels from N(0, I), or from the explanation's start, boxed
     to those of images in [0, 1] after every step, with the explanation's own
-    unknowns beside them, boxed to [0, 1]. The result is the last iterate: nothing
-    is chosen by its likeness to the truth.
+    unknowns beside them, boxed to [0, 1]. The result is the explanation's reading
+    of the last iterate: nothing is chosen by its likeness to the truth.
 
     Parameters
     ----------
@@ -84,6 +87,15 @@ def optimise(
         explanation's pull on it. Images of the last steps of a trajectory are felt
         a hundred times less in the update than those of the first: at equal
         weights the priors would decide them alone. None: as the losses are.
+    signed : bool
+        Whether the optimiser sees only the sign of the images' gradient.
+    noise : float
+        Standard deviation of the noise that every step adds, in learning rates.
+    decode : callable, optional
+        From the optimised variable, of the images' shape, to normalised images,
+        differentiable. The variable is then not boxed.
+    decay : float
+        Weight of half the variable's squared norm.
     report : Report, optional
     options : mapping
         The attack's constants, for the result.
@@ -98,14 +110,17 @@ def optimise(
     mean = torch.tensor(knowledge.mean, device=device).view(-1, 1, 1)
     std = torch.tensor(knowledge.std, device=device).view(-1, 1, 1)
     low, high = -mean / std, (1 - mean) / std
-    x = explanation.start
-    if x is None:
-        generator = torch.Generator(device).manual_seed(budget.seed)
-        shape = (observation.num_examples, *knowledge.image_shape)
-        x = torch.randn(shape, generator=generator, device=device)
-    x = x.clamp(low, high).requires_grad_()
+    generator = torch.Generator(device).manual_seed(budget.seed)
+    start = explanation.start
+    if start is None or decode:
+        shape = (explanation.copies * observation.num_examples, *knowledge.image_shape)
+        start = torch.randn(shape, generator=generator, device=device)
+    variable = (start if decode else start.clamp(low, high)).requires_grad_()
     unknowns = [unknown.value for unknown in explanation.unknowns]
-    groups: list[dict[str, object]] = [{"params": [x], "lr": lr, "peak": lr}]
+    groups: list[dict[str, object]] = [
+        # Adam's weight decay is the gradient of half the square.
+        {"params": [variable], "lr": lr, "peak": lr, "weight_decay": decay}
+    ]
     groups += [{"params": [u.value], "lr": u.lr, "peak": u.lr} for u in explanation.unknowns]
     optimizer = torch.optim.Adam(groups)
     losses = torch.zeros(budget.iterations, device=device)
@@ -115,24 +130,32 @@ def optimise(
     stop_reason, done = "iterations", 0
     for iteration in range(budget.iterations):
         progress = iteration / budget.iterations
+        if budget.seconds:  # the schedules are to end when the time does
+            progress = max(progress, min((time.monotonic() - began) / budget.seconds, 1.0))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
         with counter.watch(progress >= explanation.restart):
+            x = decode(variable) if decode else variable
             matching = explanation(x, progress)
             slope, *slopes = torch.autograd.grad(matching, [x, *unknowns])
             pull = _pull(priors, x, mean, std, progress)
-        if balance:
-            pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
-        x.grad = slope + pull
+            if balance:
+                pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
+            (gradient,) = torch.autograd.grad(x, variable, slope + pull)
+        variable.grad = gradient.sign() if signed else gradient
         for unknown, part in zip(unknowns, slopes, strict=True):
             unknown.grad = part
-        pace, before = explanation.pace(), x.detach().clone()
+        pace, before = explanation.pace(), variable.detach().clone()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
+            if noise:
+                drawn = torch.randn(variable.shape, generator=generator, device=device)
+                variable.add_(drawn, alpha=noise * optimizer.param_groups[0]["lr"])
             if pace is not None:
-                x.copy_(torch.lerp(before, x, pace.view(-1, 1, 1, 1)))
-            x.clamp_(low, high)
+                variable.copy_(torch.lerp(before, variable, pace.view(-1, 1, 1, 1)))
+            if decode is None:
+                variable.clamp_(low, high)
             for unknown in unknowns:
                 unknown.clamp_(0, 1)
         losses[iteration] = matching.detach()
@@ -148,10 +171,12 @@ def optimise(
             break
     _check_finite(losses[:done], done)
     history = tuple(losses[:done].tolist())
+    with torch.no_grad():
+        images = explanation.found_images(decode(variable) if decode else variable)
     return Reconstruction(
         attack=attack,
         explanation="; ".join([explanation.reason, *knowledge.inferred]),
-        images=(x.detach() * std + mean).clamp(0, 1).cpu(),
+        images=(images.detach() * std + mean).clamp(0, 1).cpu(),
         labels=explanation.found_labels(),
         labels_source=knowledge.labels_source,
         losses=history,

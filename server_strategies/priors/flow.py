@@ -98,6 +98,29 @@ def denoise(network: nn.Module, x_t: Tensor, level: float) -> Tensor:
     return x_t + (1 - level) * network(x_t, t)
 
 
+def generate(network: nn.Module, noise: Tensor, steps: int) -> Tensor:
+    """Follow dx/dt = v(x, t) from noise at t = 0 to images at t = 1 (the paper, eq. 1).
+
+    Parameters
+    ----------
+    network : nn.Module
+        The velocity v(x_t, t).
+    noise : Tensor, shape (N, 3, H, W)
+        x0 from N(0, I).
+    steps : int
+        Euler steps of length 1 / steps.
+
+    Returns
+    -------
+    Tensor, shape (N, 3, H, W)
+        About in [-1, 1]; differentiable in the noise.
+    """
+    x = noise
+    for step in range(steps):
+        x = x + network(x, x.new_full((len(x),), step / steps)) / steps
+    return x
+
+
 class FlowPrior:
     """A penalty that pulls images towards the data manifold.
 

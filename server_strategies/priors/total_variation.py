@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TotalVariation:
-    """``weight (mean|dx| + mean|dy|) / 2`` on normalised pixels, as SME has it.
+    """``weight (mean|dx|^p + mean|dy|^p) / 2`` on normalised pixels; with p = 1 as SME has it.
 
     Attributes
     ----------
@@ -18,14 +18,17 @@ class TotalVariation:
     std : tuple of float
         The client's normalisation by channel, which scales differences of
         [0, 1] pixels.
+    power : int
+        p.
     """
 
     weight: float
     std: tuple[float, ...]
+    power: int = 1
 
     def __call__(self, images: Tensor, progress: float) -> Tensor:
         """Return the penalty of images in [0, 1], shape (N, C, H, W); `progress` is not used."""
         pixels = images / images.new_tensor(self.std).view(-1, 1, 1)
-        across = (pixels[..., :, 1:] - pixels[..., :, :-1]).abs().mean()
-        down = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().mean()
+        across = (pixels[..., :, 1:] - pixels[..., :, :-1]).abs().pow(self.power).mean()
+        down = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().pow(self.power).mean()
         return self.weight * (across + down) / 2

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fl_app.files import whole_file, write_text
 from fl_app.progress import progress_bar
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
+from server_strategies.priors.flow import generate
 from server_strategies.priors.networks import check_shape, create_network
 
 VALIDATION_TIMES = (0.2, 0.5, 0.8, 0.9, 0.95)
@@ -111,7 +112,7 @@ def flow_matching_loss(
 def sample(
     network: nn.Module, count: int, steps: int, generator: torch.Generator, size: int = 32
 ) -> Tensor:
-    """Generate images: follow dx/dt = v(x, t) from noise at t = 0 to t = 1 (the paper, eq. 1).
+    """Generate images from noise, see `generate`.
 
     Parameters
     ----------
@@ -120,7 +121,7 @@ def sample(
     count : int
         Images to generate, in one batch.
     steps : int
-        Euler steps of length 1 / steps.
+        Euler steps.
     generator : torch.Generator
         Draws the noise.
     size : int
@@ -133,9 +134,7 @@ def sample(
     """
     device = generator.device
     x = torch.randn((count, 3, size, size), generator=generator, device=device)
-    for step in range(steps):
-        x = x + network(x, x.new_full((count,), step / steps)) / steps
-    return ((x + 1) / 2).clamp(0, 1)
+    return ((generate(network, x, steps) + 1) / 2).clamp(0, 1)
 
 
 class Trainer:

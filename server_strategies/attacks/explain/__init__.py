@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -10,13 +10,15 @@ from fl_app.models import create_model
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.decode import Decoded, legible_fingerprints
+from server_strategies.attacks.explain.distance import DISTANCES
 from server_strategies.attacks.explain.one_step import EpsInversion, GradientMatch, SignMatch
+from server_strategies.attacks.explain.passes import Passes
 from server_strategies.attacks.explain.surrogate import Surrogate
 from server_strategies.attacks.explain.trajectory import Trajectory
 
 EXPLANATIONS = {
     kind.name: kind
-    for kind in (Surrogate, Trajectory, Decoded, GradientMatch, EpsInversion, SignMatch)
+    for kind in (Surrogate, Trajectory, Passes, Decoded, GradientMatch, EpsInversion, SignMatch)
 }
 
 
@@ -26,13 +28,15 @@ def explain(
     knowledge: Knowledge,
     device: str = "cpu",
     alpha: float | None = None,
+    distance: str = "cosine",
 ) -> Explanation:
     """Return an explanation of an observation.
 
     Parameters
     ----------
-    kind : {"auto", "surrogate", "trajectory", "fingerprints", "gradient", "inversion", "sign"}
-        `auto` chooses by what is known of the client, see `choose`.
+    kind : str
+        ``auto``, which chooses by what is known of the client, see `choose`, or a
+        name in `EXPLANATIONS`.
     observation : Observation
     knowledge : Knowledge
         With the client's training, see `infer`.
@@ -40,6 +44,8 @@ def explain(
         The torch device to work on.
     alpha : float, optional
         Where a surrogate starts, see `Surrogate`.
+    distance : {"cosine", "squared", "layered", "decaying"}
+        See `explain.distance`. `surrogate` and `sign` have one of their own.
 
     Raises
     ------
@@ -47,8 +53,10 @@ def explain(
         If `kind` is unknown, does not fit the update, or there are not as many
         labels as examples.
     """
-    if kind != "auto" and kind not in EXPLANATIONS:
-        raise ValueError(f"explain is {kind!r}; allowed: auto, {', '.join(EXPLANATIONS)}")
+    own = () if distance == "cosine" else (Surrogate.name, SignMatch.name)
+    allowed = [name for name in ("auto", *EXPLANATIONS) if name not in own]
+    if kind not in allowed:
+        raise ValueError(f"explain is {kind!r}; allowed: {', '.join(allowed)}")
     model = create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape).to(device)
     labels = knowledge.labels
     if labels is not None and len(labels) != observation.num_examples:
@@ -59,8 +67,10 @@ def explain(
     if kind == "auto":
         kind, reason = choose(model, observation, knowledge)
         reason = f"auto, {reason}"
-    make = partial(Surrogate, alpha=alpha) if kind == Surrogate.name else EXPLANATIONS[kind]
-    return make(model, observation, knowledge, f"{kind}: {reason}")
+    options: dict[str, Any] = {"distance": DISTANCES[distance]}
+    if kind == Surrogate.name:
+        options = {"alpha": alpha}
+    return EXPLANATIONS[kind](model, observation, knowledge, f"{kind}: {reason}", **options)
 
 
 def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> tuple[str, str]:

@@ -45,8 +45,11 @@ class Explanation(ABC):
     ----------
     name : str
     unknowns : list of Unknown
-    start : Tensor, shape (N, C, H, W), or None
+    start : Tensor, shape (copies * N, C, H, W), or None
         Normalised images to start from, where they are known in closed form.
+    copies : int
+        Candidates of each image that are optimised together, all images' first
+        ones before the second.
     restart : float
         Share of the attack's iterations after which its learning rates start anew;
         0: nowhere.
@@ -54,6 +57,7 @@ class Explanation(ABC):
 
     name: str
     restart = 0.0
+    copies = 1
 
     def __init__(
         self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
@@ -85,12 +89,16 @@ class Explanation(ABC):
         labels = self.labels.argmax(1) if self.labels.requires_grad else self.labels
         return tuple(labels.tolist())
 
+    def found_images(self, x: Tensor) -> Tensor:
+        """Return the images, (N, C, H, W), that candidates (copies * N, C, H, W) stand for."""
+        return x
+
     def position(self) -> float | None:
         """Return where between w0 and w1 a surrogate's gradient was taken; None: no surrogate."""
         return None
 
     def pace(self) -> Tensor | None:
-        """Return how far each image moves, shape (N,), in units of the attack's steps.
+        """Return how far each image moves, shape (copies * N,), in units of the attack's steps.
 
         None: all of them by the whole step.
         """
@@ -102,7 +110,7 @@ class Explanation(ABC):
 
         Parameters
         ----------
-        x : Tensor, shape (N, C, H, W)
+        x : Tensor, shape (copies * N, C, H, W)
             Normalised images.
         progress : float
             Share of the attack's iterations done, in [0, 1].

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.explain.distance import CosineDistance, Distance
 from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fingerprints
 from server_strategies.attacks.explain.trajectory import Trajectory
 
@@ -47,6 +48,8 @@ class Decoded(Trajectory):
     ----------
     model, observation, knowledge, reason
         See `Explanation`.
+    distance : type of Distance
+        The trajectory's.
 
     Raises
     ------
@@ -58,10 +61,15 @@ class Decoded(Trajectory):
     restart = 0.6  # the first part is cheap, and what it misses the second has to find
 
     def __init__(
-        self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
+        self,
+        model: nn.Module,
+        observation: Observation,
+        knowledge: Knowledge,
+        reason: str,
+        distance: type[Distance] = CosineDistance,
     ) -> None:
         # The images that stand still make a small smoothing descend well.
-        super().__init__(model, observation, knowledge, reason, 0.02, 0.01)
+        super().__init__(model, observation, knowledge, reason, 0.02, 0.01, distance)
         if knowledge.labels is None:
             raise ValueError("explain is 'fingerprints', which needs labels; these are not known")
         self.prints: dict[int, list[Fingerprint]] = {}

@@ -1,15 +1,22 @@
-"""How far a candidate's account of an update is from the update that was seen."""
+"""How far a candidate's account of an update is from the update that was seen.
+
+Every distance is relative to the observed vector, so that a prior of a given
+weight pulls alike whatever the client's learning rate, and a candidate of zero is
+at 1. The published distances that are not so differ by a constant factor.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-class CosineDistance:
-    """``1 - <a, b> / (|a| |b|)`` over all parameters as one vector, in [0, 2].
+class Distance(ABC):
+    """Of a candidate vector a from the observed vector b, in one piece a parameter.
 
     Parameters
     ----------
@@ -24,23 +31,91 @@ class CosineDistance:
         If b is zero wherever it counts.
     """
 
+    name: str
+
     def __init__(self, seen: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
         self._masks = masks
         self._seen = self._masked(seen)
-        self._norm = norm(self._seen)
         if not any(part.any() for part in self._seen):
             raise ValueError("the update is zero: the client returned what it was sent")
 
     def __call__(self, candidate: Sequence[Tensor]) -> Tensor:
         """Return the distance, shape (), of a candidate vector a, in the same pieces."""
-        candidate = self._masked(candidate)
-        dots = [(a * b).sum() for a, b in zip(candidate, self._seen, strict=True)]
-        return 1 - torch.stack(dots).sum() / (norm(candidate) * self._norm)
+        return self._from(self._masked(candidate))
+
+    @abstractmethod
+    def _from(self, candidate: Sequence[Tensor]) -> Tensor:
+        """Return the distance of a candidate that is masked already."""
+        ...
 
     def _masked(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._masks is None:
             return vector
         return [part * mask for part, mask in zip(vector, self._masks, strict=True)]
+
+
+class CosineDistance(Distance):
+    """``1 - <a, b> / (|a| |b|)`` over all parameters as one vector, in [0, 2].
+
+    Parameters are `Distance`'s.
+    """
+
+    name = "cosine"
+
+    def __init__(self, seen: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
+        super().__init__(seen, masks)
+        self._norm = norm(self._seen)
+
+    def _from(self, candidate: Sequence[Tensor]) -> Tensor:
+        dots = [(a * b).sum() for a, b in zip(candidate, self._seen, strict=True)]
+        return 1 - torch.stack(dots).sum() / (norm(candidate) * self._norm)
+
+
+class SquaredDistance(Distance):
+    """``sum_l |a_l - b_l|^2 / sum_l |b_l|^2`` over parameters l (Zhu et al., 2019).
+
+    Parameters are `Distance`'s.
+    """
+
+    name = "squared"
+
+    def _from(self, candidate: Sequence[Tensor]) -> Tensor:
+        apart = [a - b for a, b in zip(candidate, self._seen, strict=True)]
+        return self._size(apart) / self._size(self._seen)
+
+    def _size(self, vector: Sequence[Tensor]) -> Tensor:
+        """Return the size, shape (), that the distance is a ratio of."""
+        return torch.stack([part.square().sum() for part in vector]).sum()
+
+
+class LayeredDistance(SquaredDistance):
+    """``sum_l |a_l - b_l| / sum_l |b_l|``, the norms not squared (Yin et al., 2021).
+
+    Parameters are `Distance`'s.
+    """
+
+    name = "layered"
+
+    def _size(self, vector: Sequence[Tensor]) -> Tensor:
+        return torch.stack([norm([part]) for part in vector]).sum()
+
+
+class DecayingDistance(SquaredDistance):
+    """``sum_l e^-l |a_l - b_l|^2 / sum_l e^-l |b_l|^2``, l from 0 (Dimitrov et al., 2022).
+
+    Parameters are `Distance`'s.
+    """
+
+    name = "decaying"
+
+    def _size(self, vector: Sequence[Tensor]) -> Tensor:
+        parts = [math.exp(-place) * part.square().sum() for place, part in enumerate(vector)]
+        return torch.stack(parts).sum()
+
+
+DISTANCES: dict[str, type[Distance]] = {
+    kind.name: kind for kind in (CosineDistance, SquaredDistance, LayeredDistance, DecayingDistance)
+}
 
 
 def norm(vector: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation
-from server_strategies.attacks.explain.distance import CosineDistance
+from server_strategies.attacks.explain.distance import CosineDistance, Distance
 from server_strategies.attacks.explain.gradient import constant_gradient_speeds, loss_gradient
 from server_strategies.attacks.explain.trajectory import EPS
 
@@ -61,6 +61,8 @@ class GradientMatch(Explanation):
     ----------
     model, observation, knowledge, reason
         See `Explanation`.
+    distance : type of Distance
+        Another than the cosine, which does see how long the gradient is.
 
     Raises
     ------
@@ -71,9 +73,15 @@ class GradientMatch(Explanation):
     name = "gradient"
 
     def __init__(
-        self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
+        self,
+        model: nn.Module,
+        observation: Observation,
+        knowledge: Knowledge,
+        reason: str,
+        distance: type[Distance] = CosineDistance,
     ) -> None:
         super().__init__(model, observation, knowledge, reason)
+        self.measure = distance
         self.num_steps = len(self.batches)
         self._prepare(list(self.w0.values()), list(self.w1.values()), knowledge)
         for w in self.w0.values():  # where the candidates' gradient is taken
@@ -82,7 +90,7 @@ class GradientMatch(Explanation):
     def _prepare(self, w0: list[Tensor], w1: list[Tensor], knowledge: Knowledge) -> None:
         """Derive from the weights what candidates are compared with."""
         target = mean_step(w0, w1, self.training, self.num_steps)
-        self.distance = CosineDistance(target)
+        self.distance = self.measure(target)
         if self.training.optimizer == "sgd":
             self.start = self._closed_form(target, knowledge.image_shape)
 
@@ -135,7 +143,7 @@ class EpsInversion(GradientMatch):
         ]
         if self.training.optimizer == "adam":
             target = [g - self.training.weight_decay * w for g, w in zip(target, w0, strict=True)]
-        self.distance = CosineDistance(target, masks)
+        self.distance = self.measure(target, masks)
         self.start = self._closed_form(
             [torch.where(m, g, torch.nan) for g, m in zip(target, masks, strict=True)],
             knowledge.image_shape,

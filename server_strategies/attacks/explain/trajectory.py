@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation
-from server_strategies.attacks.explain.distance import CosineDistance, norm
+from server_strategies.attacks.explain.distance import CosineDistance, Distance, norm
 from server_strategies.attacks.explain.gradient import loss_gradient
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim's defaults, which Flower's clients use
@@ -286,6 +286,8 @@ class Trajectory(Explanation):
         See `Explanation`.
     smoothing, last_smoothing : float
         r of `Adam` at the attack's start and end.
+    distance : type of Distance
+        Another than the cosine.
     """
 
     name = "trajectory"
@@ -298,10 +300,11 @@ class Trajectory(Explanation):
         reason: str,
         smoothing: float = 0.1,
         last_smoothing: float = 0.01,
+        distance: type[Distance] = CosineDistance,
     ) -> None:
         super().__init__(model, observation, knowledge, reason)
         self.smoothing, self.fall = smoothing, last_smoothing / smoothing
-        self.distance = CosineDistance([self.w1[name] - w for name, w in self.w0.items()])
+        self.distance = distance([self.w1[name] - w for name, w in self.w0.items()])
         self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:

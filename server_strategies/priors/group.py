@@ -1,0 +1,63 @@
+"""Group consistency: the belief that reconstructions from several starts are one image."""
+
+from __future__ import annotations
+
+import torch
+from skimage.registration import phase_cross_correlation
+from torch import Tensor
+
+
+class GroupConsistency:
+    """``weight mean|x_s - c|^2`` over the starts s, c their consensus (Yin et al., 2021).
+
+    The consensus is held constant. It is the mean of the starts' images; in the
+    second half of an attack the images are registered to that mean before, by
+    shifts of whole pixels (phase cross-correlation, on the host), and averaged
+    again. The authors register by optical flow.
+
+    Parameters
+    ----------
+    weight : float
+    seeds : int
+        Starts, S.
+    every : int
+        Iterations after which the registered consensus is renewed.
+    """
+
+    def __init__(self, weight: float, seeds: int, every: int = 20) -> None:
+        self.weight, self.seeds, self.every = weight, seeds, every
+        self._calls = 0
+        self._registered: Tensor
+
+    def __call__(self, images: Tensor, progress: float) -> Tensor:
+        """Return the penalty, shape (), of images in [0, 1], (S * N, C, H, W)."""
+        group = images.unflatten(0, (self.seeds, -1))
+        consensus = group.detach().mean(0)
+        if progress >= 0.5:
+            if self._calls % self.every == 0:
+                self._registered = register(group.detach(), consensus).mean(0)
+            self._calls += 1
+            consensus = self._registered
+        return self.weight * (group - consensus).square().mean()
+
+
+def register(group: Tensor, reference: Tensor) -> Tensor:
+    """Return images shifted, cyclically and by whole pixels, to where a reference has them.
+
+    Parameters
+    ----------
+    group : Tensor, shape (S, N, C, H, W)
+    reference : Tensor, shape (N, C, H, W)
+
+    Returns
+    -------
+    Tensor, shape (S, N, C, H, W)
+    """
+    fixed, moving = reference.mean(1).cpu().numpy(), group.mean(2).cpu().numpy()
+    shifted = group.clone()
+    for seed, candidates in enumerate(moving):
+        for place, (image, target) in enumerate(zip(candidates, fixed, strict=True)):
+            shift = phase_cross_correlation(target, image, normalization=None)[0]
+            down, across = (int(pixels) for pixels in shift)
+            shifted[seed, place] = torch.roll(group[seed, place], (down, across), (1, 2))
+    return shifted
