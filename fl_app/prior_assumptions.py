@@ -187,7 +187,9 @@ def attack_path(
 
     # The attack hands out its last iterate alone; all of them pass through the optimiser.
     def keep(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        seen.append(optimizer.param_groups[0]["params"][0].detach().cpu().clone())
+        moved = optimizer.param_groups[0]["params"][0]
+        if moved.shape[1:] == knowledge.image_shape:  # not the weights of a simulated client
+            seen.append(moved.detach().cpu().clone())
 
     hook = register_optimizer_step_pre_hook(keep)
     try:
