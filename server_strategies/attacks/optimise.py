@@ -145,7 +145,8 @@ def optimise(
         variable.grad = gradient.sign() if signed else gradient
         for unknown, part in zip(unknowns, slopes, strict=True):
             unknown.grad = part
-        pace, before = explanation.pace(), variable.detach().clone()
+        pace = explanation.pace()
+        before = variable if pace is None else variable.detach().clone()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -9,7 +9,7 @@ fingerprints do not show follow from the trajectory, in which the others stand s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -78,8 +78,8 @@ class Decoded(Trajectory):
             self.prints.setdefault(found.step, []).append(found)
         if not self.prints:
             raise ValueError("explain is 'fingerprints', but the update holds none")
+        self.names = {seen.name for found in self.prints.values() for seen in found}
         self.ordered = knowledge.labels_source == "given"  # otherwise counted over all steps
-        self.labels = self.labels.clone()
         self.calls = 0
         self.held: dict[int, dict[str, Tensor]] = {}
         self.shown: Tensor | None = None
@@ -106,24 +106,25 @@ class Decoded(Trajectory):
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
         residuals = []
-        for step, index in self._steps():
-            inputs = self._look(self.held[step], x[index])[0]
-            for seen in self.prints[step]:
-                alone, _, together = combine(inputs[seen.name], seen)
-                best = alone.min(1).values
-                residuals.append((together + _SOFT * best / (best + _SOFT)).mean())
+        for _, alone, _, together in self._combined(x):
+            best = alone.min(1).values
+            residuals.append((together + _SOFT * best / (best + _SOFT)).mean())
         return torch.stack(residuals).mean()
 
     def _find_shown(self, x: Tensor) -> Tensor:
         """Return which images make up most of a row that is explained, shape (N,) of bool."""
         shown = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for step, index in self._steps():
-            inputs = self._look(self.held[step], x[index])[0]
-            for seen in self.prints[step]:
-                _, parts, together = combine(inputs[seen.name], seen)
-                large = (parts.abs() > _SHARE) & (together < _RESIDUAL)[:, None]
-                shown[index] |= large.any(0)
+        for index, _, parts, together in self._combined(x):
+            large = (parts.abs() > _SHARE) & (together < _RESIDUAL)[:, None]
+            shown[index] |= large.any(0)
         return shown
+
+    def _combined(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield for each fingerprint which images it is of, and what `combine` makes of them."""
+        for step, index in self._steps():
+            inputs = look(self.model, self.held[step], x[index], self.names)[0]
+            for seen in self.prints[step]:
+                yield index, *combine(inputs[seen.name], seen)
 
     def _steps(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the local steps with fingerprints, and which images each trains on."""
@@ -167,41 +168,58 @@ class Decoded(Trajectory):
         which its label decides.
         """
         weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
-        inputs, outputs, logits = self._look(weights, x)
+        inputs, outputs, logits = look(self.model, weights, x, self.names)
+        played = []
+        for seen in self.prints[step]:
+            features = inputs[seen.name].detach()
+            _, parts, _ = combine(features, seen)
+            # In units of the slope: undo the lengths that `combine` works with.
+            lengths = (features[None] * seen.known[:, None]).norm(dim=2) + 1e-12
+            played.append(parts * seen.gradient.norm(dim=1, keepdim=True) / lengths)
         misfit = torch.zeros_like(logits)
         for label in self.labels.unique():
             loss = F.cross_entropy(logits, label.expand(len(x)))
-            for seen in self.prints[step]:
+            for seen, parts in zip(self.prints[step], played, strict=True):
                 (slope,) = torch.autograd.grad(loss, outputs[seen.name], retain_graph=True)
-                features = inputs[seen.name].detach()
-                _, parts, _ = combine(features, seen)
-                # In units of the slope: undo the lengths that `combine` works with.
-                lengths = (features[None] * seen.known[:, None]).norm(dim=2) + 1e-12
-                parts = parts * seen.gradient.norm(dim=1, keepdim=True) / lengths
                 off = (parts - slope[:, seen.rows].T).square().sum(0)
                 misfit[:, label] += off / parts.square().sum()
         return misfit.detach()
 
-    def _look(
-        self, weights: Mapping[str, Tensor], x: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Return inputs and outputs of the layers with fingerprints, and the logits."""
-        inputs, outputs = {}, {}
 
-        def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name], outputs[name] = args[0], output
+def look(
+    model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, names: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Run a model, and look into its layers.
 
-        names = {seen.name for found in self.prints.values() for seen in found}
-        handles = [
-            self.model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
-                partial(hook, name)
-            )
-            for name in names
-        ]
-        logits = functional_call(self.model, dict(weights), (x,))
-        for handle in handles:
-            handle.remove()
-        return inputs, outputs, logits
+    Parameters
+    ----------
+    model : nn.Module
+        Its own weights are not read.
+    weights : mapping of str to Tensor
+    x : Tensor, shape (N, C, H, W)
+        Normalised images.
+    names : iterable of str
+        Weights of the layers to look into.
+
+    Returns
+    -------
+    inputs, outputs : dict of str to Tensor
+        By weight, in the order that the layers ran in.
+    logits : Tensor, shape (N, num_classes)
+    """
+    inputs, outputs = {}, {}
+
+    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs[name], outputs[name] = args[0], output
+
+    handles = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(partial(hook, name))
+        for name in names
+    ]
+    logits = functional_call(model, dict(weights), (x,))
+    for handle in handles:
+        handle.remove()
+    return inputs, outputs, logits
 
 
 def combine(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,21 +270,13 @@ def legible_fingerprints(
         With the client's training.
     """
     training, count = knowledge.client, observation.num_examples
-    names: list[str] = []
-
-    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args[0].dim() == 2 and name in observation.trained:
-            names.append(name)
-
-    handles = [
-        layer.register_forward_pre_hook(partial(hook, f"{name}.weight"))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
+    layers = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    linear = [f"{layer}.weight" for layer in layers]
+    weights = dict(model.named_parameters())
+    images = next(iter(weights.values())).new_zeros(1, *knowledge.image_shape)
     with torch.no_grad():
-        model(next(model.parameters()).new_zeros(1, *knowledge.image_shape))
-    for handle in handles:
-        handle.remove()
+        inputs, _, _ = look(model, weights, images, linear)
+    names = [n for n, given in inputs.items() if given.dim() == 2 and n in observation.trained]
     w0, w1 = ({name: w[name] for name in names} for w in (observation.w0, observation.w1))
     found = find_fingerprints(w0, w1, training, len(training.batches(count)))
     return [seen for seen in found if seen.step < math.ceil(count / training.batch_size)]
