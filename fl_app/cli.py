@@ -56,6 +56,10 @@ app.add_typer(lan_app, name="lan")
 console = Console()
 
 RunsDir = Annotated[Path, typer.Option(help="Where the runs are; as the setting runs_dir.")]
+DatasetChoice = Annotated[
+    str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
+]
+Weights = Annotated[str, typer.Argument(help="A shipped prior's name, or a .safetensors file.")]
 
 
 def main() -> None:
@@ -189,9 +193,7 @@ def _attack_config(name: str, settings: list[str]) -> AttackConfig:
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join((*BENCHMARKS, 'labels'))}")],
-    dataset: Annotated[
-        str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
-    ] = "cifar10",
+    dataset: DatasetChoice = "cifar10",
     split: str = "test",
     draws: int = 8,
     seed: int = 0,
@@ -338,10 +340,8 @@ def train_prior(
 
 @prior_app.command("evaluate")
 def evaluate_prior(
-    weights: Annotated[str, typer.Argument(help="A shipped prior's name, or a .safetensors file.")],
-    dataset: Annotated[
-        str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
-    ] = "cifar10",
+    weights: Weights,
+    dataset: DatasetChoice = "cifar10",
     images: Annotated[int, typer.Option(help="Test images to denoise.")] = 64,
 ) -> None:
     """Measure how well a flow prior denoises, and write it into its model card."""
@@ -360,10 +360,8 @@ def evaluate_prior(
 
 @prior_app.command("assumptions")
 def check_assumptions(
-    weights: Annotated[str, typer.Argument(help="A shipped prior's name, or a .safetensors file.")],
-    dataset: Annotated[
-        str, typer.Option(help="A data set's name, or a folder: parquet files or class folders.")
-    ] = "cifar10",
+    weights: Weights,
+    dataset: DatasetChoice = "cifar10",
     images: Annotated[int, typer.Option(help="Test images to corrupt.")] = 64,
     iterations: Annotated[int, typer.Option(help="Of the attack that gives the iterates.")] = 100,
     out: Annotated[Path | None, typer.Option(help="Markdown file of the tables.")] = None,

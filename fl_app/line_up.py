@@ -27,6 +27,8 @@ from server_strategies.attack_pool import QueueEntry, enqueue
 from server_strategies.attacks import ATTACKS, check_attack
 from server_strategies.observations import ObservationStore
 
+_UNBOUNDED = 1_000_000  # iterations that no attack makes in its seconds
+
 # A metric's heading, and its digits. Those of other names follow, by their names.
 _METRICS = {
     "psnr": ("PSNR dB", 2),
@@ -128,9 +130,6 @@ class LineUp:
         console.print(_table(cells))
         for written in sorted(folder.glob("line-up.*")):
             console.print(written, soft_wrap=True, highlight=False)
-
-
-_UNBOUNDED = 1_000_000  # iterations that no attack makes in its seconds
 
 
 def budgeted(attack: AttackConfig, budget: str) -> AttackConfig:

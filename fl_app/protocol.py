@@ -130,6 +130,12 @@ def observation_id(round_: int, node: int) -> str:
     return f"round-{round_:04d}-node-{node}"
 
 
+def round_and_node(id_: str) -> tuple[int, int]:
+    """Return the round and the node that an Observation's id names."""
+    _, round_, _, node = id_.split("-")
+    return int(round_), int(node)
+
+
 @dataclass(frozen=True)
 class Observation:
     """Exactly what an honest-but-curious server has seen of one client in one round.

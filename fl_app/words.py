@@ -5,6 +5,11 @@ from __future__ import annotations
 MOST = 500  # characters that are kept
 
 
+def reason(error: Exception) -> str:
+    """Return an error's words, made `printable`, or its type where it has none."""
+    return printable(str(error)) or type(error).__name__
+
+
 def printable(text: str) -> str:
     """Return text from a client without what could steer a terminal, and not too much of it.
 

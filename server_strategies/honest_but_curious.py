@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fl_app.config import WatchConfig
 from fl_app.protocol import Observation
-from fl_app.words import printable
+from fl_app.words import reason
 from server_strategies.updates import num_examples, returned_weights, sent_weights
+from server_strategies.wrapper import Wrapper
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
 
-class HonestButCurious(Strategy):
+class HonestButCurious(Wrapper):
     """Wrap a strategy; hand out an Observation of each watched client's update.
 
     Nothing of the training changes: messages and replies are passed on as they
@@ -61,7 +62,7 @@ class HonestButCurious(Strategy):
         seed: int = 0,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._watch = watch
         self._on_observation = on_observation
         self._on_skipped = on_skipped
@@ -95,22 +96,6 @@ class HonestButCurious(Strategy):
                 self._observe_safely(server_round, reply)
         return self._inner.aggregate_train(server_round, received)
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Delegate."""
-        return self._inner.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Delegate."""
-        return self._inner.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        """Delegate."""
-        self._inner.summary()
-
     def _watches_round(self, server_round: int) -> bool:
         return not self._watch.rounds or server_round in self._watch.rounds
 
@@ -133,10 +118,10 @@ class HonestButCurious(Strategy):
         try:
             self._on_observation(self._observe(server_round, reply))
         except Exception as error:  # whatever it is, training goes on
-            reason = printable(str(error)) or type(error).__name__
-            _log.warning("round %d, node %d is not observed: %s", server_round, node, reason)
+            why = reason(error)
+            _log.warning("round %d, node %d is not observed: %s", server_round, node, why)
             try:
-                self._on_skipped(server_round, node, reason)
+                self._on_skipped(server_round, node, why)
             except Exception as failure:
                 _log.warning("round %d, node %d can't be logged: %s", server_round, node, failure)
 

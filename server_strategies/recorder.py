@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from fl_app.protocol import Observation
-from fl_app.words import printable
+from fl_app.words import reason
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 _MOST_BYTES = 2**31  # waiting in memory, before observations are skipped
@@ -87,15 +87,15 @@ class Recorder:
             try:
                 self._record(observation)
             except Exception as error:  # whatever it is, the next one is recorded
-                self._skip(observation, printable(str(error)) or type(error).__name__)
+                self._skip(observation, reason(error))
             with self._changed:
                 self._bytes -= _num_bytes(observation)
 
-    def _skip(self, observation: Observation, reason: str) -> None:
+    def _skip(self, observation: Observation, why: str) -> None:
         where = (observation.round, observation.node)
-        _log.warning("round %d, node %d is not recorded: %s", *where, reason)
+        _log.warning("round %d, node %d is not recorded: %s", *where, why)
         try:
-            self._on_skipped(*where, reason)
+            self._on_skipped(*where, why)
         except Exception as error:
             _log.warning("round %d, node %d can't be logged: %s", *where, error)
 

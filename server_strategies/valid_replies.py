@@ -11,13 +11,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fl_app.words import printable
+from fl_app.words import reason
 from server_strategies.updates import array_tensor, num_examples, returned_weights
+from server_strategies.wrapper import Wrapper
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
 
-class ValidReplies(Strategy):
+class ValidReplies(Wrapper):
     """Wrap a strategy; leave replies out that it could not average.
 
     Flower's strategies average what they get: an array of another shape, or one
@@ -34,7 +35,7 @@ class ValidReplies(Strategy):
     """
 
     def __init__(self, inner: Strategy, train: set[str], evaluate: set[str]) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._train, self._evaluate = train, evaluate
         self._model: Mapping[str, Tensor] = {}
 
@@ -56,12 +57,6 @@ class ValidReplies(Strategy):
 
         return self._inner.aggregate_train(server_round, _valid(server_round, replies, check))
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Delegate."""
-        return self._inner.configure_evaluate(server_round, arrays, config, grid)
-
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
@@ -71,10 +66,6 @@ class ValidReplies(Strategy):
             _check_metrics(reply, self._evaluate)
 
         return self._inner.aggregate_evaluate(server_round, _valid(server_round, replies, check))
-
-    def summary(self) -> None:
-        """Delegate."""
-        self._inner.summary()
 
 
 def _valid(
@@ -87,9 +78,8 @@ def _valid(
                 raise ValueError(f"the client failed: {reply.error.reason}")
             check(reply)
         except Exception as error:  # whatever is wrong with it, the others are averaged
-            reason = printable(str(error)) or type(error).__name__
             node = reply.metadata.src_node_id
-            _log.warning("round %d, node %d is left out: %s", server_round, node, reason)
+            _log.warning("round %d, node %d is left out: %s", server_round, node, reason(error))
         else:
             kept.append(reply)
     return kept

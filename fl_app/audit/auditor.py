@@ -29,7 +29,7 @@ from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.files import whole_file
-from fl_app.protocol import Knowledge, Observation, Reconstruction
+from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_node
 from server_strategies.priors.flow import load_flow
 
 
@@ -179,11 +179,11 @@ class Auditor:
 
     def record_unreadable(self, id_: str, attack: str, error: str, job: str) -> None:
         """Log an attack whose Observation, by its id, can't be read from the store."""
-        _, round_, _, node = id_.split("-")
+        round_, node = round_and_node(id_)
         reasons = _absent(error) | {"client": error, "num_examples": error}
         line = LogLine(
-            round=int(round_),
-            node=int(node),
+            round=round_,
+            node=node,
             client=None,
             attack=attack,
             status="failed",

@@ -19,6 +19,7 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.metrics import mean_interval
 from fl_app.audit.report import save_grid
 from fl_app.audit.truth import read_truth
+from fl_app.protocol import round_and_node
 from server_strategies.observations import ObservationStore
 
 NOISE = "uniform noise"
@@ -191,8 +192,7 @@ def save_comparison_picture(
     found: dict[tuple[str, str], Tensor] = {}
     shown = comparison.observations[:_SHOWN]
     for id_ in shown:
-        _, round_, _, node = id_.split("-")
-        truth = read_truth(auditor.truth_dir, int(round_), int(node))
+        truth = read_truth(auditor.truth_dir, *round_and_node(id_))
         if truth:
             truths[id_] = truth.images
         for attack, lines in comparison.lines.items():

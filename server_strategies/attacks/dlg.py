@@ -55,9 +55,27 @@ def dlg(
     AttackError
         If the optimisation diverges.
     """
-    knowledge = infer(observation, replace(knowledge, labels=None), budget.device, "fitted")
+    return match_squared("dlg", "fitted", observation, knowledge, budget, report, explain, lr)
+
+
+def match_squared(
+    attack: str,
+    labels: str,
+    observation: Observation,
+    knowledge: Knowledge,
+    budget: Budget,
+    report: Report | None,
+    explain: str,
+    lr: float,
+) -> Reconstruction:
+    """Match gradients by their squared distance alone, with labels found as `infer` says.
+
+    What `dlg` and `idlg` share; parameters are theirs, with the attack's name and
+    the `labels` of `infer` before them.
+    """
+    knowledge = infer(observation, replace(knowledge, labels=None), budget.device, labels)
     return optimise(
-        "dlg",
+        attack,
         explain_update(explain, observation, knowledge, budget.device, distance="squared"),
         [],
         observation,

@@ -6,14 +6,11 @@ with Adam as there.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
-from server_strategies.attacks.explain import explain as explain_update
-from server_strategies.attacks.infer import infer
-from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
+from server_strategies.attacks.dlg import match_squared
+from server_strategies.attacks.optimise import Report
 
 
 def idlg(
@@ -54,15 +51,4 @@ def idlg(
     AttackError
         If the optimisation diverges.
     """
-    knowledge = infer(observation, replace(knowledge, labels=None), budget.device, "idlg")
-    return optimise(
-        "idlg",
-        explain_update(explain, observation, knowledge, budget.device, distance="squared"),
-        [],
-        observation,
-        budget,
-        lr=lr,
-        schedule=cosine_schedule,
-        report=report,
-        options={"lr": lr},
-    )
+    return match_squared("idlg", "idlg", observation, knowledge, budget, report, explain, lr)
