@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from client_app.training import normalise
 from fl_app.bench import Case, draw_client
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
-from fl_app.models import create_model
+from fl_app.models import known_model
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import ATTACKS
 from server_strategies.attacks.explain import explain
@@ -126,9 +126,7 @@ class PlainSurrogate:
     """
 
     def __init__(self, observation: Observation, knowledge: Knowledge) -> None:
-        self.model: nn.Module = create_model(
-            knowledge.model, knowledge.num_classes, knowledge.image_shape
-        )
+        self.model = known_model(knowledge)
         names = [name for name, _ in self.model.named_parameters()]
         self.w0 = [observation.w0[name] for name in names]
         self.w1 = [observation.w1[name] for name in names]

@@ -125,6 +125,64 @@ class LocalTraining:
         return tuple(one_pass[step % len(one_pass)] for step in range(steps))
 
 
+@dataclass(frozen=True)
+class Defense:
+    """What a client does to its update, or its model, so that less is seen in it.
+
+    Agreed by the protocol, so the server knows it. The steps act in the order of
+    the attributes; every one is off by default.
+
+    Attributes
+    ----------
+    clip : float
+        Bound of the update, see `clip_by`; 0: none.
+    clip_by : {"value", "norm"}
+        Whether `clip` bounds every coordinate, or the L2 norm of the whole update.
+    sparsify : float
+        Share of the coordinates, those of least magnitude in the whole update,
+        that are set to zero, in [0, 1).
+    noise : {"none", "gaussian", "laplace"}
+        What is added to every coordinate.
+    sigma : float
+        The noise's standard deviation, > 0 where there is noise.
+    relative : bool
+        Whether `sigma` is in units of the update's root mean square before the
+        noise, or absolute.
+    quantize : {"none", "bf16", "int8"}
+        The number format that the update is sent in; int8 with one scale a tensor.
+    """
+
+    clip: float = 0.0
+    clip_by: str = "value"
+    sparsify: float = 0.0
+    noise: str = "none"
+    sigma: float = 0.0
+    relative: bool = False
+    quantize: str = "none"
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "clip_by": ("value", "norm"),
+            "noise": ("none", "gaussian", "laplace"),
+            "quantize": ("none", "bf16", "int8"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                )
+        for name, valid, words in (
+            ("clip", self.clip >= 0, "0 (none) or more"),
+            ("sparsify", 0 <= self.sparsify < 1, "0 to less than 1"),
+            ("sigma", self.sigma >= 0, "0 or more"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {words}")
+        if (self.noise == "none") != (self.sigma == 0):
+            words = "0 without noise" if self.sigma else f"more than 0 with {self.noise} noise"
+            raise ValueError(f"sigma is {self.sigma}; allowed: {words}")
+
+
 def observation_id(round_: int, node: int) -> str:
     """Return the id of an Observation."""
     return f"round-{round_:04d}-node-{node}"
@@ -197,6 +255,8 @@ class Knowledge:
         "given", or how an attack recovered them.
     inferred : tuple of str
         What an attack inferred from the update itself, and how, in words.
+    defense : Defense
+        What the attacker knows of the client's defence; none, where it does not know.
     """
 
     model: str
@@ -208,6 +268,7 @@ class Knowledge:
     labels: tuple[int, ...] | None = None
     labels_source: str = "given"
     inferred: tuple[str, ...] = ()
+    defense: Defense = Defense()
 
     @property
     def client(self) -> LocalTraining:

@@ -76,6 +76,6 @@ def test_nothing_to_guess_from_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 or more"):
         guess_training(observation, 0)
     w0, w1 = dict(observation.w0), dict(observation.w1)
-    del w0["fc2.bias"], w1["fc2.bias"]
+    del w0["classifier.bias"], w1["classifier.bias"]
     with pytest.raises(ValueError, match="bias of the classifier; this model has none"):
         guess_training(Observation(w0, w1, 6, 1, 1, 1))

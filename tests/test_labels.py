@@ -53,9 +53,9 @@ def client(
 def by_hand(counts: Tensor, training: LocalTraining) -> Observation:
     """Return one SGD step's update of a classifier of zeros, where p is 1 / C exactly."""
     w0 = create_model("convnet", 10, SHAPE, seed=0).state_dict()
-    w0 = {name: w.zero_() if name.startswith("fc2") else w for name, w in w0.items()}
+    w0 = {name: w.zero_() if name.startswith("classifier") else w for name, w in w0.items()}
     w1 = dict(w0)
-    w1["fc2.bias"] = -training.lr * (0.1 - counts / counts.sum())
+    w1["classifier.bias"] = -training.lr * (0.1 - counts / counts.sum())
     return Observation(w0, w1, int(counts.sum()), round=1, node=1, client=1)
 
 
@@ -180,10 +180,10 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     observation = client(SGD, torch.tensor([1]), 0)
     with pytest.raises(ValueError, match="'magic'; allowed: auto, idlg, llg, dlf, simulate"):
         count_labels("magic", observation, known(SGD))
-    with pytest.raises(ValueError, match=r"update of fc2 is zero"):
+    with pytest.raises(ValueError, match=r"update of classifier is zero"):
         count_labels("dlf", replace(observation, w1=observation.w0), known(SGD))
     spoilt = {name: w * torch.nan for name, w in observation.w1.items()}
-    with pytest.raises(ValueError, match=r"update of fc2 is not finite"):
+    with pytest.raises(ValueError, match=r"update of classifier is not finite"):
         count_labels("dlf", replace(observation, w1=spoilt), known(SGD))
     with pytest.raises(ValueError, match="num_examples is 7"):
         count_labels("simulate", replace(observation, num_examples=7), known(SGD))

@@ -13,7 +13,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from fl_app.audit.truth import Truth
-from fl_app.models import create_model
+from fl_app.models import known_model
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 
 MAX_PSNR = 100.0  # dB, given to an exact copy: infinity would swallow every mean
@@ -163,7 +163,7 @@ def target_features(observation: Observation, knowledge: Knowledge) -> Callable[
     RuntimeError
         If w0 does not fit the model.
     """
-    model = create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape)
+    model = known_model(knowledge)
     model.load_state_dict(dict(observation.w0))
     model.eval()
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (knowledge.mean, knowledge.std))

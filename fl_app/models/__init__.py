@@ -9,6 +9,7 @@ from torch import nn
 
 from fl_app.models.convnet import ConvNet
 from fl_app.models.mlp import MLP
+from fl_app.protocol import Knowledge
 
 MODELS: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {
     "convnet": ConvNet,
@@ -22,7 +23,8 @@ def create_model(
     """Return a freshly initialised model.
 
     Every model has `features(x)`, the activations before the classifier, of
-    shape (batch, width), and is called on normalised images (batch, C, H, W).
+    shape (batch, width), and `classifier`, the last layer, which takes them; it is
+    called on normalised images (batch, C, H, W).
 
     Parameters
     ----------
@@ -46,3 +48,14 @@ def create_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name](num_classes, image_shape)
+
+
+def known_model(knowledge: Knowledge) -> nn.Module:
+    """Return the model that a server knows its clients to train, with weights of its own.
+
+    Raises
+    ------
+    ValueError
+        See `create_model`.
+    """
+    return create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape)

@@ -33,7 +33,7 @@ class ConvNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1)
         self.conv2 = nn.Conv2d(64, 128, 3, padding=1)
         self.fc1 = nn.Linear(128 * (height // 4) * (width // 4), 200)
-        self.fc2 = nn.Linear(200, num_classes)
+        self.classifier = nn.Linear(200, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the last hidden activations, shape (batch, 200)."""
@@ -43,4 +43,4 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (batch, num_classes)."""
-        return self.fc2(self.features(x))
+        return self.classifier(self.features(x))

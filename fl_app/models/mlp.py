@@ -23,7 +23,7 @@ class MLP(nn.Module):
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.fc1 = nn.Linear(math.prod(image_shape), 256)
-        self.fc2 = nn.Linear(256, num_classes)
+        self.classifier = nn.Linear(256, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the hidden activations, shape (batch, 256)."""
@@ -31,4 +31,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (batch, num_classes)."""
-        return self.fc2(self.features(x))
+        return self.classifier(self.features(x))

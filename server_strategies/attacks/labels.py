@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fl_app.models import create_model
+from fl_app.models import known_model
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 
@@ -131,7 +131,7 @@ class _Head:
         self, observation: Observation, knowledge: Knowledge, device: torch.device
     ) -> None:
         self.training, self.num_examples = knowledge.client, observation.num_examples
-        self.model = create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape)
+        self.model = known_model(knowledge)
         self.model.to(device).train()  # as the client's
         linear = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
         if not linear:
