@@ -67,7 +67,9 @@ def _received_model(
     msg: Message, config: Config, info: DatasetInfo, device: torch.device
 ) -> nn.Module:
     """Return the global model that the server sent."""
-    model = create_model(config.model.name, info.num_classes, info.image_shape)
+    model = create_model(
+        config.model.name, info.num_classes, info.image_shape, norm=config.model.norm
+    )
     arrays = msg.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     model.load_state_dict(arrays.to_torch_state_dict())

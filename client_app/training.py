@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_app.data import ImageSet
+from fl_app.models.norms import set_batch_norm
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import LocalTraining
 
@@ -125,14 +126,15 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        In the images' float type and on their device; left in training mode.
+        In the images' float type and on their device; left in training mode, with
+        the running statistics it had where `training` sends none.
     images : Tensor, shape (N, C, H, W)
         In [0, 1].
     labels : Tensor of int64, shape (N,)
     batches : sequence of Tensor
         For each local step indices in [0, N).
     training : LocalTraining
-        The optimiser and its settings.
+        The optimiser and its settings, and BatchNorm's mode.
     mean, std : sequence of float
         Per-channel normalisation.
 
@@ -142,7 +144,8 @@ def train(
         The mean loss over the steps, each before its update.
     """
     optimizer = create_optimizer(model.parameters(), training)
-    model.train()
+    set_batch_norm(model, training.batch_norm)
+    received = {name: buffer.clone() for name, buffer in model.named_buffers()}
     losses = []
     for batch in batches:
         optimizer.zero_grad()
@@ -152,6 +155,8 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         optimizer.step()
         losses.append(float(loss.detach()))
+    if not training.send_buffers:
+        model.load_state_dict(received, strict=False)
     return sum(losses) / len(losses)
 
 

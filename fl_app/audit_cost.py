@@ -150,7 +150,9 @@ def audit_cost(rounds: int, clients: int, local_steps: int, folder: Path) -> Aud
 def _round(config: Config, overrides: str, store: ObservationStore | None, run: Path) -> float:
     """Return the seconds of one round; the record may go on after it, as in a training."""
     info = dataset_info(config.dataset)
-    model = create_model(config.model.name, info.num_classes, info.image_shape, config.seed)
+    model = create_model(
+        config.model.name, info.num_classes, info.image_shape, config.seed, config.model.norm
+    )
     arrays, grid = ArrayRecord(model.state_dict()), _Clients(config, overrides)
     strategy = create_strategy(config)
     if store is None:

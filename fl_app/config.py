@@ -57,9 +57,10 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model that the federation trains."""
+    """The model that the federation trains, and its normalisation layers."""
 
     name: str = "convnet"
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ class Config:
             mean=info.mean,
             std=info.std,
             training=self.client if self.audit.training == "given" else None,
+            norm=self.model.norm,
         )
 
 

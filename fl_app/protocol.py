@@ -61,6 +61,11 @@ class LocalTraining:
     reshuffle : bool
         Whether every pass over the data takes it in a new random order, as a
         DataLoader with ``shuffle=True`` does, or in that of the first.
+    batch_norm : {"train", "eval"}
+        Mode of BatchNorm layers during local training: normalising by the batch's
+        statistics, or by the running ones that the client was sent.
+    send_buffers : bool
+        Whether the client returns its own running statistics, or those it was sent.
     """
 
     optimizer: str = "adam"
@@ -73,11 +78,16 @@ class LocalTraining:
     local_steps: int = 5
     local_epochs: int = 1
     reshuffle: bool = True
+    batch_norm: str = "train"
+    send_buffers: bool = True
 
     def __post_init__(self) -> None:
-        allowed = ("adam", "adamw", "sgd")
-        if self.optimizer not in allowed:
-            raise ValueError(f"optimizer is {self.optimizer!r}; allowed: {', '.join(allowed)}")
+        choices = (("optimizer", ("adam", "adamw", "sgd")), ("batch_norm", ("train", "eval")))
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                )
         for name, valid, words in (
             ("lr", self.lr > 0, "more than 0"),
             ("momentum", 0 <= self.momentum < 1, "0 to less than 1"),
@@ -257,6 +267,9 @@ class Knowledge:
         What an attack inferred from the update itself, and how, in words.
     defense : Defense
         What the attacker knows of the client's defence; none, where it does not know.
+    norm : str
+        By what the model's activations are normalised, see `create_model`; "": by
+        what its family is by default.
     """
 
     model: str
@@ -269,6 +282,7 @@ class Knowledge:
     labels_source: str = "given"
     inferred: tuple[str, ...] = ()
     defense: Defense = Defense()
+    norm: str = ""
 
     @property
     def client(self) -> LocalTraining:

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, Result, Strategy
 from flwr.superlink.grid import InMemoryGrid
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import nn
 
 from fl_app.attacking import AttackProcess, only_one, open_pool
 from fl_app.audit.auditor import Auditor
@@ -23,6 +24,7 @@ from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, dataset_info
 from fl_app.files import whole_file, write_text
 from fl_app.models import create_model
+from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks import check_attack
@@ -76,10 +78,24 @@ def _prepare(
     check_attack(config.attack)
     info = dataset_info(config.dataset)
     try:
-        model = create_model(config.model.name, info.num_classes, info.image_shape, config.seed)
+        model = create_model(
+            config.model.name, info.num_classes, info.image_shape, config.seed, config.model.norm
+        )
     except ValueError as error:
-        raise ConfigError(f"model.name: {error}") from error
+        raise ConfigError(f"model: {error}") from error
+    _check_statistics(model, config)
     return config, config.knowledge(info), ArrayRecord(model.state_dict())
+
+
+def _check_statistics(model: nn.Module, config: Config) -> None:
+    """Refuse a server optimiser that would step BatchNorm's running variances below zero."""
+    sent = config.client.batch_norm == "train" and config.client.send_buffers
+    if config.strategy.name != "fedavg" and sent and any(batch_norms(model)):
+        raise ConfigError(
+            f"strategy.name is {config.strategy.name!r}, which steps BatchNorm's running variances "
+            "as if they were weights; allowed with them: fedavg, or client.send_buffers=false, or "
+            "another model.norm"
+        )
 
 
 def _truth_notice(config: Config, run_dir: Path, run_id: int) -> str:

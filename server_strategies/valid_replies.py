@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -49,13 +49,28 @@ class ValidReplies(Wrapper):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Delegate, with the valid replies."""
+        """Delegate, with the valid replies; whole numbers stay whole."""
 
         def check(reply: Message) -> None:
             returned_weights(reply, self._model)
             _check_metrics(reply, self._train)
 
-        return self._inner.aggregate_train(server_round, _valid(server_round, replies, check))
+        valid = _valid(server_round, replies, check)
+        arrays, metrics = self._inner.aggregate_train(server_round, valid)
+        return arrays and self._as_sent(arrays), metrics
+
+    def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return aggregated arrays with whole numbers, as BatchNorm's counts, whole again.
+
+        Their mean is a fraction, of which clients would return a whole number: no
+        update of what they were sent.
+        """
+        whole = {
+            name: Array(array_tensor(array).round().to(self._model[name].dtype).numpy())
+            for name, array in arrays.items()
+            if not self._model[name].is_floating_point()
+        }
+        return ArrayRecord({**arrays, **whole})
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -110,11 +110,18 @@ def test_batch_norm_in_training_mode_is_seen() -> None:
     statistics = {"bn.running_mean": torch.zeros(4), "bn.num_batches_tracked": torch.tensor(0)}
     w0 = {**observation.w0, **statistics}
     still = replace(observation, w0=w0, w1={**observation.w1, **statistics})
-    assert diagnose(still, knowledge, EXPLAINED, None) == ()
+    (sentence,) = diagnose(still, knowledge, EXPLAINED, None)
+    assert "did not change: the client trained in evaluation mode" in sentence
+    assert signs(still, knowledge, batch_norm="eval") == signs(still, knowledge, send_buffers=False)
+    assert signs(still, knowledge, batch_norm="eval") == ()
     moved = {**observation.w1, "bn.running_mean": torch.ones(4)}
     moved["bn.num_batches_tracked"] = torch.tensor(1)
-    (sentence,) = diagnose(replace(observation, w0=w0, w1=moved), knowledge, EXPLAINED, None)
-    assert "BatchNorm's running statistics changed" in sentence
+    seen = replace(observation, w0=w0, w1=moved)
+    assert diagnose(seen, knowledge, EXPLAINED, None) == ()
+    (sentence,) = signs(seen, knowledge, batch_norm="eval")
+    assert "which an explanation in evaluation mode does not reproduce" in sentence
+    (sentence,) = signs(seen, knowledge, send_buffers=False)
+    assert "clients are to return those sent" in sentence
 
 
 def test_what_the_optimisation_tells() -> None:

@@ -18,7 +18,7 @@ from fl_app.audit.truth import Truth
 from fl_app.bench import Case
 from fl_app.cli import app
 from fl_app.config import AttackConfig
-from fl_app.models import MODELS, create_model
+from fl_app.models import MODELS, Family, create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
 from server_strategies.attacks.labels import (
     choose_method,
@@ -113,7 +113,7 @@ class NoLinear(nn.Module):
 
 @pytest.mark.parametrize("method", ["dlf", "simulate"])
 def test_without_a_bias_the_weights_tell(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "nobias", NoBias)
+    monkeypatch.setitem(MODELS, "nobias", Family(lambda c, s, _: NoBias(c, s), ("none",)))
     labels = torch.tensor([1, 1, 1, 2, 5, 5, 9, 1])
     training = replace(SGD, lr=1e-4, batch_size=8)
     observation = client(training, labels, 0, "nobias")
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         count_labels("dlf", replace(observation, w1=spoilt), known(SGD))
     with pytest.raises(ValueError, match="num_examples is 7"):
         count_labels("simulate", replace(observation, num_examples=7), known(SGD))
-    monkeypatch.setitem(MODELS, "nolinear", NoLinear)
+    monkeypatch.setitem(MODELS, "nolinear", Family(lambda c, s, _: NoLinear(c, s), ("none",)))
     with pytest.raises(ValueError, match="nolinear has no linear layer"):
         count_labels("dlf", observation, known(SGD, "nolinear"))
 

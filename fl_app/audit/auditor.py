@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -29,6 +29,7 @@ from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.files import whole_file
+from fl_app.models import chosen_norm
 from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_node
 from server_strategies.priors.flow import load_flow
 
@@ -226,8 +227,14 @@ class Auditor:
         self._write(line)
 
     def _write(self, line: LogLine) -> None:
+        model = self.config.model
+        protocol = {
+            "model": model.name,
+            "norm": chosen_norm(model.name, model.norm),
+            **asdict(self.config.client),
+        }
         with self._lock:  # training and the attack pool log from their own threads
-            append_line(self._log, line)
+            append_line(self._log, replace(line, protocol=protocol))
 
     def _truth(self, observation: Observation) -> Truth | None:
         return read_truth(self.truth_dir, observation.round, observation.node)

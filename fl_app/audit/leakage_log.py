@@ -49,6 +49,9 @@ class LogLine:
         Every constant that the attack ran with.
     diagnosis : sequence of str
         What is likely wrong with the update or its explanation.
+    protocol : mapping
+        What the clients agreed to: their model, its norm, and every attribute of
+        `LocalTraining`, BatchNorm's mode among them.
     labels : {"given", "unknown"}
     truth : bool
         Whether the auditor holds the client's private batch.
@@ -86,6 +89,7 @@ class LogLine:
     stop_reason: str = ""
     options: Mapping[str, float | int | str] = field(default_factory=dict)
     diagnosis: Sequence[str] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
     truth: bool = False
     num_examples: int | None = None
     picture: str | None = None

@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fl_app.models.convnet import ConvNet
 from fl_app.models.mlp import MLP
+from fl_app.models.mlp_mixer import MLPMixer
+from fl_app.models.norms import batch_norms, set_batch_norm
+from fl_app.models.resnet import ResNet
+from fl_app.models.vgg import VGG11
+from fl_app.models.vit import ViT
 from fl_app.protocol import Knowledge
 
-MODELS: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {
-    "convnet": ConvNet,
-    "mlp": MLP,
+
+@dataclass(frozen=True)
+class Family:
+    """How a model is built.
+
+    Attributes
+    ----------
+    build : callable
+        ``(num_classes, image_shape, norm) -> nn.Module``.
+    norms : tuple of str
+        What it can be normalised by, its default first.
+    reason : str
+        Why by nothing else.
+    """
+
+    build: Callable[[int, tuple[int, int, int], str], nn.Module]
+    norms: tuple[str, ...]
+    reason: str = ""
+
+
+_CHANNELS = ("batch", "group", "none")
+_TOKENS = "LayerNorm over each token is part of the architecture"
+
+MODELS = {
+    "convnet": Family(ConvNet, ("none", "batch", "group")),
+    "mlp": Family(
+        lambda classes, shape, _: MLP(classes, shape), ("none",), "a hidden unit is no channel"
+    ),
+    "mlp_mixer": Family(lambda classes, shape, _: MLPMixer(classes, shape), ("layer",), _TOKENS),
+    "resnet8": Family(partial(ResNet, blocks=(1, 1, 1), width=16), _CHANNELS),
+    "resnet18": Family(partial(ResNet, blocks=(2, 2, 2, 2), width=64), _CHANNELS),
+    "vgg11": Family(VGG11, _CHANNELS),
+    "vit_tiny": Family(lambda classes, shape, _: ViT(classes, shape), ("layer",), _TOKENS),
 }
 
 
 def create_model(
-    name: str, num_classes: int, image_shape: tuple[int, int, int], seed: int | None = None
+    name: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    seed: int | None = None,
+    norm: str = "",
 ) -> nn.Module:
     """Return a freshly initialised model.
 
@@ -31,23 +72,45 @@ def create_model(
     name : str
         A name in `MODELS`.
     num_classes : int
+        2 or more.
     image_shape : tuple of int
         (C, H, W).
     seed : int, optional
         Initialises deterministically without touching torch's global state.
+    norm : {"", "batch", "group", "layer", "none"}
+        By what its activations are normalised, see `chosen_norm`.
 
     Raises
     ------
     ValueError
-        If no model has this name, or it does not fit the image size.
+        If no model has this name, it can't be normalised so, or it does not fit
+        the image size or the number of classes.
+    """
+    norm = chosen_norm(name, norm)
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; allowed: 2 or more")
+    if seed is None:
+        return MODELS[name].build(num_classes, image_shape, norm)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name].build(num_classes, image_shape, norm)
+
+
+def chosen_norm(name: str, norm: str = "") -> str:
+    """Return what a model's activations are normalised by; "" is its family's default.
+
+    Raises
+    ------
+    ValueError
+        If no model has this name, or it can't be normalised so.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
-    if seed is None:
-        return MODELS[name](num_classes, image_shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS[name](num_classes, image_shape)
+    family = MODELS[name]
+    if norm and norm not in family.norms:
+        why = f" ({family.reason})" if family.reason else ""
+        raise ValueError(f"norm is {norm!r}; allowed for {name}: {', '.join(family.norms)}{why}")
+    return norm or family.norms[0]
 
 
 def known_model(knowledge: Knowledge) -> nn.Module:
@@ -58,4 +121,33 @@ def known_model(knowledge: Knowledge) -> nn.Module:
     ValueError
         See `create_model`.
     """
-    return create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape)
+    return create_model(
+        knowledge.model, knowledge.num_classes, knowledge.image_shape, norm=knowledge.norm
+    )
+
+
+def clients_model(knowledge: Knowledge, w0: Mapping[str, Tensor]) -> nn.Module:
+    """Return the model in the client's mode, with the running statistics that it was sent.
+
+    They stay as they are however often it is called: where a client trains with its
+    batches' own they do not enter its updates, and otherwise they do not change.
+
+    Parameters
+    ----------
+    knowledge : Knowledge
+        With the client's training.
+    w0 : mapping of str to Tensor
+        The weights that the client was sent. The model's parameters are its own.
+
+    Raises
+    ------
+    ValueError
+        See `create_model`.
+    """
+    model = known_model(knowledge)
+    statistics = {name: w0[name] for name, _ in model.named_buffers()}
+    model.load_state_dict(statistics, strict=False)
+    set_batch_norm(model, knowledge.client.batch_norm)
+    for _, layer in batch_norms(model):
+        layer.track_running_stats = False
+    return model

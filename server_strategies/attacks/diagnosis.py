@@ -63,7 +63,7 @@ def diagnose(
         # The moves' spread tells of the optimiser only where nothing has changed it.
         None if rounding or sigma or clamp else wrong_optimiser(size, training, steps),
         converged(size, training, steps),
-        batch_norm(observation),
+        batch_norm(observation, training),
         unexplained(losses, noise_floor(size, sigma)),
         flat(losses),
         edge_alpha(alpha, training, steps),
@@ -191,17 +191,27 @@ def converged(size: Tensor, training: LocalTraining, steps: int) -> str | None:
     return None
 
 
-def batch_norm(observation: Observation) -> str | None:
-    """Say that BatchNorm ran in training mode: its running means differ between w0 and w1."""
-    if not any(
-        not torch.equal(w, observation.w1[name])
-        for name, w in observation.w0.items()
-        if name.endswith("running_mean") and name in observation.w1
-    ):
+def batch_norm(observation: Observation, training: LocalTraining) -> str | None:
+    """Say that BatchNorm ran in another mode than the protocol names.
+
+    Its running means differ between w0 and w1 where clients train with their
+    batches' statistics and return their own, and only there.
+    """
+    means = [name for name in observation.w0 if name.endswith("running_mean")]
+    changed = any(not torch.equal(observation.w0[n], observation.w1[n]) for n in means)
+    if not means or changed == (training.batch_norm == "train" and training.send_buffers):
         return None
+    if changed and training.batch_norm == "train":
+        return "BatchNorm's running statistics changed, but clients are to return those sent"
+    if changed:
+        return (
+            "BatchNorm's running statistics changed: the client trained with the statistics of its "
+            "batches, which an explanation in evaluation mode does not reproduce"
+        )
     return (
-        "BatchNorm's running statistics changed: the client trained with the statistics of its "
-        "batches, which an explanation in evaluation mode does not reproduce"
+        "BatchNorm's running statistics did not change: the client trained in evaluation mode, "
+        "which an explanation with the batches' statistics does not reproduce, or returned those "
+        "it was sent"
     )
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fl_app.models import known_model
+from fl_app.models import clients_model
+from fl_app.models.norms import batch_norms
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 
@@ -131,8 +132,10 @@ class _Head:
         self, observation: Observation, knowledge: Knowledge, device: torch.device
     ) -> None:
         self.training, self.num_examples = knowledge.client, observation.num_examples
-        self.model = known_model(knowledge)
-        self.model.to(device).train()  # as the client's
+        self.model = clients_model(knowledge, observation.w0).to(device)
+        batch_norm = any(layer.training for _, layer in batch_norms(self.model))
+        # An image's features depend on the others of its batch where BatchNorm sees them.
+        self.together = self.training.batch_size if batch_norm else _RANDOM_IMAGES
         linear = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
         if not linear:
             raise ValueError(f"{knowledge.model} has no linear layer: its labels can't be counted")
@@ -167,10 +170,12 @@ class _Head:
         """Return the layer's inputs, shape (n, d), a one beside them where it has a bias."""
         kept: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-        functional_call(self.model, dict(weights), (images,))
+        for batch in images.split(self.together):
+            functional_call(self.model, dict(weights), (batch,))
         handle.remove()
-        ones = kept[0].new_ones(len(images), 0 if self.layer.bias is None else 1)
-        return torch.cat([kept[0], ones], 1)
+        features = torch.cat(kept)
+        ones = features.new_ones(len(images), 0 if self.layer.bias is None else 1)
+        return torch.cat([features, ones], 1)
 
     def between(self, share: float) -> dict[str, Tensor]:
         """Return the weights at a share in [0, 1] of the way from w0 to w1."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fl_app.models import known_model
+from fl_app.models import clients_model
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.decode import Decoded, legible_fingerprints
@@ -57,7 +57,7 @@ def explain(
     allowed = [name for name in ("auto", *EXPLANATIONS) if name not in own]
     if kind not in allowed:
         raise ValueError(f"explain is {kind!r}; allowed: {', '.join(allowed)}")
-    model = known_model(knowledge).to(device)
+    model = clients_model(knowledge, observation.w0).to(device)
     labels = knowledge.labels
     if labels is not None and len(labels) != observation.num_examples:
         raise ValueError(

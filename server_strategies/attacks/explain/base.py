@@ -33,7 +33,8 @@ class Explanation(ABC):
     Parameters
     ----------
     model : nn.Module
-        On the device to work on; its weights are not read.
+        As `clients_model` returns it, on the device to work on; its parameters are
+        not read.
     observation : Observation
     knowledge : Knowledge
         With the client's training. Labels in training order; None: their

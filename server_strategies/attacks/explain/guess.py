@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ class Guess:
     Attributes
     ----------
     training : LocalTraining
-        Without momentum, weight decay and clipping, which are not guessed.
+        Without momentum, weight decay and clipping, which are not guessed. BatchNorm
+        is in training mode where its running statistics changed, or has none.
     reason : str
         What the guess rests on, and what can't be told apart.
     confident : bool
@@ -67,9 +68,19 @@ def guess_training(observation: Observation, batch_size: int | None = None) -> G
     size = size[size > 0]
     if not len(size):
         raise ValueError("the update is zero: the client returned what it was sent")
-    if spread(size) > SIGN_LIKE:
-        return _guess_adam(size, observation.num_examples, batch_size)
-    return _guess_sgd(update, observation.num_examples, batch_size)
+    guess = (
+        _guess_adam(size, observation.num_examples, batch_size)
+        if spread(size) > SIGN_LIKE
+        else _guess_sgd(update, observation.num_examples, batch_size)
+    )
+    means = [name for name in observation.w0 if name.endswith("running_mean")]
+    if not means or any(not torch.equal(observation.w0[n], observation.w1[n]) for n in means):
+        return guess
+    return replace(
+        guess,
+        training=replace(guess.training, batch_norm="eval"),
+        reason=f"{guess.reason}; BatchNorm in evaluation mode, or its statistics were kept back",
+    )
 
 
 def spread(size: Tensor) -> float:

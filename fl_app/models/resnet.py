@@ -1,0 +1,91 @@
+"""Residual networks for small images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+
+from torch import Tensor, nn
+
+from fl_app.models.norms import channel_norm
+from fl_app.vision import import_torchvision
+
+
+class ResNet(nn.Module):
+    """A residual network of basic blocks (He et al., 2016), for small images.
+
+    A 3x3 stem of stride 1 without pooling, stages of torchvision's `BasicBlock`,
+    each of twice the width of the one before and, after the first, half its
+    image, then the mean over the image, and a linear classifier.
+    For 10 classes with BatchNorm: ResNet-18, blocks (2, 2, 2, 2) of width 64,
+    11,173,962 parameters; ResNet-8, blocks (1, 1, 1) of width 16, 78,042.
+
+    He's initialisation. Without normalisation each of n blocks would double the
+    activations' variance, so there the branches start with 1 / sqrt(n) of it.
+
+    Parameters
+    ----------
+    num_classes : int
+    image_shape : tuple of int
+        (C, H, W); H and W divisible by 8.
+    norm : {"batch", "group", "none"}
+    blocks : sequence of int
+        Of each stage.
+    width : int
+        Channels of the first stage.
+
+    Raises
+    ------
+    ValueError
+        If H or W is not divisible by 8.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        norm: str = "batch",
+        *,
+        blocks: Sequence[int],
+        width: int,
+    ) -> None:
+        super().__init__()
+        channels, height, across = image_shape
+        if height % 8 or across % 8:
+            raise ValueError(f"a resnet needs a height and width divisible by 8, got {image_shape}")
+        import_torchvision()  # here, as it takes a second and no other model needs it
+        basic_block = import_module("torchvision.models.resnet").BasicBlock
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            channel_norm(norm, width),
+            nn.ReLU(),
+        ]
+        before, normalised = width, partial(channel_norm, norm)
+        for stage, count in enumerate(blocks):
+            out = width * 2**stage
+            for place in range(count):
+                stride = 2 if stage and not place else 1
+                shortcut = None
+                if stride > 1:
+                    project = nn.Conv2d(before, out, 1, stride, bias=False)
+                    shortcut = nn.Sequential(project, normalised(out))
+                layers.append(basic_block(before, out, stride, shortcut, norm_layer=normalised))
+                before = out
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(before, num_classes)
+        for layer in self.body.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        if norm == "none":
+            for layer in self.body.children():
+                if isinstance(layer, basic_block):
+                    layer.conv2.weight.data.div_(sum(blocks) ** 0.5)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the mean of the last feature maps, shape (batch, width)."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, shape (batch, num_classes)."""
+        return self.classifier(self.features(x))
