@@ -13,6 +13,7 @@ from client_app.training import normalise, train
 from fl_app.models import MODELS, chosen_norm, clients_model, create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain import explain
+from server_strategies.attacks.explain.batch_norm import inferred_statistics, statistics_of
 from server_strategies.attacks.explain.trajectory import simulate
 
 SGD = LocalTraining("sgd", lr=0.01, batch_size=2, local_steps=2)
@@ -153,3 +154,41 @@ def test_batch_norm_runs_as_the_protocol_says() -> None:
         assert not any(torch.equal(w0[n], w1[n]) for n in observation.trained)
     with pytest.raises(ValueError, match="batch_norm is 'off'; allowed: train, eval"):
         replace(SGD, batch_norm="off")
+
+
+@pytest.mark.parametrize(("steps", "near"), [(1, 1e-4), (4, 2e-2)])
+def test_the_batchs_statistics_are_inferred_from_the_running_ones(steps: int, near: float) -> None:
+    training = replace(SGD, batch_size=3, local_steps=steps)
+    observation, knowledge, x = client("resnet8", training)
+    # A plain recomputation: the real client, step by step, looked into.
+    model = create_model("resnet8", 10, knowledge.image_shape)
+    model.load_state_dict(dict(observation.w0))
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    inputs: list[Tensor] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    images = x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    labels = torch.tensor(knowledge.labels)
+    for batch in training.batches(len(x)):
+        train(model, images, labels, [torch.tensor(batch)], training, MEAN, STD)
+    found = inferred_statistics(model, observation, steps)
+    assert len(found) == 2 * len(layers) == 18
+    shares = [0.1 * 0.9 ** (steps - 1 - step) / (1 - 0.9**steps) for step in range(steps)]
+    for place in range(len(layers)):
+        seen = inputs[place :: len(layers)]
+        for kind, ours in enumerate(found[2 * place : 2 * place + 2]):
+            each = [(a.var if kind else a.mean)((0, 2, 3)) for a in seen]
+            mixed = sum(c * s for c, s in zip(shares, each, strict=True))
+            torch.testing.assert_close(ours, mixed, rtol=1e-4, atol=1e-5)
+    (term,) = statistics_of(1.0, observation, knowledge)
+    assert term(images, 0.0) < near < 0.2 < term(images.flip(0).mean(2, True), 0.0)
+    twice = torch.cat([images, images])  # as two starts of one attack
+    torch.testing.assert_close(term(twice, 0.0), term(images, 0.0))
+
+
+def test_statistics_that_were_not_sent_tell_nothing() -> None:
+    for change in ({"batch_norm": "eval"}, {"send_buffers": False}):
+        observation, knowledge, _ = client("resnet8", replace(SGD, **change))  # type: ignore[arg-type]
+        assert statistics_of(1.0, observation, knowledge) == []
+    observation, knowledge, _ = client("resnet8", SGD, "group")
+    assert statistics_of(1.0, observation, knowledge) == []

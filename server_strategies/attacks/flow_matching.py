@@ -13,6 +13,7 @@ from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.explain import explain as explain_update
+from server_strategies.attacks.explain.batch_norm import statistics_of
 from server_strategies.attacks.infer import infer
 from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
 from server_strategies.priors.flow import FlowPrior
@@ -38,6 +39,7 @@ def flow_matching(
     every: int = 1,
     draws: int = 1,
     polish: float = 0.0,
+    statistics: float = 0.1,
 ) -> Reconstruction:
     """Reconstruct a client's images from its update with a flow prior.
 
@@ -71,6 +73,9 @@ def flow_matching(
     polish : float
         Share of the iterations, the last ones, without the flow prior; in [0, 1).
         Where `balance` is not 0, total variation then pulls as strongly alone.
+    statistics : float
+        Weight of the batches' statistics beside the matching loss, where BatchNorm
+        tells them, see `BatchStatistics`.
 
     Raises
     ------
@@ -100,6 +105,7 @@ def flow_matching(
         balance=(lambda progress: balance * (last_balance / balance) ** progress)
         if balance
         else None,
+        evidence=statistics_of(statistics, observation, knowledge, budget.device),
         report=report,
         options={
             "mode": mode,
@@ -113,5 +119,6 @@ def flow_matching(
             "every": every,
             "draws": draws,
             "polish": polish,
+            "statistics": statistics,
         },
     )

@@ -1,8 +1,8 @@
 """GradInversion (Yin, Mallya, Vahdat, Alvarez, Kautz & Molchanov, CVPR 2021).
 
 Distances of gradients at w0, layer by layer + group consistency over several
-starts + total variation + the images' norm, with noise. The authors' prior of
-BatchNorm statistics is left out: no model of `fl_app.models` has any.
+starts + total variation + the images' norm + the statistics of BatchNorm, where the
+update tells them, with noise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.explain import explain as explain_update
+from server_strategies.attacks.explain.batch_norm import statistics_of
 from server_strategies.attacks.explain.seeds import Seeds
 from server_strategies.attacks.infer import infer
 from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
@@ -33,6 +34,7 @@ def gradinversion(
     l2: float = 1e-4,
     group: float = 1.0,
     noise: float = 0.2,
+    statistics: float = 0.1,
 ) -> Reconstruction:
     """Reconstruct a client's images from several starts at once, which agree.
 
@@ -68,6 +70,9 @@ def gradinversion(
         Weight of the group consistency.
     noise : float
         Of every step, in learning rates.
+    statistics : float
+        Weight of the batches' statistics, see `BatchStatistics`: the authors' 0.1, but of
+        a relative distance. They use the running statistics and absolute distances.
 
     Raises
     ------
@@ -101,6 +106,15 @@ def gradinversion(
         lr=lr,
         schedule=schedule,
         noise=noise,
+        evidence=statistics_of(statistics, observation, knowledge, budget.device),
         report=report,
-        options={"seeds": seeds, "lr": lr, "tv": tv, "l2": l2, "group": group, "noise": noise},
+        options={
+            "seeds": seeds,
+            "lr": lr,
+            "tv": tv,
+            "l2": l2,
+            "group": group,
+            "noise": noise,
+            "statistics": statistics,
+        },
     )

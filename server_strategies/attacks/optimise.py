@@ -58,6 +58,7 @@ def optimise(
     noise: float = 0.0,
     decode: Callable[[Tensor], Tensor] | None = None,
     decay: float = 0.0,
+    evidence: Sequence[Prior] = (),
     report: Report | None = None,
     options: Mapping[str, float | int | str],
 ) -> Reconstruction:
@@ -96,6 +97,9 @@ def optimise(
         differentiable. The variable is then not boxed.
     decay : float
         Weight of half the variable's squared norm.
+    evidence : sequence of Prior
+        What else the update tells of the images: pulls with the explanation, not
+        against it as `balance` has it, and does not enter the loss that is kept.
     report : Report, optional
     options : mapping
         The attack's constants, for the result.
@@ -137,7 +141,8 @@ def optimise(
         with counter.watch(progress >= explanation.restart):
             x = decode(variable) if decode else variable
             matching = explanation(x, progress)
-            slope, *slopes = torch.autograd.grad(matching, [x, *unknowns])
+            told = sum((tells(x * std + mean, progress) for tells in evidence), start=matching)
+            slope, *slopes = torch.autograd.grad(told, [x, *unknowns])
             pull = _pull(priors, x, mean, std, progress)
             if balance:
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
