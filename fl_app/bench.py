@@ -15,7 +15,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from client_app.training import choose_batches, in_training_order, normalise, train
 from fl_app.audit.metrics import (
@@ -38,7 +39,7 @@ from fl_app.bench_processes import in_processes, shares
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
-from fl_app.models import create_model
+from fl_app.models import chosen_norm, create_model
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import ATTACKS, run_attack
 from server_strategies.attacks.explain import explain
@@ -58,11 +59,16 @@ class Case:
     gain : float or None
         Mean PSNR in dB by which it has to beat the case that it is compared with
         (`Benchmark.reference`); its LPIPS VGG has to be the lower one, too.
-    model : str
+    model, norm : str
+        See `create_model`.
     num_examples : int
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
     labels_known : bool
         Whether the attacker is given the labels; otherwise it counts them.
+    rounds : int
+        Global rounds that the model was trained for before, see `global_model`.
+    above_grey : float or None
+        Mean PSNR in dB by which it has to beat a grey image.
     """
 
     training: LocalTraining
@@ -72,6 +78,9 @@ class Case:
     model: str = "convnet"
     num_examples: int = 0
     labels_known: bool = True
+    norm: str = ""
+    rounds: int = 0
+    above_grey: float | None = None
 
     @property
     def count(self) -> int:
@@ -82,7 +91,12 @@ class Case:
     def client(self) -> str:
         """The client's side in words, and what of it is not known."""
         t = self.training
-        words = [f"{t.optimizer} {t.lr:g}"]
+        words = [] if self.model == "convnet" and not self.norm else [self.model]
+        norm = chosen_norm(self.model, self.norm)
+        words += [f"{norm} norm"] * bool(self.norm)
+        words += [f"BatchNorm {t.batch_norm}"] * (norm == "batch")
+        words += ["statistics kept"] * (norm == "batch" and not t.send_buffers)
+        words.append(f"{t.optimizer} {t.lr:g}")
         for name in ("momentum", "weight_decay", "max_grad_norm"):
             words += [f"{name} {getattr(t, name):g}"] * bool(getattr(t, name))
         words += ["nesterov"] * t.nesterov
@@ -90,6 +104,7 @@ class Case:
         if t.passes(self.count) > 1:
             order = "reshuffled" if t.reshuffle else "in order"
             words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
+        words += [f"after {self.rounds} rounds"] * bool(self.rounds)
         words += ["labels unknown"] * (not self.labels_known)
         return " ".join(words)
 
@@ -100,6 +115,7 @@ class Case:
         return f"{self.client}, {self.attack.name}{options} x{self.attack.iterations}"
 
 
+_CLIENTS = 4  # of earlier rounds
 _COLUMNS = [
     "client", "attack", "draws", "PSNR dB", "bar", "grey dB", "PSNR by local step",
     "SSIM", "LPIPS VGG", "vs first dB", "vs first LPIPS", "loss", "at truth", "s", "it/s", "MB",
@@ -111,9 +127,13 @@ _MEANS = (
 
 
 def draw_client(
-    case: Case, images: ImageSet, info: DatasetInfo, seed: int
+    case: Case,
+    images: ImageSet,
+    info: DatasetInfo,
+    seed: int,
+    train_images: ImageSet | None = None,
 ) -> tuple[Observation, Knowledge, Truth]:
-    """Train one client from a freshly initialised model on freshly drawn images.
+    """Train one client from a freshly drawn model on freshly drawn images.
 
     Parameters
     ----------
@@ -124,28 +144,103 @@ def draw_client(
     seed : int
         Decides the images and the model; the same for every case, so that cases
         with as many images are compared on the same ones.
+    train_images : ImageSet, optional
+        What earlier rounds train on; needed where the case has some.
 
     Raises
     ------
     ValueError
         If there are fewer than N images.
     """
-    training, count = case.training, case.count
-    if count > len(images):
-        raise ValueError(f"{case.client} needs {count} images, the split holds {len(images)}")
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randperm(len(images), generator=generator)[:count]
+    facts = (case.model, case.norm, case.training, case.count)
+    earlier = global_model(*facts, case.rounds, seed, info, train_images)
+    model = create_model(case.model, info.num_classes, info.image_shape, norm=case.norm)
+    model.load_state_dict(dict(earlier))
+    private, labels, batches = _train_on_draw(model, *facts[2:], images, info, generator)
+    known, round_ = tuple(labels.tolist()), case.rounds + 1
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    observation = Observation(earlier, weights, case.count, round_, node=seed, client=seed)
+    knowledge = Knowledge(
+        case.model,
+        info.num_classes,
+        info.image_shape,
+        info.mean,
+        info.std,
+        case.training,
+        known,
+        norm=case.norm,
+    )
+    return observation, knowledge, Truth(private, known, batches, round_, node=seed)
+
+
+@lru_cache(maxsize=8)
+def global_model(
+    model: str,
+    norm: str,
+    training: LocalTraining,
+    count: int,
+    rounds: int,
+    seed: int,
+    info: DatasetInfo,
+    images: ImageSet | None,
+) -> Mapping[str, Tensor]:
+    """Return a model's weights after rounds of federated averaging over four clients.
+
+    Parameters
+    ----------
+    model, norm : str
+        See `create_model`.
+    training : LocalTraining
+        Of every client.
+    count : int
+        Images of a client, drawn anew in every round.
+    rounds : int
+        0: as it is initialised.
+    seed : int
+        Decides the initial model and the images.
+    info : DatasetInfo
+    images : ImageSet or None
+        To draw from; not needed for no rounds.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than `count` images.
+    """
+    network = create_model(model, info.num_classes, info.image_shape, seed, norm)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(rounds):
+        returned = []
+        for _ in range(_CLIENTS):
+            network.load_state_dict(weights)
+            _train_on_draw(network, training, count, images, info, generator)
+            returned.append({name: w.clone() for name, w in network.state_dict().items()})
+        weights = {
+            name: torch.stack([one[name] for one in returned]).double().mean(0).to(w.dtype)
+            for name, w in weights.items()
+        }
+    return weights
+
+
+def _train_on_draw(
+    model: nn.Module,
+    training: LocalTraining,
+    count: int,
+    images: ImageSet | None,
+    info: DatasetInfo,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
+    """Train a model as a client with drawn images; return these, their labels and the batches."""
+    held = len(images) if images else 0
+    if images is None or count > held:
+        raise ValueError(f"a client needs {count} images, the split holds {held}")
+    picks = torch.randperm(held, generator=generator)[:count]
     private, labels = images.images[picks].float() / 255, images.labels[picks]
-    model = create_model(case.model, info.num_classes, info.image_shape, seed)
-    w0 = {name: value.clone() for name, value in model.state_dict().items()}
     _, batches = in_training_order(choose_batches(count, training, generator))
     train(model, private, labels, [torch.tensor(b) for b in batches], training, info.mean, info.std)
-    observation = Observation(w0, model.state_dict(), count, round=1, node=seed, client=seed)
-    known = tuple(labels.tolist())
-    knowledge = Knowledge(
-        case.model, info.num_classes, info.image_shape, info.mean, info.std, training, known
-    )
-    return observation, knowledge, Truth(private, known, batches, round=1, node=seed)
+    return private, labels, batches
 
 
 @dataclass(frozen=True)
@@ -156,6 +251,7 @@ class _Setting:
     images: ImageSet
     prior: PriorConfig
     lpips_weights: str
+    train_images: ImageSet | None
 
 
 # Once a process: the networks are worth loading once only.
@@ -167,7 +263,9 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
 
     Its ``peak_memory`` (the column MB) is the attack's alone, see `Reconstruction`.
     """
-    observation, knowledge, truth = draw_client(case, setting.images, setting.info, seed)
+    observation, knowledge, truth = draw_client(
+        case, setting.images, setting.info, seed, setting.train_images
+    )
     seen = knowledge if case.labels_known else replace(knowledge, labels=None)
     found = run_attack(observation, seen, case.attack, setting.prior, seed)
     kind = case.attack.options.get("explain", ATTACKS[case.attack.name].options["explain"])
@@ -218,6 +316,8 @@ class Benchmark:
     prior : PriorConfig
     lpips_weights : str
         See `load_lpips`.
+    train_images : ImageSet or None
+        See `draw_client`.
     """
 
     name: str
@@ -228,6 +328,7 @@ class Benchmark:
     path: Path | None = None
     prior: PriorConfig = field(default_factory=PriorConfig)
     lpips_weights: str = ""
+    train_images: ImageSet | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -279,7 +380,9 @@ class Benchmark:
         ]
         if not todo:
             return
-        setting = _Setting(self.info, self.images, self.prior, self.lpips_weights)
+        setting = _Setting(
+            self.info, self.images, self.prior, self.lpips_weights, self.train_images
+        )
         self.facts = {**self.facts, **shares(workers)}
         for row in in_processes(_measure, setting, todo, workers, self.name, console):
             self.rows.append(row)
@@ -403,6 +506,10 @@ class Benchmark:
             if case.bar is not None and line["psnr"]["mean"] < case.bar:
                 reached = f"{line['psnr']['mean']:.2f} dB"
                 short.append(f"{case.name}: {reached}, the bar is {case.bar:g} dB")
+            above = line["psnr"]["mean"] - line["psnr"]["baseline"]
+            if case.above_grey is not None and above < case.above_grey:
+                reached = f"{above:+.2f} dB above grey"
+                short.append(f"{case.name}: {reached}, the bar is {case.above_grey:+g} dB")
             if case.gain is not None:
                 psnr, lpips = line["gain"]["psnr"], line["gain"]["lpips_vgg"]
                 if not psnr or psnr["mean"] < case.gain:
@@ -427,6 +534,7 @@ def _signed(gain: Mapping[str, float | None] | None, digits: int) -> str:
 
 def _bar(case: Case) -> str:
     words = [] if case.bar is None else [f"{case.bar:g}"]
+    words += [] if case.above_grey is None else [f"grey {case.above_grey:+g}"]
     words += [] if case.gain is None else [f"{case.gain:+g} dB, LPIPS lower"]
     return "; ".join(words)
 

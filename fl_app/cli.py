@@ -29,7 +29,7 @@ from fl_app.config import (
     load_config,
 )
 from fl_app.cost_bench import prior_cost, surrogate_speedup
-from fl_app.data import dataset_info, load_split
+from fl_app.data import dataset_info, draw_images, load_split
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.lan import lan_app
@@ -54,6 +54,8 @@ prior_app = typer.Typer(no_args_is_help=True, help="Flow-matching priors.")
 app.add_typer(prior_app, name="prior")
 app.add_typer(lan_app, name="lan")
 console = Console()
+
+_TRAIN_IMAGES = 2000  # that earlier rounds of a benchmark draw from
 
 RunsDir = Annotated[Path, typer.Option(help="Where the runs are; as the setting runs_dir.")]
 DatasetChoice = Annotated[
@@ -240,6 +242,8 @@ def bench(
         benchmark = Benchmark(
             name, BENCHMARKS[name], info, images, facts, path=out, lpips_weights=lpips_weights
         )
+        if any(case.rounds for case in benchmark.cases):
+            benchmark.train_images = draw_images(data, "train", _TRAIN_IMAGES, seed)
         command += f" --cases {shlex.quote(cases)}" if cases else ""
         benchmark.run(draws, seed, console, workers, cases)
         console.print(benchmark.table())

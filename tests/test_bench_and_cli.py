@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from client_app.training import train
+from client_app.training import choose_batches, in_training_order, train
 from fl_app import bench_cases
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
@@ -56,6 +56,47 @@ def test_a_draw_is_a_real_clients_training() -> None:
         draw_client(
             Case(LocalTraining(batch_size=1000, local_steps=2), CASE.attack), images, info, 0
         )
+
+
+def test_a_draw_after_earlier_rounds_is_federated_averaging() -> None:
+    config = load_config().dataset
+    info, images = dataset_info(config), load_split(config, "test")
+    case = replace(CASE, model="resnet8", rounds=2)
+    assert case.client == "resnet8 BatchNorm train sgd 0.01 K=2 B=2 after 2 rounds"
+    observation, knowledge, truth = draw_client(case, images, info, 4, images)
+    assert observation.round == truth.round == 3 and knowledge.norm == ""
+    # By hand: four clients a round, and the mean of what they return.
+    model = create_model("resnet8", info.num_classes, info.image_shape, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    weights = {n: w.clone() for n, w in model.state_dict().items()}
+    for _ in range(2):
+        total = {n: torch.zeros_like(w, dtype=torch.float64) for n, w in weights.items()}
+        for _ in range(4):
+            model.load_state_dict(weights)
+            picks = torch.randperm(len(images), generator=generator)[:4]
+            _, batches = in_training_order(choose_batches(4, case.training, generator))
+            private, labels = images.images[picks].float() / 255, images.labels[picks]
+            steps = [torch.tensor(batch) for batch in batches]
+            train(model, private, labels, steps, case.training, info.mean, info.std)
+            for name, w in model.state_dict().items():
+                total[name] += w.double() / 4
+        weights = {n: t.to(weights[n].dtype) for n, t in total.items()}
+    for name, w in observation.w0.items():
+        torch.testing.assert_close(w, weights[name])
+    assert observation.w0["body.1.num_batches_tracked"] == 4  # two rounds of two steps
+    with pytest.raises(ValueError, match="needs 4 images, the split holds 0"):
+        draw_client(case, images, info, 4)
+
+
+def test_a_bar_above_grey() -> None:
+    case = replace(CASE, bar=None, above_grey=3.0)
+    config = load_config().dataset
+    benchmark = Benchmark("known", (case,), dataset_info(config), load_split(config, "test"), {})
+    benchmark.rows = [row(case, 0, 14.0, 0.5)]  # of 12 for grey
+    assert benchmark.shortfalls() == [f"{case.name}: +2.00 dB above grey, the bar is +3 dB"]
+    assert "| grey +3 |" in benchmark.markdown("command")
+    benchmark.rows = [row(case, 0, 15.5, 0.5)]
+    assert benchmark.shortfalls() == []
 
 
 def test_benchmark_resumes_and_fails_below_its_bar(

@@ -44,7 +44,7 @@ from fl_app.config import ConfigError, WatchConfig, load_config
 from fl_app.data import ImageSet, dataset_info
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining, Observation
-from fl_app.server_app import wait_for_nodes
+from fl_app.server_app import create_strategy, wait_for_nodes
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 
@@ -382,6 +382,28 @@ def test_client_trains_as_configured_and_leaves_truth_only_when_asked(tmp_path: 
     returned = reply.content["arrays"].to_torch_state_dict()  # type: ignore[union-attr]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(returned[name], value)
+
+
+def test_batch_norms_statistics_are_averaged_round_after_round() -> None:
+    overrides = "model.name=resnet8 model.norm=batch client.local_steps=2"
+    config = load_config({"overrides": overrides})
+    info = dataset_info(config.dataset)
+    model = create_model("resnet8", info.num_classes, info.image_shape, seed=0)
+    seen: list[Observation] = []
+    skipped: list[tuple[int, int, str]] = []
+    strategy = watch(create_strategy(config), seen, skipped)
+    clients = [real_client(partition, overrides) for partition in range(NODES)]
+    arrays = ArrayRecord(model.state_dict())
+    result = strategy.start(LocalGrid(clients), arrays, 2)
+    assert (len(seen), skipped) == (2 * NODES, [])
+    count = "body.1.num_batches_tracked"
+    for observation in seen:
+        assert observation.w0[count].dtype == observation.w1[count].dtype == torch.int64
+        assert observation.w1[count] - observation.w0[count] == 2
+    final = result.arrays.to_torch_state_dict()
+    model.load_state_dict(final)
+    name = "body.1.running_var"
+    torch.testing.assert_close(final[name], torch.stack([o.w1[name] for o in seen[NODES:]]).mean(0))
 
 
 def test_other_number_of_clients_is_refused() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_explain import MEAN, STD
 from torch import Tensor
 
 from client_app.training import normalise, train
+from fl_app.config import ConfigError
 from fl_app.models import MODELS, chosen_norm, clients_model, create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
+from fl_app.server_app import _prepare
 from server_strategies.attacks.explain import explain
 from server_strategies.attacks.explain.batch_norm import inferred_statistics, statistics_of
 from server_strategies.attacks.explain.trajectory import simulate
@@ -137,6 +141,32 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="norm is 'magic'; allowed for vgg11: batch, group, none"):
         create_model("vgg11", 10, (3, 32, 32), norm="magic")
     assert (chosen_norm("convnet"), chosen_norm("resnet8")) == ("none", "batch")
+
+
+@pytest.mark.parametrize(
+    ("run_config", "words"),
+    [
+        ({"model": "mlp", "overrides": "model.norm=batch"}, "model: norm is 'batch'; .*no channel"),
+        ({"model": "magic"}, "model is 'magic'; allowed: convnet, mlp, mlp_mixer, resnet18"),
+        ({"overrides": "model.name=magic"}, "model: unknown model 'magic'; known: convnet, mlp"),
+        (
+            {"model": "resnet8", "overrides": "strategy.name=fedadam"},
+            "strategy.name is 'fedadam'.*allowed with them: fedavg, or client.send_buffers=false",
+        ),
+    ],
+)
+def test_a_run_is_refused_before_it_starts(run_config: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        _prepare(run_config, simulated=True)
+
+
+def test_a_model_that_does_not_fit_a_folders_images_is_refused(tmp_path: Path) -> None:
+    for label in ("train/a", "train/b", "test/a"):
+        (tmp_path / label).mkdir(parents=True)
+        Image.effect_noise((40, 40), 50).convert("RGB").save(tmp_path / label / "image.png")
+    overrides = f"dataset.source={tmp_path}"
+    with pytest.raises(ConfigError, match="model: vgg11 needs a height and width divisible by 32"):
+        _prepare({"dataset": "imagefolder", "model": "vgg11", "overrides": overrides}, True)
 
 
 def test_batch_norm_runs_as_the_protocol_says() -> None:
