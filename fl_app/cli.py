@@ -17,8 +17,9 @@ from fl_app.attacking import finish_attacks, only_one, score_later, watch_input
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
+from fl_app.audit.rounds import read_rounds, rounds_cells, save_plot
 from fl_app.audit.runs import find_run, git_commit, list_runs
-from fl_app.bench import Benchmark, sections_markdown
+from fl_app.bench import Benchmark, markdown_table, sections_markdown
 from fl_app.bench_cases import BENCHMARKS
 from fl_app.bench_processes import shares
 from fl_app.config import (
@@ -106,6 +107,31 @@ def show(run: str, runs_dir: RunsDir = Path("runs")) -> None:
     for line in lines:
         if line["picture"]:
             console.print(folder / line["picture"], soft_wrap=True, highlight=False)
+
+
+@app.command()
+def rounds(run: str, runs_dir: RunsDir = Path("runs")) -> None:
+    """Show accuracy and leakage by round, and save them as rounds.md and rounds.png."""
+    folder = find_run(user_path(str(runs_dir)), run)
+    lines = read_rounds(folder)
+    if not lines:
+        raise ConfigError(f"{folder} has no finished round and no attack yet")
+    cells = rounds_cells(lines)
+    table = Table(*cells[0])
+    for row in cells[1:]:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    notes = [
+        "",
+        "Accuracy: of the global model after the round, on the test images of the clients that "
+        "evaluated it. The updates of round r start from the model after round r - 1.",
+    ]
+    written = folder / "rounds.md"
+    text = [*markdown_table(cells), *notes]
+    write_text(written, sections_markdown(run, f"flowleak rounds {run}", text, {}))
+    save_plot(written.with_suffix(".png"), lines, run)
+    for path in (written, written.with_suffix(".png")):
+        console.print(path, soft_wrap=True, highlight=False)
 
 
 @app.command()

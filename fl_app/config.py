@@ -89,6 +89,7 @@ class WatchConfig:
 
     clients: Any = "all"
     rounds: list[int] = field(default_factory=list)
+    every: int = 0
 
     def __post_init__(self) -> None:
         clients = self.clients
@@ -100,6 +101,16 @@ class WatchConfig:
             )
         if any(round_ < 1 for round_ in self.rounds):
             raise ValueError(f"rounds is {self.rounds}; allowed: numbers from 1, or [] for every")
+        at_least("every", self.every, 0)
+
+    def watches(self, round_: int) -> bool:
+        """Return whether a round, from 1, is watched: it is listed, or is the `every`-th.
+
+        Where nothing is listed and `every` is 0, every round is.
+        """
+        if not self.rounds and not self.every:
+            return True
+        return round_ in self.rounds or bool(self.every and round_ % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,8 @@ class Config:
     runs_dir: str = "runs"
     seed: int = 0
     rounds: int = 2
+    start_from: str = ""
+    checkpoints: int = 20
     num_clients: int = 4
     watch: WatchConfig = field(default_factory=WatchConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
@@ -164,6 +177,7 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
+        at_least("checkpoints", self.checkpoints, 1)
         at_least("num_clients", self.num_clients, 1)
         at_least("seed", self.seed, 0)
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
