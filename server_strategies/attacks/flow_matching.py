@@ -38,6 +38,7 @@ def flow_matching(
     every: int = 1,
     draws: int = 1,
     polish: float = 0.0,
+    tiles: float = 0,
 ) -> Reconstruction:
     """Reconstruct a client's images from its update with a flow prior.
 
@@ -71,6 +72,8 @@ def flow_matching(
     polish : float
         Share of the iterations, the last ones, without the flow prior; in [0, 1).
         Where `balance` is not 0, total variation then pulls as strongly alone.
+    tiles : float
+        1: images larger than the prior's training images meet it in tiles, see `FlowPrior`.
 
     Raises
     ------
@@ -87,7 +90,7 @@ def flow_matching(
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
     beliefs: list[TotalVariation | FlowPrior] = [
         TotalVariation(tv, knowledge.std),
-        FlowPrior(prior, flow, mode, t_start, t_end, noise, every, draws, polish),
+        FlowPrior(prior, flow, mode, t_start, t_end, noise, every, draws, polish, tiles),
     ]
     return optimise(
         "flow_matching",
@@ -113,5 +116,6 @@ def flow_matching(
             "every": every,
             "draws": draws,
             "polish": polish,
+            "tiles": tiles,
         },
     )
