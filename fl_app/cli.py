@@ -31,6 +31,7 @@ from fl_app.config import (
 )
 from fl_app.cost_bench import prior_cost, surrogate_speedup
 from fl_app.data import dataset_info, load_split
+from fl_app.data.hub import LAYOUTS
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.lan import lan_app
@@ -310,9 +311,16 @@ def _dataset_config(choice: str) -> DatasetConfig:
         raise ConfigError(f"dataset is {choice!r}: no known name, and no such folder")
     name = "imagefolder"
     if any(Path(choice).rglob("*.parquet")):
-        name = "tiny_imagenet" if "tiny" in Path(choice).resolve().name else "cifar10"
+        name = _named_after(Path(choice).resolve().name)
     source = shlex.quote(f"dataset.source={_typed(choice)}")
     return load_config({"dataset": name, "overrides": source}).dataset
+
+
+def _named_after(folder: str) -> str:
+    """Return the public data set whose name a folder's holds; CIFAR-10 where there is none."""
+    plain = re.sub(r"[\W_]", "", folder.lower())
+    longest_first = sorted(LAYOUTS, key=len, reverse=True)  # cifar100 holds cifar10
+    return next((name for name in longest_first if name.replace("_", "") in plain), "cifar10")
 
 
 @prior_app.command("train")

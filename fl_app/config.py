@@ -7,6 +7,7 @@ range are refused with the key, the value and what is allowed.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,9 @@ from fl_app.files import project_file
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining
 
 GROUPS = ("dataset", "model", "client", "attack", "prior")
+DATASETS = (
+    "photos", "cifar10", "cifar100", "tiny_imagenet", "mnist", "fashion_mnist", "imagefolder",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -47,9 +51,9 @@ class DatasetConfig:
     dirichlet_alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("photos", "cifar10", "tiny_imagenet", "imagefolder"))
+        _one_of("name", self.name, DATASETS)
         _one_of("partitioner", self.partitioner, ("iid", "dirichlet"))
-        if self.dirichlet_alpha <= 0:
+        if not 0 < self.dirichlet_alpha < math.inf:
             raise ValueError(f"dirichlet_alpha is {self.dirichlet_alpha}; allowed: more than 0")
         if self.name == "imagefolder" and not self.source:
             raise ValueError("source is empty; allowed for imagefolder: a folder's path")
