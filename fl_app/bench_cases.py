@@ -172,6 +172,32 @@ def _models() -> tuple[Case, ...]:
     )
 
 
+def _batch_sizes() -> tuple[Case, ...]:
+    """Return the cases of `batch-sizes`: Figure 3 of the paper, for one local step and for five.
+
+    With 8 draws, about 7 hours of one thread, nearly half of them at B=32 alone;
+    ``--cases B=4`` runs a part.
+    """
+    return tuple(
+        Case(replace(client, local_steps=steps, batch_size=size), _flow(300))
+        for client in (_SGD, _ADAM)
+        for steps in (1, 5)
+        for size in (1, 2, 4, 8, 16, 32)
+    )
+
+
+def _tiny_imagenet() -> tuple[Case, ...]:
+    """Return the cases of `tiny-imagenet`: 64x64 images, seen by the prior whole or in tiles.
+
+    Take ``--dataset tiny_imagenet``, or a folder of it.
+    """
+    return tuple(
+        Case(replace(client, batch_size=1), _flow(500, **options))
+        for client in (_SGD, _ADAM)
+        for options in ({}, {"tiles": 1})
+    )
+
+
 BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "quick": _quick(),
     "explain": _explained(),
@@ -179,5 +205,7 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "tv-weights": _tv_weights(),
     "prior": _prior(),
     "models": _models(),
+    "batch-sizes": _batch_sizes(),
+    "tiny-imagenet": _tiny_imagenet(),
 }
 """The cases of each benchmark, by its name."""

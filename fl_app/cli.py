@@ -17,8 +17,9 @@ from fl_app.attacking import finish_attacks, only_one, score_later, watch_input
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
+from fl_app.audit.rounds import read_rounds, rounds_cells, save_plot
 from fl_app.audit.runs import find_run, git_commit, list_runs
-from fl_app.bench import Benchmark, sections_markdown
+from fl_app.bench import Benchmark, markdown_table, sections_markdown
 from fl_app.bench_cases import BENCHMARKS
 from fl_app.bench_processes import shares
 from fl_app.config import (
@@ -30,6 +31,7 @@ from fl_app.config import (
 )
 from fl_app.cost_bench import prior_cost, surrogate_speedup
 from fl_app.data import dataset_info, draw_images, load_split
+from fl_app.data.hub import LAYOUTS
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.lan import lan_app
@@ -108,6 +110,31 @@ def show(run: str, runs_dir: RunsDir = Path("runs")) -> None:
     for line in lines:
         if line["picture"]:
             console.print(folder / line["picture"], soft_wrap=True, highlight=False)
+
+
+@app.command()
+def rounds(run: str, runs_dir: RunsDir = Path("runs")) -> None:
+    """Show accuracy and leakage by round, and save them as rounds.md and rounds.png."""
+    folder = find_run(user_path(str(runs_dir)), run)
+    lines = read_rounds(folder)
+    if not lines:
+        raise ConfigError(f"{folder} has no finished round and no attack yet")
+    cells = rounds_cells(lines)
+    table = Table(*cells[0])
+    for row in cells[1:]:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    notes = [
+        "",
+        "Accuracy: of the global model after the round, on the test images of the clients that "
+        "evaluated it. The updates of round r start from the model after round r - 1.",
+    ]
+    written = folder / "rounds.md"
+    text = [*markdown_table(cells), *notes]
+    write_text(written, sections_markdown(run, f"flowleak rounds {run}", text, {}))
+    save_plot(written.with_suffix(".png"), lines, run)
+    for path in (written, written.with_suffix(".png")):
+        console.print(path, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -288,9 +315,16 @@ def _dataset_config(choice: str) -> DatasetConfig:
         raise ConfigError(f"dataset is {choice!r}: no known name, and no such folder")
     name = "imagefolder"
     if any(Path(choice).rglob("*.parquet")):
-        name = "tiny_imagenet" if "tiny" in Path(choice).resolve().name else "cifar10"
+        name = _named_after(Path(choice).resolve().name)
     source = shlex.quote(f"dataset.source={_typed(choice)}")
     return load_config({"dataset": name, "overrides": source}).dataset
+
+
+def _named_after(folder: str) -> str:
+    """Return the public data set whose name a folder's holds; CIFAR-10 where there is none."""
+    plain = re.sub(r"[\W_]", "", folder.lower())
+    longest_first = sorted(LAYOUTS, key=len, reverse=True)  # cifar100 holds cifar10
+    return next((name for name in longest_first if name.replace("_", "") in plain), "cifar10")
 
 
 @prior_app.command("train")

@@ -7,6 +7,7 @@ range are refused with the key, the value and what is allowed.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,9 @@ from fl_app.files import project_file
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining
 
 GROUPS = ("dataset", "model", "client", "attack", "prior")
+DATASETS = (
+    "photos", "cifar10", "cifar100", "tiny_imagenet", "mnist", "fashion_mnist", "imagefolder",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -47,9 +51,9 @@ class DatasetConfig:
     dirichlet_alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("photos", "cifar10", "tiny_imagenet", "imagefolder"))
+        _one_of("name", self.name, DATASETS)
         _one_of("partitioner", self.partitioner, ("iid", "dirichlet"))
-        if self.dirichlet_alpha <= 0:
+        if not 0 < self.dirichlet_alpha < math.inf:
             raise ValueError(f"dirichlet_alpha is {self.dirichlet_alpha}; allowed: more than 0")
         if self.name == "imagefolder" and not self.source:
             raise ValueError("source is empty; allowed for imagefolder: a folder's path")
@@ -90,6 +94,7 @@ class WatchConfig:
 
     clients: Any = "all"
     rounds: list[int] = field(default_factory=list)
+    every: int = 0
 
     def __post_init__(self) -> None:
         clients = self.clients
@@ -101,6 +106,16 @@ class WatchConfig:
             )
         if any(round_ < 1 for round_ in self.rounds):
             raise ValueError(f"rounds is {self.rounds}; allowed: numbers from 1, or [] for every")
+        at_least("every", self.every, 0)
+
+    def watches(self, round_: int) -> bool:
+        """Return whether a round, from 1, is watched: it is listed, or is the `every`-th.
+
+        Where nothing is listed and `every` is 0, every round is.
+        """
+        if not self.rounds and not self.every:
+            return True
+        return round_ in self.rounds or bool(self.every and round_ % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,8 @@ class Config:
     runs_dir: str = "runs"
     seed: int = 0
     rounds: int = 2
+    start_from: str = ""
+    checkpoints: int = 20
     num_clients: int = 4
     watch: WatchConfig = field(default_factory=WatchConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
@@ -165,6 +182,7 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
+        at_least("checkpoints", self.checkpoints, 1)
         at_least("num_clients", self.num_clients, 1)
         at_least("seed", self.seed, 0)
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):

@@ -19,6 +19,7 @@ from fl_app.audit.metrics import mean_interval, psnr
 from fl_app.files import write_text
 from server_strategies.priors.flow import denoise, load_flow
 from server_strategies.priors.networks import check_shape
+from server_strategies.priors.tiles import Tiled
 
 SIGMAS = (0.05, 0.1, 0.2, 0.4)  # of the noise, on pixels in [0, 1]
 # Cut-off of non-local means in units of sigma: what scikit-image's documentation recommends
@@ -36,17 +37,21 @@ class DenoisingRow:
     sigma : float
         Standard deviation of the noise, on pixels in [0, 1].
     noisy, non_local_means, flow : tuple of float
+    tiles : tuple of float
+        Of the flow in tiles of its training images' size (`Tiled`); empty where the
+        images are no larger.
     """
 
     sigma: float
     noisy: tuple[float, ...]
     non_local_means: tuple[float, ...]
     flow: tuple[float, ...]
+    tiles: tuple[float, ...] = ()
 
     def cells(self) -> list[str]:
         """Return the row of the table: each mean with its 95% interval."""
-        columns = (self.noisy, self.non_local_means, self.flow)
-        return [f"{self.sigma:g}", *(_with_interval(values) for values in columns)]
+        columns = (self.noisy, self.non_local_means, self.flow, self.tiles)
+        return [f"{self.sigma:g}", *(_with_interval(values) for values in columns if values)]
 
 
 def evaluate_denoising(weights: str, images: Tensor, count: int) -> list[DenoisingRow]:
@@ -83,23 +88,28 @@ def evaluate_denoising(weights: str, images: Tensor, count: int) -> list[Denoisi
     check_shape(network, images.shape)
     generator = torch.Generator().manual_seed(0)
     clean = images[torch.randperm(len(images), generator=generator)[:count]].float() / 255
+    networks = [network]
+    if max(images.shape[-2:]) > int(network.size):  # type: ignore[arg-type]
+        networks.append(Tiled(network, torch.Generator().manual_seed(0)))
     rows = []
     for sigma in SIGMAS:
         noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
         t = 1 / (1 + 2 * sigma)
-        parts = [
-            denoise(network, t * (2 * part.to(device) - 1), t).cpu() for part in noisy.split(64)
+        parts = (t * (2 * noisy - 1)).split(64)
+        flows = [
+            torch.cat([denoise(chosen, part.to(device), t).cpu() for part in parts])
+            for chosen in networks
         ]
         tried = [_non_local_means(noisy, sigma, cutoff) for cutoff in NLM_CUTOFFS]
         scores = [_scores(denoised, clean) for denoised in tried]
-        flow = _scores((torch.cat(parts) + 1) / 2, clean)
-        rows.append(DenoisingRow(sigma, _scores(noisy, clean), max(scores, key=sum), flow))
+        columns = [_scores((flow + 1) / 2, clean) for flow in flows]
+        rows.append(DenoisingRow(sigma, _scores(noisy, clean), max(scores, key=sum), *columns))
     return rows
 
 
 def denoising_table(rows: list[DenoisingRow]) -> Table:
     """Return the rows as a table for a terminal."""
-    table = Table("sigma", "noisy dB", "non-local means dB", "flow dB")
+    table = Table(*(f"{name} dB" if place else name for place, name in enumerate(_heads(rows))))
     for row in rows:
         table.add_row(*row.cells())
     return table
@@ -130,11 +140,15 @@ def write_card(
         f"non-local means is the better of {NLM_CUTOFFS[0]} and {NLM_CUTOFFS[1]} sigma. "
         f"Made by `{command}`, code {commit}.",
         "",
-        "| sigma | noisy | non-local means | flow |",
-        "|---|---|---|---|",
+        f"| {' | '.join(_heads(rows))} |",
+        "|---" * len(_heads(rows)) + "|",
         *(f"| {' | '.join(row.cells())} |" for row in rows),
     ]
     write_text(card, kept.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n")
+
+
+def _heads(rows: list[DenoisingRow]) -> list[str]:
+    return ["sigma", "noisy", "non-local means", "flow", "flow in tiles"][: len(rows[0].cells())]
 
 
 def _non_local_means(noisy: Tensor, sigma: float, cutoff: float) -> Tensor:

@@ -13,7 +13,6 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Result, Strategy
 from flwr.superlink.grid import InMemoryGrid
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import nn
 
 from fl_app.attacking import AttackProcess, only_one, open_pool
@@ -22,12 +21,14 @@ from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import create_run
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, dataset_info
-from fl_app.files import whole_file, write_text
+from fl_app.files import user_path, write_text
 from fl_app.models import create_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
+from fl_app.states import ModelStore, find_state, load_state
 from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks import check_attack
+from server_strategies.checkpointing import Checkpointing
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 from server_strategies.recorder import Recorder
@@ -84,7 +85,13 @@ def _prepare(
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
     _check_statistics(model, config)
-    return config, config.knowledge(info), ArrayRecord(model.state_dict())
+    weights = model.state_dict()
+    if config.start_from:
+        path = find_state(config.start_from, user_path(config.runs_dir))
+        shape = "x".join(map(str, info.image_shape))
+        words = f"{config.model.name} for {info.num_classes} classes of {shape} images"
+        weights = load_state(path, weights, words)
+    return config, config.knowledge(info), ArrayRecord(weights)
 
 
 def _check_statistics(model: nn.Module, config: Config) -> None:
@@ -210,6 +217,7 @@ def _train(
 ) -> bool:
     """Run all rounds and hand out what was seen; return whether any could be aggregated."""
     config = auditor.config
+    models = ModelStore(auditor.run_dir, config.checkpoints)
     with Recorder(record, auditor.record_skipped) as recorder:
 
         def on_observation(observation: Observation) -> None:
@@ -217,7 +225,7 @@ def _train(
             recorder.add(observation)
 
         strategy = HonestButCurious(
-            create_strategy(config),
+            Checkpointing(create_strategy(config), models.save),
             watch=config.watch,
             on_observation=on_observation,
             on_skipped=auditor.record_skipped,
@@ -255,7 +263,7 @@ def _check_size(observation: Observation, config: Config) -> None:
 
 
 def _save_training(run_dir: Path, result: Result) -> None:
-    """Save each round's metrics and the final model, if any round could be aggregated."""
+    """Save each round's metrics."""
     rounds = [
         {
             "round": round_,
@@ -267,9 +275,6 @@ def _save_training(run_dir: Path, result: Result) -> None:
         )
     ]
     write_text(run_dir / "training.json", json.dumps(rounds, indent=2))
-    if result.arrays:
-        with whole_file(run_dir / "model.safetensors") as temporary:
-            save_file(dict(result.arrays.to_torch_state_dict()), temporary)
 
 
 def _tell(console: Console, run_dir: Path, lines: list[dict[str, Any]]) -> None:

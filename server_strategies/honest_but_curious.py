@@ -74,7 +74,7 @@ class HonestButCurious(Wrapper):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy write its messages, and copy the weights in them."""
-        watched = self._watches_round(server_round)
+        watched = self._watch.watches(server_round)
         if watched:
             config = ConfigRecord({**config, **self._settings})
         messages = list(self._inner.configure_train(server_round, arrays, config, grid))
@@ -91,13 +91,10 @@ class HonestButCurious(Wrapper):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Observe the watched replies, then let the inner strategy aggregate all."""
         received = list(replies)
-        if self._watches_round(server_round):
+        if self._watch.watches(server_round):
             for reply in self._watched(received):
                 self._observe_safely(server_round, reply)
         return self._inner.aggregate_train(server_round, received)
-
-    def _watches_round(self, server_round: int) -> bool:
-        return not self._watch.rounds or server_round in self._watch.rounds
 
     def _watched(self, replies: list[Message]) -> list[Message]:
         clients = self._watch.clients

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,9 +15,10 @@ from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
 from PIL import Image
 
-from fl_app.config import DatasetConfig
+from fl_app.config import DatasetConfig, load_config
 from fl_app.data import DataError, dataset_info, hub, load_partition, load_split, photos
 from fl_app.data.base import channel_statistics
+from fl_app.models import create_model
 
 PHOTOS = DatasetConfig(name="photos")
 SHARED = Path(
@@ -203,6 +207,31 @@ def test_imagefolder_that_cannot_be_used(folder: Path, spoil, words: str) -> Non
         load_split(DatasetConfig(name="imagefolder", source=str(folder)), "train")
 
 
+def test_one_class_is_refused_before_a_run_starts(folder: Path) -> None:
+    (folder / "train" / "dog").rename(folder / "dog")
+    with pytest.raises(DataError, match="train holds one class folder, cat; needed: two or more"):
+        dataset_info(DatasetConfig(name="imagefolder", source=str(folder)))
+    (folder / "train" / "cat").rename(folder / "cat")
+    dataset_info.cache_clear()
+    with pytest.raises(DataError, match="train holds no class folder; needed: two or more"):
+        dataset_info(DatasetConfig(name="imagefolder", source=str(folder)))
+
+
+def test_a_broken_image_is_refused_before_a_run_starts(folder: Path) -> None:
+    _truncate(folder)
+    with pytest.raises(DataError, match=r"cat/2\.png can't be read as an image"):
+        dataset_info(DatasetConfig(name="imagefolder", source=str(folder)))
+
+
+def test_extreme_skew_leaves_no_client_empty() -> None:
+    config = replace(PHOTOS, partitioner="dirichlet", dirichlet_alpha=1e-3)
+    parts = [load_partition(config, part, 3, seed=0).labels for part in range(3)]
+    assert min(map(len, parts)) >= 1
+    # Every class is with one client, all but a few images.
+    counts = torch.stack([labels.bincount(minlength=6) for labels in parts])
+    assert (counts.amax(0) > 0.9 * counts.sum(0)).all()
+
+
 def test_test_class_that_train_lacks(folder: Path) -> None:
     write_image(folder / "test" / "emu" / "0.png", 100)
     with pytest.raises(DataError, match="emu has no folder in train; allowed: cat, dog"):
@@ -235,6 +264,103 @@ def test_hub_layout_is_cut_as_federated_dataset_cuts_it(hub_folder: Path) -> Non
     for image, row in zip(part.images, expected, strict=True):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(row["img"]))
     assert len(load_split(config, "test")) == 30
+
+
+def grey_digits(folder: Path, count: int = 24) -> list[np.ndarray]:
+    """Write a data set in MNIST's layout; return the train images."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (2, count, 28, 28), "uint8")
+    for split, pixels in zip(("train", "test"), noise, strict=True):
+        columns = {
+            "image": [Image.fromarray(image) for image in pixels],
+            "label": [row % 10 for row in range(count)],
+        }
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(
+            folder / "mnist" / f"{split}-00000-of-00001.parquet"
+        )
+    return list(noise[0])
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_grey_data_sets_have_one_channel(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    written = grey_digits(tmp_path)
+    config = load_config({"dataset": name, "overrides": f"dataset.source={tmp_path}/mnist"}).dataset
+    info, train = dataset_info(config), load_split(config, "train")
+    assert train.images.shape == (24, *info.image_shape) == (24, 1, 28, 28)
+    assert np.array_equal(train.images[:, 0].numpy(), np.stack(written))
+    assert len(info.mean) == len(info.std) == 1
+    create_model("convnet", info.num_classes, info.image_shape)
+
+
+def test_cifar100_has_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [photo.image for photo in photos.crops("train")[:60:2]]
+    columns = {
+        "img": rows,
+        "fine_label": [99 - row for row in range(len(rows))],
+        "coarse_label": [row % 20 for row in range(len(rows))],
+    }
+    features = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "fine_label": datasets.ClassLabel(num_classes=100),
+            "coarse_label": datasets.ClassLabel(num_classes=20),
+        }
+    )
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(
+        tmp_path / "set" / "train-00000-of-00001.parquet"
+    )
+    config = load_config(
+        {"dataset": "cifar100", "overrides": f"dataset.source={tmp_path}/set"}
+    ).dataset
+    train = load_split(config, "train")
+    assert train.labels.tolist() == columns["fine_label"]
+    assert np.array_equal(train.images[3].permute(1, 2, 0).numpy(), np.asarray(rows[3]))
+    assert dataset_info(config).num_classes == 100
+
+
+def _without(image: Any, label: Any) -> Callable[[Path], None]:
+    """Return a function that writes a data set whose fourth row is this."""
+
+    def write(path: Path) -> None:
+        photo = io.BytesIO()
+        photos.crops("train")[0].image.save(photo, "PNG")
+        cells: list[Any] = [{"bytes": photo.getvalue(), "path": None}] * 6
+        labels: list[Any] = [0, 1] * 3
+        cells[3] = cells[3] if image == "whole" else image and image(photo.getvalue())
+        labels[3] = label
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+        dataset = datasets.Dataset.from_dict({"img": cells, "label": labels}, features=features)
+        dataset.to_parquet(path / "train-00000-of-00001.parquet")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (
+            _without(lambda data: {"bytes": data[:200], "path": None}, 1),
+            "cifar10: image 3 can't be read as an image",
+        ),
+        (_without(None, 1), "cifar10: image 3 is missing"),
+        (_without("whole", None), "cifar10: image 3 has no label"),
+        (_without("whole", 10), "cifar10 has labels from 0 to 10; allowed: 0 to 9"),
+    ],
+)
+def test_a_broken_row_of_a_public_data_set_is_refused(
+    write: Callable[[Path], None], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set")
+    with pytest.raises(DataError, match=words):
+        load_split(DatasetConfig(name="cifar10", source=str(tmp_path / "set")), "train")
 
 
 def test_wrong_layout(hub_folder: Path) -> None:

@@ -108,7 +108,8 @@ def test_audit_leaves_a_whole_run_and_a_clean_project(flwr: Flwr, tmp_path: Path
     assert len(list((run / "observations").iterdir())) == 2
     assert list((run / "queue").iterdir()) == []
     assert json.loads((run / "training.json").read_text())[0]["round"] == 1
-    assert (run / "model.safetensors").is_file()
+    models = sorted(file.name for file in (run / "models").iterdir())
+    assert models == ["round-0001.safetensors", "round-0002.safetensors"]
     assert str(run / "leakage.jsonl") in log
     assert (PROJECT / "pyproject.toml").read_bytes() == pyproject
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from client_app.training import normalise, train
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.explain import explain
+from server_strategies.attacks.explain import explain, trajectory
 from server_strategies.attacks.explain.distance import CosineDistance
 from server_strategies.attacks.explain.surrogate import mean_position
 from server_strategies.attacks.explain.trajectory import simulate
@@ -83,9 +84,11 @@ def test_simulation_is_the_clients_own_training(
 
 
 @pytest.mark.parametrize("name", CLIENTS)
-@pytest.mark.parametrize("steps", [3, 33])  # 33: the graphs are computed anew on the way back
-def test_the_adjoint_is_autograds_gradient(name: str, steps: int) -> None:
-    training = replace(CLIENTS[name], local_steps=steps)
+@pytest.mark.parametrize("graphs", [5, 2, 0])  # kept; the others are computed anew on the way back
+def test_the_adjoint_is_autograds_gradient(
+    name: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = replace(CLIENTS[name], local_steps=5)
     observation, knowledge, x = client(training, torch.float64)
     labels = torch.tensor(knowledge.labels)
     model = create_model("convnet", 10, SHAPE).to(torch.float64)
@@ -101,8 +104,21 @@ def test_the_adjoint_is_autograds_gradient(name: str, steps: int) -> None:
         assert start.grad is not None
         return start.grad
 
+    computed: list[int] = []
+    original = trajectory._Steps._differentiable
+
+    def counted(self: trajectory._Steps, *arguments: Any) -> list[Tensor]:
+        computed.append(self.graph_bytes)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(trajectory._Steps, "_differentiable", counted)
+    gradient(simulate)
+    assert len(computed) == 5 and computed[-1] > sum(w.nbytes for w in pull.values())
+    monkeypatch.setattr(trajectory, "KEPT_GRAPHS", graphs * computed[-1])
     expected = gradient(slow_simulation)
+    computed.clear()
     assert (gradient(simulate) - expected).norm() <= 1e-10 * expected.norm()
+    assert len(computed) == 5 + 5 - max(graphs, 1)  # the first is always kept: it is the measure
 
 
 def slow_simulation(

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -23,9 +24,10 @@ from fl_app.cli import app
 from fl_app.prior_bench import evaluate_denoising, write_card
 from server_strategies.priors import checkpoint
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
-from server_strategies.priors.flow import FlowPrior, denoise, load_flow
+from server_strategies.priors.flow import FlowPrior, denoise, fit, load_flow, unfit
 from server_strategies.priors.images import load_images
 from server_strategies.priors.networks import NETWORKS, SelfAttention, create_network
+from server_strategies.priors.tiles import Tiled, tile_starts
 from server_strategies.priors.total_variation import TotalVariation
 from server_strategies.priors.training import (
     Trainer,
@@ -136,6 +138,93 @@ def test_the_last_iterations_are_without_the_flow_prior(mode: str) -> None:
     assert network.calls == [1]
 
 
+class Edges(nn.Module):
+    """A velocity that is what a 3x3 mean leaves of an image: it looks at neighbours."""
+
+    multiple, size = 8, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[torch.Size] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls.append(x.shape)
+        return x - nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
+
+
+@pytest.mark.parametrize("mode", ["denoiser", "velocity"])
+def test_a_grey_image_is_pulled_by_the_mean_of_its_channels_pulls(mode: str) -> None:
+    network = create_network("compact")
+    nn.init.normal_(network.tail.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+    grey = torch.rand((2, 1, 8, 8), requires_grad=True)
+    colour = grey.detach().expand(-1, 3, -1, -1).clone().requires_grad_()
+    pulls = []
+    for images in (grey, colour):
+        prior = FlowPrior(network, 2.0, mode, 0.8, 0.9, torch.Generator().manual_seed(5))
+        pulls.append(torch.autograd.grad(prior(images, 0.5), images)[0])
+    assert pulls[0].abs().max() > 0
+    # The penalty is a mean over pixels, of which the colour image has three times as many.
+    torch.testing.assert_close(pulls[0], pulls[1].sum(1, keepdim=True), rtol=1e-4, atol=1e-8)
+
+
+def test_sides_that_do_not_fit_are_reflected_and_cut_off_again() -> None:
+    network = Edges()
+    images = torch.rand((2, 3, 13, 12))
+    prior = FlowPrior(network, 1.0, "velocity", 0.9, 0.9, torch.Generator())
+    penalty = prior(images, 0.0).item()
+    assert network.calls == [(2, 3, 16, 16)]
+    x = np.pad(2 * images.numpy() - 1, ((0, 0), (0, 0), (1, 2), (2, 2)), mode="reflect")
+    v = Edges()(torch.from_numpy(x), torch.ones(2))[..., 1:14, 2:14]
+    assert penalty == pytest.approx(v.square().mean().item(), rel=1e-5)
+    for shape in [(1, 1, 28, 28), (1, 3, 5, 9)]:  # what comes back has the image's shape
+        for channels in (shape[1], 3):
+            fitted = fit(torch.rand(shape), 8)
+            assert fitted.shape[1] == 3 and not fitted.shape[2] % 8 and not fitted.shape[3] % 8
+            assert unfit(fitted, channels, *shape[2:]).shape == (1, channels, *shape[2:])
+    grey = torch.rand((1, 1, 28, 28))
+    torch.testing.assert_close(unfit(fit(grey, 8), 1, 28, 28), grey)
+
+
+def test_tiles_cover_an_image_and_overlap() -> None:
+    for shift in range(16):
+        starts = tile_starts(64, 32, shift)
+        assert starts[0] == 0 and starts[-1] == 32
+        assert all(0 < b - a <= 16 for a, b in pairwise(starts))
+    assert tile_starts(32, 32, 7) == [0] and tile_starts(40, 32, 0) == [0, 8]
+
+
+def test_a_tiled_velocity_is_the_whole_ones_where_no_tile_ends() -> None:
+    network, x, t = Edges(), torch.randn((2, 3, 40, 16)), torch.ones(2)
+    tiled = Tiled(network, torch.Generator().manual_seed(0))
+    found = tiled(x, t)
+    assert set(network.calls) == {(2, 3, 16, 16)}
+    # A velocity of its pixel alone is the same in every tile; an image of the size is one tile.
+    torch.testing.assert_close(Tiled(Pixelwise(), torch.Generator())(x, t), 0.3 * x)
+    small = x[..., :16, :]
+    torch.testing.assert_close(tiled(small, t), network(small, t))
+    # Seams move: two calls differ, each from the whole at the tiles' edges only.
+    again = tiled(x, t)
+    assert not torch.equal(found, again)
+    whole = network(x, t)
+    rows = (found - whole).abs().amax(dim=(0, 1, 3)) > 1e-5
+    assert 0 < rows.sum() <= 2 * 5 - 2 and not rows[[0, -1]].any()  # five tiles' inner edges
+
+
+class Pixelwise(Edges):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0.3 * x
+
+
+def test_the_prior_takes_large_images_in_tiles_where_asked() -> None:
+    images, shapes = torch.rand((1, 3, 32, 32)), []
+    for tiles in (0, 1):
+        network = Edges()
+        prior = FlowPrior(network, 1.0, "denoiser", 0.8, 0.8, torch.Generator(), tiles=tiles)
+        assert prior(images, 0.0).isfinite()
+        shapes.append(network.calls)
+    assert shapes[0] == [(1, 3, 32, 32)] and set(shapes[1]) == {(1, 3, 16, 16)}
+
+
 def test_flow_prior_refuses_what_it_cannot_do() -> None:
     def prior(mode: str = "denoiser", t_end: float = 0.9, **options: float) -> FlowPrior:
         return FlowPrior(Constant(0.0), 1.0, mode, 0.8, t_end, torch.Generator(), **options)
@@ -154,7 +243,9 @@ def test_flow_prior_refuses_what_it_cannot_do() -> None:
             prior(mode="velocity", **{name: 2})
     with pytest.raises(ValueError, match="polish is 1; allowed: from 0, below 1"):
         prior(polish=1)
-    for shape in [(1, 1, 8, 8), (1, 3, 6, 8)]:
+    with pytest.raises(ValueError, match=r"tiles is 0\.5; allowed: 0, 1"):
+        prior(tiles=0.5)
+    for shape in [(1, 2, 8, 8), (3, 8, 8), (1, 3, 1, 8)]:
         with pytest.raises(ValueError, match="the flow prior takes images"):
             prior()(torch.rand(shape), 0.0)
 
@@ -171,7 +262,7 @@ def test_networks_have_their_published_size(name: str, parameters: float, gigafl
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_take_any_multiple_and_refuse_others(name: str) -> None:
+def test_networks_take_any_multiple_and_train_on_no_others(name: str) -> None:
     network = create_network(name)
     prior = FlowPrior(network, 1.0, "denoiser", 0.8, 0.9, torch.Generator())
     for side in (8, 64):
@@ -179,8 +270,6 @@ def test_networks_take_any_multiple_and_refuse_others(name: str) -> None:
         assert network(x, torch.rand(2)).shape == x.shape
         assert prior(x, 0.0).isfinite()
     multiple = {"compact": 4, "unet64": 8}[name]
-    with pytest.raises(ValueError, match=f"divisible by {multiple}, got"):
-        prior(torch.rand((1, 3, 32, 36 if multiple == 8 else 34)), 0.0)
     with pytest.raises(ValueError, match=f"divisible by {multiple}, got"):
         odd = torch.zeros((4, 3, 36 if multiple == 8 else 34, 32), dtype=torch.uint8)
         Trainer(odd, replace(TINY, network=name), Path("nowhere"), "zeros")
@@ -217,6 +306,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_flow(str(other))
     save_file({"a": torch.zeros(1)}, other)
     with pytest.raises(ValueError, match="unknown flow network"):
+        load_flow(str(other))
+    save_file({"a": torch.zeros(1)}, other, metadata={"network": "compact", "image_size": "33"})
+    with pytest.raises(ValueError, match="image_size is '33'; allowed: a multiple of 4"):
         load_flow(str(other))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fl_app.config import DatasetConfig
 from fl_app.data import draw_images
-from server_strategies.priors.networks import check_shape
+from server_strategies.priors.flow import fit, unfit
 from server_strategies.priors.training import sample
 
 GREY, TRAINING, PRIOR = "grey image", "random training image", "prior alone"
@@ -75,11 +75,12 @@ def _training_images(private: Tensor, dataset: DatasetConfig, seed: int) -> Tens
 def _prior_images(private: Tensor, network: nn.Module | None, seed: int) -> Tensor:
     if network is None:
         raise ValueError("no prior could be loaded")
-    check_shape(network, private.shape)
-    count, _, height, width = private.shape
+    count, channels, height, width = private.shape
     if height != width:
         raise ValueError(f"images are {height} x {width}; the prior is sampled in squares")
-    return sample(network, count, _STEPS, torch.Generator().manual_seed(seed), height).float()
+    side = fit(private[:1], int(network.multiple)).shape[-1]  # type: ignore[arg-type]
+    drawn = sample(network, count, _STEPS, torch.Generator().manual_seed(seed), side).float()
+    return unfit(drawn, channels, height, width)
 
 
 def _bytes(image: Tensor) -> bytes:

@@ -53,7 +53,7 @@ def reference_free(reconstruction: Reconstruction, network: nn.Module | None) ->
             for label in sorted(set(reconstruction.labels))
         },
     }
-    if network is not None and images.shape[1] == 3:
+    if network is not None and images.shape[1] in (1, 3):
         residuals = [_residual(network, image[None]) for image in images]
         found["prior_residual"] = _scored(residuals, _residual(network, noise[:1]))
     return found

@@ -1,4 +1,4 @@
-"""The images that clients hold: four sources, one way to read and to partition them."""
+"""The images that clients hold: three sources, one way to read and to partition them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ __all__ = [
 
 _SOURCES = {
     "photos": photos.SOURCE,
-    "cifar10": hub.SOURCE,
-    "tiny_imagenet": hub.SOURCE,
+    **dict.fromkeys(hub.LAYOUTS, hub.SOURCE),
     "imagefolder": imagefolder.SOURCE,
 }
 

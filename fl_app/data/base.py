@@ -85,8 +85,16 @@ def encoded(dataset: datasets.Dataset) -> datasets.Dataset:
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
-def read_image(file: BytesIO | str, where: str) -> np.ndarray:
-    """Return an image file's pixels, shape (3, H, W), uint8; grey images get three channels.
+def read_image(file: BytesIO | str, where: str, channels: int = 3) -> np.ndarray:
+    """Return an image file's pixels, shape (channels, H, W), uint8.
+
+    Parameters
+    ----------
+    file : BytesIO or str
+    where : str
+        Names it, for errors.
+    channels : int
+        3: grey images get three equal channels. 1: of colours the luma is taken.
 
     Raises
     ------
@@ -96,13 +104,13 @@ def read_image(file: BytesIO | str, where: str) -> np.ndarray:
     try:
         with Image.open(file) as image:
             mode = image.mode
-            rgb = np.asarray(image.convert("RGB"))
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
         raise DataError(f"{where} can't be read as an image: {error}") from error
     if mode.startswith(("I", "F")):
         # Pillow would clip these to white without a word.
         raise DataError(f"{where} has mode {mode}; allowed: 8 bits a channel. Convert it first")
-    return rgb.transpose(2, 0, 1)
+    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
 
 def read_images(dataset: datasets.Dataset, info: DatasetInfo, name: str) -> ImageSet:
@@ -111,19 +119,25 @@ def read_images(dataset: datasets.Dataset, info: DatasetInfo, name: str) -> Imag
     Raises
     ------
     DataError
-        If an image is broken or not of ``info.image_shape``, or a label is not a class.
+        If an image is missing, broken or not of ``info.image_shape``, or a label is
+        missing or not a class.
     """
     images = np.empty((len(dataset), *info.image_shape), dtype=np.uint8)
-    labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
+    given = dataset["label"][:]
+    if None in given:
+        raise DataError(f"{name}: image {given.index(None)} has no label")
+    labels = torch.tensor(given, dtype=torch.int64)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < info.num_classes:
         raise DataError(
             f"{name} has labels from {labels.min()} to {labels.max()}; "
             f"allowed: 0 to {info.num_classes - 1}"
         )
     for row, image in enumerate(dataset["image"][:]):
+        if image is None:
+            raise DataError(f"{name}: image {row} is missing")
         where = f"{name}: {image['path'] or f'image {row}'}"
         file = BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-        pixels = read_image(file, where)
+        pixels = read_image(file, where, info.image_shape[0])
         if pixels.shape != info.image_shape:
             raise DataError(
                 f"{where} has shape {pixels.shape} (C, H, W); all images must have "

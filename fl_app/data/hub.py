@@ -1,4 +1,4 @@
-"""CIFAR-10 and Tiny-ImageNet, from the Hugging Face hub or a local folder in its layout."""
+"""Public data sets, from the Hugging Face hub or a local folder in its layout."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from fl_app.protocol import DatasetInfo
 class _Layout:
     """How a data set is laid out on the hub."""
 
-    image: str  # column
-    test: str  # split
+    image: str = "image"  # column
+    label: str = "label"  # column
+    test: str = "test"  # split
 
 
-_LAYOUTS = {
-    "cifar10": _Layout(image="img", test="test"),
-    "tiny_imagenet": _Layout(image="image", test="valid"),  # its test split has no labels
+LAYOUTS = {
+    "cifar10": _Layout(image="img"),
+    "cifar100": _Layout(image="img", label="fine_label"),
+    "tiny_imagenet": _Layout(test="valid"),  # its test split has no labels
+    "mnist": _Layout(),
+    "fashion_mnist": _Layout(),
 }
 _INFOS = {
     "cifar10": DatasetInfo(
@@ -33,11 +37,21 @@ _INFOS = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
     ),
+    "cifar100": DatasetInfo(
+        num_classes=100,
+        image_shape=(3, 32, 32),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
     "tiny_imagenet": DatasetInfo(
         num_classes=200,
         image_shape=(3, 64, 64),
         mean=(0.4802, 0.4481, 0.3975),
         std=(0.2770, 0.2691, 0.2821),
+    ),
+    "mnist": DatasetInfo(num_classes=10, image_shape=(1, 28, 28), mean=(0.1307,), std=(0.3081,)),
+    "fashion_mnist": DatasetInfo(
+        num_classes=10, image_shape=(1, 28, 28), mean=(0.2860,), std=(0.3530,)
     ),
 }
 
@@ -54,7 +68,7 @@ def _location(source: str) -> str:
 
 
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
-    layout = _LAYOUTS[config.name]
+    layout = LAYOUTS[config.name]
     location = _location(config.source)
     try:
         # Unshuffled: partitions are cut the same way for every source.
@@ -69,14 +83,13 @@ def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
             f"{config.name}: the {split} split can't be loaded from {where}; {help_}. "
             f"Cause: {error}"
         ) from error
-    missing = {layout.image, "label"} - set(loaded.column_names)
-    if missing:
+    names = {layout.image: "image", layout.label: "label"}
+    if names.keys() - set(loaded.column_names):
         raise DataError(
             f"{config.name}: {location} has the columns {', '.join(loaded.column_names)}; "
-            f"needed: {layout.image}, label"
+            f"needed: {', '.join(names)}"
         )
-    columns = loaded.select_columns([layout.image, "label"])
-    return encoded(columns.rename_columns({layout.image: "image", "label": "label"}))
+    return encoded(loaded.select_columns(list(names)).rename_columns(names))
 
 
 SOURCE = Source(info=lambda config: _INFOS[config.name], split=_split)

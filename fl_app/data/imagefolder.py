@@ -63,12 +63,14 @@ def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
 def _info(config: DatasetConfig) -> DatasetInfo:
     """Return the facts: the first image gives the shape, a sample of train the statistics."""
     train = _split(config, "train")
-    if not len(train):
-        raise DataError(f"imagefolder: {config.source}/train holds no class folder")
+    classes = _classes(find_folder(config.source) / "train")
+    if len(classes) < 2:
+        there = f"one class folder, {classes[0]}" if classes else "no class folder"
+        raise DataError(f"imagefolder: {config.source}/train holds {there}; needed: two or more")
     first = train[0]["image"]["path"]
     _, height, width = read_image(first, f"imagefolder: {first}").shape
     info = DatasetInfo(
-        num_classes=len(_classes(find_folder(config.source) / "train")),
+        num_classes=len(classes),
         image_shape=(3, height, width),
         mean=(),
         std=(),

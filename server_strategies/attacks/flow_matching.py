@@ -40,6 +40,7 @@ def flow_matching(
     draws: int = 1,
     polish: float = 0.0,
     statistics: float = 0.1,
+    tiles: float = 0,
 ) -> Reconstruction:
     """Reconstruct a client's images from its update with a flow prior.
 
@@ -76,6 +77,8 @@ def flow_matching(
     statistics : float
         Weight of the batches' statistics beside the matching loss, where BatchNorm
         tells them, see `BatchStatistics`.
+    tiles : float
+        1: images larger than the prior's training images meet it in tiles, see `FlowPrior`.
 
     Raises
     ------
@@ -92,7 +95,7 @@ def flow_matching(
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
     beliefs: list[TotalVariation | FlowPrior] = [
         TotalVariation(tv, knowledge.std),
-        FlowPrior(prior, flow, mode, t_start, t_end, noise, every, draws, polish),
+        FlowPrior(prior, flow, mode, t_start, t_end, noise, every, draws, polish, tiles),
     ]
     return optimise(
         "flow_matching",
@@ -120,5 +123,6 @@ def flow_matching(
             "draws": draws,
             "polish": polish,
             "statistics": statistics,
+            "tiles": tiles,
         },
     )

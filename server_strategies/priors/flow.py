@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_app.files import project_file, user_path
-from server_strategies.priors.networks import check_shape, create_network
+from server_strategies.priors.networks import create_network
+from server_strategies.priors.tiles import Tiled
 
 MODES = ("denoiser", "velocity")
+TRAINED_SIZE = 32  # of weights whose metadata do not say; all that were made before they did
 
 
 def find_weights(weights: str) -> Path:
@@ -51,6 +53,8 @@ def find_weights(weights: str) -> Path:
 def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     """Load a trained velocity network, frozen.
 
+    Its attribute ``size`` is the height and width of its training images.
+
     Parameters
     ----------
     weights : str
@@ -65,11 +69,17 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     path = find_weights(weights)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            name = (file.metadata() or {}).get("network", "")
+            facts = file.metadata() or {}
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
+    name, size = facts.get("network", ""), facts.get("image_size", str(TRAINED_SIZE))
     network = create_network(name)
+    if not size.isdecimal() or int(size) < 2 or int(size) % int(network.multiple):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{path}: image_size is {size!r}; allowed: a multiple of {network.multiple}"
+        )
+    network.size = int(size)  # type: ignore[assignment]
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -121,6 +131,61 @@ def generate(network: nn.Module, noise: Tensor, steps: int) -> Tensor:
     return x
 
 
+def fit(x: Tensor, multiple: int) -> Tensor:
+    """Return images as a velocity network takes them: three channels, sides that fit.
+
+    A grey image is repeated over the channels. Height and width grow to the next
+    multiples by reflection at the edges, as much on either side as can be.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        C is 1 or 3.
+    multiple : int
+        The network's.
+
+    Returns
+    -------
+    Tensor, shape (N, 3, H', W')
+
+    Raises
+    ------
+    ValueError
+        If C is another, or a side is too short to be reflected.
+    """
+    down, across = (-side % multiple for side in x.shape[-2:])
+    short = any(
+        (grown + 1) // 2 >= side
+        for grown, side in zip((down, across), x.shape[-2:], strict=True)
+        if grown
+    )
+    if x.dim() != 4 or x.shape[1] not in (1, 3) or short:
+        raise ValueError(
+            "the flow prior takes images (N, C, H, W) with C 1 or 3, H and W divisible by "
+            f"{multiple} or more than {multiple // 2}, got {tuple(x.shape)}"
+        )
+    sides = (across // 2, across - across // 2, down // 2, down - down // 2)
+    return F.pad(x.expand(-1, 3, -1, -1), sides, mode="reflect")
+
+
+def unfit(fitted: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Return the part of `fit`'s result that is the image, a grey one as the channels' mean.
+
+    Parameters
+    ----------
+    fitted : Tensor, shape (N, 3, H', W')
+    channels, height, width : int
+        The image's; C is 1 or 3.
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
+    top, left = (fitted.shape[-2] - height) // 2, (fitted.shape[-1] - width) // 2
+    inner = fitted[..., top : top + height, left : left + width]
+    return inner.mean(1, keepdim=True) if channels == 1 else inner
+
+
 class FlowPrior:
     """A penalty that pulls images towards the data manifold.
 
@@ -128,6 +193,12 @@ class FlowPrior:
     and D held constant, so that nothing is back-propagated through the network
     (Romano et al., 2017, RED; Poole et al., 2023, score distillation).
     ``velocity``: ``weight mean|v(x, t)|^2``, back-propagated (the paper, eq. 17).
+
+    A grey image is repeated over the three channels and D averaged over them, so
+    that it is pulled by the mean of their pulls. Where a side does not fit the
+    network the image is reflected at its edges (`fit`), and what is outside pulls
+    at nothing. Larger images than the network was trained on it takes as a whole,
+    being convolutional, or in tiles (`Tiled`).
 
     It counts its calls and holds D between them: one prior serves one attack.
 
@@ -149,6 +220,9 @@ class FlowPrior:
         In `denoiser` mode D is the mean over that many draws of e. 1 or more.
     polish : float
         Share of the iterations, the last ones, in which the weight is 0; in [0, 1).
+    tiles : float
+        1: images larger than the network was trained on are cut into tiles of that
+        size. 0: they are not.
 
     Raises
     ------
@@ -168,6 +242,7 @@ class FlowPrior:
         every: int = 1,
         draws: int = 1,
         polish: float = 0.0,
+        tiles: float = 0,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
@@ -181,6 +256,11 @@ class FlowPrior:
                 raise ValueError(f"{name} is {number}; allowed{most}: {allowed}")
         if not 0 <= polish < 1:
             raise ValueError(f"polish is {polish}; allowed: from 0, below 1")
+        if tiles not in (0, 1):
+            raise ValueError(f"tiles is {tiles}; allowed: 0, 1")
+        self.multiple = int(network.multiple)  # type: ignore[arg-type]
+        if tiles:  # displaced by a generator on the CPU, so that no call waits for the device
+            network = Tiled(network, torch.Generator().manual_seed(generator.initial_seed()))
         self.network = network
         self.weight = weight
         self.mode = mode
@@ -196,26 +276,25 @@ class FlowPrior:
 
         Parameters
         ----------
-        images : Tensor, shape (N, 3, H, W)
-            In [0, 1]; the same N, H and W in every call.
+        images : Tensor, shape (N, C, H, W)
+            In [0, 1]; C is 1 or 3; the same shape in every call.
         progress : float
             Share of the attack's iterations done, in [0, 1].
 
         Raises
         ------
         ValueError
-            If the network can't take images of this shape (`check_shape`).
+            If the network can't take images of this shape (`fit`).
         """
-        check_shape(self.network, images.shape)
         if self.polish and progress >= 1 - self.polish:
             return 0 * images.sum()
-        x = 2 * images - 1
+        x, shape = 2 * images - 1, images.shape[1:]
         level = self.t_start + (self.t_end - self.t_start) * progress
         if self.mode == "velocity":
-            t = x.new_full((len(x),), level)
-            return self.weight * self.network(x, t).square().mean()
+            velocity = self.network(fit(x, self.multiple), x.new_full((len(x),), level))
+            return self.weight * unfit(velocity, 3, *shape[1:]).square().mean()
         if self._calls % self.every == 0:
-            self._denoised = self._denoise(x.detach(), level)
+            self._denoised = unfit(self._denoise(fit(x.detach(), self.multiple), level), *shape)
         self._calls += 1
         return self.weight * F.mse_loss(x, self._denoised)
 

@@ -375,6 +375,7 @@ class Trainer:
         losses = self.validate()
         facts = {
             "network": self.settings.network,
+            "image size": str(self.images.shape[-1]),
             "data": self.source,
             "training images": f"{len(self.images):,}",
             "images seen": f"{self.images_seen:,}",

@@ -8,7 +8,7 @@ and done in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +21,9 @@ from server_strategies.attacks.explain.distance import CosineDistance, Distance,
 from server_strategies.attacks.explain.gradient import loss_gradient
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim's defaults, which Flower's clients use
-KEPT_GRAPHS = 32  # longer trajectories compute each step's graph anew on the way back
+# Of the local steps' graphs, in bytes: a quarter of a 24 GB card. Steps whose graphs would
+# need more compute them anew on the way back.
+KEPT_GRAPHS = 6_000_000_000
 
 
 class Optimizer(Protocol):
@@ -191,7 +193,7 @@ def simulate(
         The weights after the last step; they can be back-propagated once.
     """
     optimizer = Sgd(training) if training.optimizer == "sgd" else Adam(training, smoothing)
-    steps = _Steps(model, list(w0), training.max_grad_norm, len(batches) > KEPT_GRAPHS)
+    steps = _Steps(model, list(w0), training.max_grad_norm)
     flat = [part for batch in batches for part in batch]
     weights = _Simulation.apply(steps, optimizer, [w.detach() for w in w0.values()], *flat)
     return dict(zip(w0, weights, strict=True))
@@ -204,16 +206,22 @@ class _Steps:
     model: nn.Module
     names: list[str]
     max_grad_norm: float
-    recompute: bool
+    graph_bytes: int = 0  # of one step, from the first on
     tape: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = field(default_factory=list)
 
     def gradient(self, w: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
         """Return the client's gradient at `w`, remembering how it came about."""
         w = [w_.detach().requires_grad_() for w_ in w]
         leaves = [part.detach().requires_grad_(part.requires_grad) for part in batch]
-        gradient = [] if self.recompute else self._differentiable(w, leaves)
+        if self.tape and self.graph_bytes * (len(self.tape) + 1) > KEPT_GRAPHS:
+            self.tape.append((w, leaves, []))
+            return [g.detach() for g in self._differentiable(w, leaves)]
+        if self.tape:
+            gradient = self._differentiable(w, leaves)
+        else:
+            gradient, self.graph_bytes = _weighed(lambda: self._differentiable(w, leaves))
         self.tape.append((w, leaves, gradient))
-        return [g.detach() for g in gradient or self._differentiable(w, leaves)]
+        return [g.detach() for g in gradient]
 
     def _differentiable(self, w: list[Tensor], batch: list[Tensor]) -> list[Tensor]:
         x, y = batch
@@ -236,6 +244,19 @@ class _Steps:
         )
         on_batch = [next(pulls) if part.requires_grad else None for part in batch]
         return list(pulls), on_batch
+
+
+def _weighed(compute: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:
+    """Return a computation's result, and the bytes that its graph keeps."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # itself, it would keep its own graph alive for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return compute(), sum(kept.values())
 
 
 class _Simulation(torch.autograd.Function):

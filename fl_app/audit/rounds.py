@@ -1,0 +1,170 @@
+"""A run by round: how good the global model is, and how much its updates leak (Figure 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fl_app.audit.leakage_log import read_lines
+from fl_app.audit.metrics import mean_interval
+from fl_app.files import whole_file
+
+METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips_vgg": "LPIPS VGG", "lpips_alex": "LPIPS Alex"}
+_DIGITS = {"psnr": 1}  # after the point; 3 otherwise
+
+
+@dataclass(frozen=True)
+class RoundScore:
+    """One metric of one attack in one round: over the updates that it was scored on.
+
+    Attributes
+    ----------
+    mean : float
+        Of the updates' means.
+    low, high : float or None
+        The 95% interval of the mean; None for a single update.
+    grey : float
+        The mean of a grey image's scores on the same images.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    grey: float
+
+
+@dataclass(frozen=True)
+class RoundLine:
+    """What one round shows, of one attack.
+
+    Attributes
+    ----------
+    round : int
+    accuracy : float or None
+        Of the global model after the round, in [0, 1], on the clients' test
+        images; None where no client evaluated it.
+    attack : str or None
+        None: no update of the round has a line in the log.
+    succeeded, updates : int
+        Updates that the attack succeeded on, and that it was run on.
+    scores : mapping of str to RoundScore
+        By the names in `METRICS`; without those that no update has.
+    """
+
+    round: int
+    accuracy: float | None
+    attack: str | None
+    succeeded: int
+    updates: int
+    scores: Mapping[str, RoundScore]
+
+
+def read_rounds(run_dir: Path) -> list[RoundLine]:
+    """Return a run by round and attack, from ``training.json`` and ``leakage.jsonl``.
+
+    The updates of round r start from the model after round r - 1. An attack's
+    last line on an update counts.
+    """
+    path = run_dir / "training.json"  # written at the training's end
+    training = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    accuracy = {entry["round"]: entry["evaluate"].get("accuracy") for entry in training}
+    latest: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    for line in read_lines(run_dir / "leakage.jsonl")[0]:
+        latest.setdefault((line["round"], line["attack"]), {})[line["node"]] = line
+    attacked = {round_ for round_, _ in latest}
+    silent = [
+        RoundLine(round_, accuracy[round_], None, 0, 0, {})
+        for round_ in accuracy
+        if round_ not in attacked
+    ]
+    found = [
+        _line(round_, accuracy.get(round_), attack, list(lines.values()))
+        for (round_, attack), lines in latest.items()
+    ]
+    return sorted(silent + found, key=lambda line: line.round)
+
+
+def _line(
+    round_: int, accuracy: float | None, attack: str, lines: Sequence[Mapping[str, Any]]
+) -> RoundLine:
+    good = [line for line in lines if line["status"] == "ok"]
+    scores = {}
+    for name in METRICS:
+        known = [line["metrics"][name] for line in good if line["metrics"].get(name)]
+        known = [score for score in known if None not in (score["mean"], score["baseline"])]
+        if known:
+            mean, low, high = mean_interval([score["mean"] for score in known])
+            grey = sum(score["baseline"] for score in known) / len(known)
+            scores[name] = RoundScore(mean, low, high, grey)
+    return RoundLine(round_, accuracy, attack, len(good), len(lines), scores)
+
+
+def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
+    """Return the table's rows, its head first; a metric that no line has is left out."""
+    there = [name for name in METRICS if any(name in line.scores for line in lines)]
+    head = ["round", "accuracy %", "attack", "updates"]
+    for name in there:
+        head += [METRICS[name], "grey"]
+    rows = [head]
+    for line in lines:
+        accuracy = "-" if line.accuracy is None else f"{100 * line.accuracy:.1f}"
+        updates = f"{line.succeeded}/{line.updates}" if line.attack else "-"
+        cells = [str(line.round), accuracy, line.attack or "-", updates]
+        for name in there:
+            cells += _score_cells(line.scores.get(name), _DIGITS.get(name, 3))
+        rows.append(cells)
+    return rows
+
+
+def _score_cells(score: RoundScore | None, digits: int) -> list[str]:
+    if score is None:
+        return ["-", "-"]
+    words = f"{score.mean:.{digits}f}"
+    if score.low is not None and score.high is not None:
+        words += f" ± {(score.high - score.low) / 2:.{digits}f}"
+    return [words, f"{score.grey:.{digits}f}"]
+
+
+def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:
+    """Draw accuracy and each metric by round, attacks beside their grey image.
+
+    Parameters
+    ----------
+    path : Path
+        A PNG, written whole or not at all.
+    lines : sequence of RoundLine
+        One or more.
+    title : str
+    """
+    there = [name for name in METRICS if any(name in line.scores for line in lines)]
+    figure = Figure(figsize=(7, 2 + 2 * len(there)), layout="constrained")
+    panels = figure.subplots(1 + len(there), 1, sharex=True, squeeze=False)[:, 0]
+    known = {line.round: 100 * line.accuracy for line in lines if line.accuracy is not None}
+    panels[0].plot(list(known), list(known.values()), ".-", color="black")
+    panels[0].set_ylabel("accuracy %")
+    panels[0].set_title(title)
+    for panel, name in zip(panels[1:], there, strict=True):
+        for attack in dict.fromkeys(line.attack for line in lines if name in line.scores):
+            scored = [line for line in lines if line.attack == attack and name in line.scores]
+            x, scores = [line.round for line in scored], [line.scores[name] for line in scored]
+            (drawn,) = panel.plot(x, [score.mean for score in scores], ".-", label=attack)
+            ends = [
+                [score.mean if end is None else end for end in (score.low, score.high)]
+                for score in scores
+            ]
+            panel.fill_between(x, *zip(*ends, strict=True), alpha=0.2, color=drawn.get_color())
+            greys = [score.grey for score in scores]
+            panel.plot(x, greys, "--", color=drawn.get_color(), label=f"{attack}: grey image")
+        panel.set_ylabel(METRICS[name])
+    if there:
+        panels[1].legend(fontsize="small")
+    panels[-1].set_xlabel("round")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
