@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import CosineDistance, Distance
 from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fingerprints
 from server_strategies.attacks.explain.trajectory import Trajectory
@@ -259,7 +261,7 @@ def legible_fingerprints(
 
     Those in linear layers with one input an image, of the first pass over the data:
     the weights of later steps are less well known, of a client that reshuffles their
-    images, too.
+    images, too. What a known defence set to zero is not known of their rows.
 
     Parameters
     ----------
@@ -279,4 +281,9 @@ def legible_fingerprints(
     names = [n for n, given in inputs.items() if given.dim() == 2 and n in observation.trained]
     w0, w1 = ({name: w[name] for name in names} for w in (observation.w0, observation.w1))
     found = find_fingerprints(w0, w1, training, len(training.batches(count)))
+    update = {name: observation.w0[name] - observation.w1[name] for name in observation.trained}
+    known = consistent(list(update.values()), knowledge.defense)
+    if known:
+        exact = dict(zip(update, known.exact(), strict=True))
+        found = [replace(seen, known=seen.known & exact[seen.name][seen.rows]) for seen in found]
     return [seen for seen in found if seen.step < math.ceil(count / training.batch_size)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation
+from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import CosineDistance, Distance, norm
 from server_strategies.attacks.explain.gradient import loss_gradient
 
@@ -304,7 +305,8 @@ class Trajectory(Explanation):
     ) -> None:
         super().__init__(model, observation, knowledge, reason)
         self.smoothing, self.fall = smoothing, last_smoothing / smoothing
-        self.distance = distance([self.w1[name] - w for name, w in self.w0.items()])
+        seen = [self.w1[name] - w for name, w in self.w0.items()]
+        self.distance = distance(seen, known=consistent(seen, knowledge.defense))
         self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:

@@ -1,0 +1,145 @@
+"""Attackers who know the defence: against slow, obvious oracles and real clients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_explain import SHAPE, client
+from torch import Tensor
+
+from fl_app.models import create_model
+from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
+from server_strategies.attacks.explain import EXPLANATIONS
+from server_strategies.attacks.explain.defended import consistent
+
+SGD = LocalTraining("sgd", lr=0.05, batch_size=2, local_steps=3)
+ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=3)
+
+DEFENSES = {
+    "clip": Defense(clip=0.3),
+    "clip_norm": Defense(clip=0.5, clip_by="norm"),
+    "sparsify": Defense(sparsify=0.6),
+    "clip_and_sparsify": Defense(clip=0.3, sparsify=0.6),
+    "bf16": Defense(quantize="bf16"),
+    "int8": Defense(quantize="int8"),
+    "sparsify_int8": Defense(sparsify=0.6, quantize="int8"),
+}
+
+
+def defended(update: list[Tensor], defense: Defense, seed: int = 0) -> list[Tensor]:
+    """Return what a client sends in the place of an update, by plain loops over numbers."""
+    flat = torch.cat([part.flatten() for part in update]).tolist()
+    if defense.clip and defense.clip_by == "value":
+        flat = [max(-defense.clip, min(defense.clip, u)) for u in flat]
+    elif defense.clip:
+        length = math.sqrt(sum(u * u for u in flat))
+        flat = [u * min(1.0, defense.clip / length) for u in flat]
+    zeroed = int(defense.sparsify * len(flat))
+    for place in sorted(range(len(flat)), key=lambda i: abs(flat[i]))[:zeroed]:
+        flat[place] = 0.0
+    values = torch.tensor(flat, dtype=update[0].dtype)
+    if defense.noise != "none":
+        sigma = defense.sigma * (values.square().mean().sqrt() if defense.relative else 1)
+        values = values + sigma * torch.randn(
+            len(flat), generator=torch.Generator().manual_seed(seed), dtype=values.dtype
+        )
+    parts = [
+        part.view_as(like)
+        for part, like in zip(values.split([u.numel() for u in update]), update, strict=True)
+    ]
+    if defense.quantize == "bf16":
+        return [part.bfloat16().to(part) for part in parts]
+    if defense.quantize == "int8":
+        steps = [part.abs().max() / 127 for part in parts]
+        return [(part / step).round() * step for part, step in zip(parts, steps, strict=True)]
+    return parts
+
+
+def seen_through(
+    seen: tuple[Observation, Knowledge, Tensor], defense: Defense
+) -> tuple[Observation, Knowledge, Knowledge]:
+    """Return what the server sees of a defended client, and an unaware and an aware knowledge."""
+    observation, knowledge, _ = seen
+    names = list(observation.w0)
+    update = [observation.w1[name] - observation.w0[name] for name in names]
+    sent = dict(zip(names, defended(update, defense), strict=True))
+    w1 = {name: w + sent[name] for name, w in observation.w0.items()}
+    return replace(observation, w1=w1), knowledge, replace(knowledge, defense=defense)
+
+
+def tiny(seed: int = 0, scale: float = 0.4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, 5), (3,))
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENSES if name != "clip_norm"])
+def test_consistent_updates_are_those_that_the_defence_sends_alike(name: str) -> None:
+    defense = DEFENSES[name]
+    true = tiny()
+    observed = defended(true, defense)
+    known = consistent(observed, defense)
+    assert known is not None
+    # The truth is consistent, so nothing of it differs from what was observed.
+    for found, seen in zip(known.as_observed(true), observed, strict=True):
+        assert torch.allclose(found, seen, rtol=0, atol=1e-12)
+    # A coordinate moved beyond its bounds, alone, would have been sent as another value.
+    kept = min(float(b.abs()[b != 0].min()) for b in observed)
+    for part, (low, high) in enumerate(zip(known.low, known.high, strict=True)):
+        for place in torch.cartesian_prod(*[torch.arange(n) for n in true[part].shape]):
+            i = tuple(int(n) for n in place.view(-1))
+            for bound, step in ((low[i], -1), (high[i], 1)):
+                if bound.isinf():
+                    continue
+                moved = [part.clone() for part in true]
+                # Past both bounds' tolerance, and past the least that was kept.
+                moved[part][i] = bound + step * (0.002 + 0.01 * kept)
+                resent = defended(moved, defense)
+                assert not torch.equal(resent[part][i], observed[part][i]), (part, i, step)
+
+
+def test_a_residual_is_the_distance_from_the_consistent_updates() -> None:
+    # By hand: bound 1, least kept 0.5, so the zero says "at most 0.5".
+    observed = [torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)]
+    known = consistent(observed, Defense(clip=1.0, sparsify=0.25))
+    assert known is not None
+    candidate = [torch.tensor([3.0, 0.25, 0.75, -0.75], dtype=torch.float64, requires_grad=True)]
+    (found,) = known.as_observed(candidate)
+    expected = torch.tensor([1.0, 0.249, 0.75, -0.25], dtype=torch.float64)
+    assert torch.allclose(found, expected, atol=2e-3, rtol=0)
+    (slope,) = torch.autograd.grad(found.sum(), candidate)
+    assert slope.tolist() == [0, 1, 1, 1]
+
+
+def test_zeros_beyond_the_defences_are_the_updates_own() -> None:
+    observed = [torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0])]
+    known = consistent(observed, Defense(sparsify=0.25))
+    assert known is not None
+    assert all(exact.all() for exact in known.exact())
+
+
+@pytest.mark.parametrize("kind", ["trajectory", "passes"])
+@pytest.mark.parametrize("name", DEFENSES)
+def test_the_truth_explains_a_defended_update_to_who_knows_the_defence(
+    kind: str, name: str
+) -> None:
+    seen = client(SGD, torch.float64)
+    size = torch.cat([(seen[0].w1[n] - w).flatten() for n, w in seen[0].w0.items()])
+    defense = DEFENSES[name]
+    if defense.clip:  # a bound that bites
+        bound = size.norm() / 2 if defense.clip_by == "norm" else size.abs().max() / 4
+        defense = replace(defense, clip=float(bound))
+    observation, unaware, aware = seen_through(seen, defense)
+    at_truth = []
+    for knowledge in (unaware, aware):
+        model = create_model("convnet", 10, SHAPE).double()
+        explanation = EXPLANATIONS[kind](model, observation, knowledge, "")
+        at_truth.append(float(explanation(seen[2], 1.0)))
+    assert abs(at_truth[1]) < 1e-9
+    # The direction alone is all that a cosine sees anyway.
+    assert at_truth[0] > 1e-6 or name == "clip_norm"
