@@ -150,6 +150,13 @@ class Defense:
         noise, or absolute.
     quantize : {"none", "bf16", "int8"}
         The number format that the update is sent in; int8 with one scale a tensor.
+    precode : int
+        Size k of the model's variational bottleneck, 0: none. With `dropout` a
+        part of the model, see `fl_app.models.extensions`, not of the update.
+    dropout : float
+        Share of the features before the classifier that a local step sets to zero.
+    secagg : bool
+        Whether the server sees the sum of several clients' updates only.
     """
 
     clip: float = 0.0
@@ -159,6 +166,9 @@ class Defense:
     sigma: float = 0.0
     relative: bool = False
     quantize: str = "none"
+    precode: int = 0
+    dropout: float = 0.0
+    secagg: bool = False
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
@@ -175,6 +185,8 @@ class Defense:
             ("clip", self.clip >= 0, "0 (none) or more"),
             ("sparsify", 0 <= self.sparsify < 1, "0 to less than 1"),
             ("sigma", self.sigma >= 0, "0 or more"),
+            ("precode", self.precode >= 0, "0 (none) or more"),
+            ("dropout", 0 <= self.dropout < 1, "0 (none) to less than 1"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: {words}")
@@ -257,6 +269,9 @@ class Knowledge:
         What an attack inferred from the update itself, and how, in words.
     defense : Defense
         What the attacker knows of the client's defence; none, where it does not know.
+    precode, dropout : int, float
+        The model's own, see `Defense`. Who sends a model knows its layers; that
+        they are a defence, to be attacked, is what `defense` says.
     """
 
     model: str
@@ -269,6 +284,8 @@ class Knowledge:
     labels_source: str = "given"
     inferred: tuple[str, ...] = ()
     defense: Defense = Defense()
+    precode: int = 0
+    dropout: float = 0.0
 
     @property
     def client(self) -> LocalTraining:

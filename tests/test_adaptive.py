@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_explain import SHAPE, client
+from test_explain import MEAN, SHAPE, STD, client
 from torch import Tensor
 
-from fl_app.models import create_model
+from client_app.training import normalise, train
+from fl_app.models import create_model, known_model
+from fl_app.models.extensions import RandomLayer, given_noise, local_loss, random_layers
 from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain import EXPLANATIONS
 from server_strategies.attacks.explain.defended import consistent
@@ -37,8 +39,9 @@ def defended(update: list[Tensor], defense: Defense, seed: int = 0) -> list[Tens
     elif defense.clip:
         length = math.sqrt(sum(u * u for u in flat))
         flat = [u * min(1.0, defense.clip / length) for u in flat]
-    zeroed = int(defense.sparsify * len(flat))
-    for place in sorted(range(len(flat)), key=lambda i: abs(flat[i]))[:zeroed]:
+    moved = [place for place, u in enumerate(flat) if u]
+    zeroed = int(defense.sparsify * len(moved))
+    for place in sorted(moved, key=lambda i: abs(flat[i]))[:zeroed]:
         flat[place] = 0.0
     values = torch.tensor(flat, dtype=update[0].dtype)
     if defense.noise != "none":
@@ -116,13 +119,6 @@ def test_a_residual_is_the_distance_from_the_consistent_updates() -> None:
     assert slope.tolist() == [0, 1, 1, 1]
 
 
-def test_zeros_beyond_the_defences_are_the_updates_own() -> None:
-    observed = [torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0])]
-    known = consistent(observed, Defense(sparsify=0.25))
-    assert known is not None
-    assert all(exact.all() for exact in known.exact())
-
-
 @pytest.mark.parametrize("kind", ["trajectory", "passes"])
 @pytest.mark.parametrize("name", DEFENSES)
 def test_the_truth_explains_a_defended_update_to_who_knows_the_defence(
@@ -143,3 +139,116 @@ def test_the_truth_explains_a_defended_update_to_who_knows_the_defence(
     assert abs(at_truth[1]) < 1e-9
     # The direction alone is all that a cosine sees anyway.
     assert at_truth[0] > 1e-6 or name == "clip_norm"
+
+
+def randomised(
+    training: LocalTraining, *, precode: int = 0, dropout: float = 0.0, known: bool = True
+) -> tuple[Observation, Knowledge, Tensor, list[Tensor]]:
+    """Train a client whose model has random layers; return what each drew, too, by row."""
+    model = create_model("mlp", 10, SHAPE, 1, precode=precode, dropout=dropout).double()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((6, *SHAPE), generator=generator, dtype=torch.float64)
+    labels = torch.randint(10, (6,), generator=generator)
+    drawn: list[list[Tensor]] = [[] for _ in random_layers(model)]
+    for layer, kept in zip(random_layers(model), drawn, strict=True):
+
+        def draw(like: Tensor, layer: RandomLayer = layer, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(type(layer).draw(layer, like))
+            return kept[-1]
+
+        layer.draw = draw  # type: ignore[method-assign]
+    w0 = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [torch.tensor(batch) for batch in training.batches(6)]
+    train(model, images, labels, batches, training, MEAN, STD)
+    observation = Observation(w0, model.state_dict(), 6, round=1, node=1, client=1)
+    knowledge = Knowledge(
+        "mlp", 10, SHAPE, MEAN, STD, training, tuple(labels.tolist()),
+        defense=Defense(precode=precode, dropout=dropout) if known else Defense(),
+        precode=precode, dropout=dropout,
+    )  # fmt: skip
+    return observation, knowledge, normalise(images, MEAN, STD), [torch.cat(d) for d in drawn]
+
+
+def test_the_bottlenecks_loss_is_the_papers() -> None:
+    torch.manual_seed(0)
+    model = create_model("mlp", 10, SHAPE, 1, precode=3).double()
+    x, y = torch.randn(4, *SHAPE, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+    for mode in (True, False):  # it samples in evaluation, too
+        assert not torch.equal(model.train(mode)(x), model(x))
+    eps = torch.randn(4, 3, dtype=torch.float64)
+    with given_noise(model, [eps]):
+        found = local_loss(model, model(x), y)
+    bottleneck, classifier = model.classifier[0], model.classifier[1]
+    total, divergence = 0.0, 0.0
+    for row, h in enumerate(model.features(x).detach()):
+        encoded = bottleneck.encode(h).detach()
+        z = []
+        for j in range(3):
+            mu, std = float(encoded[j]), math.log1p(math.exp(float(encoded[3 + j])))
+            divergence += (mu**2 + std**2 - 1 - math.log(std**2)) / 2
+            z.append(mu + std * float(eps[row, j]))
+        logits = classifier(bottleneck.decode(torch.tensor(z, dtype=torch.float64)))
+        total += float((logits.exp().sum().log() - logits[y[row]]).detach())
+    assert float(found.detach()) == pytest.approx(total / 4 + 1e-3 * divergence / 4 / math.log(2))
+
+
+def test_dropout_is_torchs() -> None:
+    torch.manual_seed(0)
+    model = create_model("mlp", 10, SHAPE, 1, dropout=0.5).double()
+    x = torch.randn(4, *SHAPE, dtype=torch.float64)
+    torch.manual_seed(1)
+    mask = model.classifier[0].draw(model.features(x))
+    assert 0.4 < mask.mean() < 0.6
+    with given_noise(model, [mask]):
+        found = model(x)
+    kept = torch.where(mask > 0, 2 * model.features(x), 0)
+    assert torch.allclose(found, model.classifier[1](kept))
+    assert torch.allclose(model.eval()(x), model.classifier[1](model.features(x)))
+    with pytest.raises(ValueError, match=r"dropout is 1.0; allowed: 0"):
+        create_model("mlp", 10, SHAPE, dropout=1.0)
+
+
+@pytest.mark.parametrize("layers", [{"precode": 4}, {"dropout": 0.5}])
+@pytest.mark.parametrize("kind", ["trajectory", "passes"])
+def test_with_the_noise_that_was_drawn_the_truth_explains_the_update(
+    kind: str, layers: dict[str, float]
+) -> None:
+    observation, knowledge, x, drawn = randomised(SGD, **layers)
+    explanation = EXPLANATIONS[kind](known_model(knowledge).double(), observation, knowledge, "")
+    (unknown,) = [noise for noise in explanation.noise if noise]
+    before = float(explanation(x, 1.0))
+    with torch.no_grad():
+        unknown.value.copy_(drawn[0])
+    assert float(explanation(x, 1.0)) < 1e-9 < 0.01 * before
+
+
+@pytest.mark.parametrize("layers", [{"precode": 4}, {"dropout": 0.5}])
+def test_who_does_not_know_draws_anew(layers: dict[str, float]) -> None:
+    observation, knowledge, x, _ = randomised(SGD, known=False, **layers)
+    explanation = EXPLANATIONS["trajectory"](
+        known_model(knowledge).double(), observation, knowledge, ""
+    )
+    assert explanation.unknowns == []
+    assert not torch.equal(explanation(x, 1.0), explanation(x, 1.0))
+
+
+def test_masks_are_recovered_beside_the_image() -> None:
+    one_step = replace(SGD, local_steps=1, batch_size=6)
+    observation, knowledge, x, drawn = randomised(one_step, dropout=0.5)
+    explanation = EXPLANATIONS["gradient"](
+        known_model(knowledge).double(), observation, knowledge, ""
+    )
+    (mask,) = [noise for noise in explanation.noise if noise]
+    optimizer = torch.optim.Adam([mask.value], 0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        explanation(x, 0.0).backward()
+        optimizer.step()
+        with torch.no_grad():
+            mask.value.clamp_(mask.low, mask.high)
+    # Units that are not active show no mask.
+    model = known_model(knowledge).double()
+    model.load_state_dict(observation.w0)
+    active = model.features(x) > 0
+    right = (mask.value.round() == drawn[0])[active].double().mean()
+    assert right > 0.9, float(right)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fl_app.models.convnet import ConvNet
+from fl_app.models.extensions import extend
 from fl_app.models.mlp import MLP
 from fl_app.protocol import Knowledge
 
@@ -18,7 +19,13 @@ MODELS: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {
 
 
 def create_model(
-    name: str, num_classes: int, image_shape: tuple[int, int, int], seed: int | None = None
+    name: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    seed: int | None = None,
+    *,
+    precode: int = 0,
+    dropout: float = 0.0,
 ) -> nn.Module:
     """Return a freshly initialised model.
 
@@ -35,19 +42,24 @@ def create_model(
         (C, H, W).
     seed : int, optional
         Initialises deterministically without touching torch's global state.
+    precode, dropout : int, float
+        See `extensions.extend`. With them `classifier` is a sequence that ends in
+        the last layer.
 
     Raises
     ------
     ValueError
-        If no model has this name, or it does not fit the image size.
+        If no model has this name, it does not fit the image size, or an
+        extension's number is out of range.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
-    if seed is None:
-        return MODELS[name](num_classes, image_shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS[name](num_classes, image_shape)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = MODELS[name](num_classes, image_shape)
+        extend(model, precode, dropout)
+    return model
 
 
 def known_model(knowledge: Knowledge) -> nn.Module:
@@ -58,4 +70,10 @@ def known_model(knowledge: Knowledge) -> nn.Module:
     ValueError
         See `create_model`.
     """
-    return create_model(knowledge.model, knowledge.num_classes, knowledge.image_shape)
+    return create_model(
+        knowledge.model,
+        knowledge.num_classes,
+        knowledge.image_shape,
+        precode=knowledge.precode,
+        dropout=knowledge.dropout,
+    )

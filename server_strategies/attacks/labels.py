@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from fl_app.models import known_model
+from fl_app.models.extensions import local_loss
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 
@@ -420,7 +420,7 @@ class _Search:
             means.append(float(inputs[:, : inputs.shape[1] - self.bias].abs().mean()))
             labels = torch.tensor(_labels(self._random_labels(size)), device=images.device)
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            local_loss(model, model(images), labels).backward()
             optimizer.step()
         return means
 

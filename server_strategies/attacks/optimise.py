@@ -65,7 +65,7 @@ def optimise(
 
     Adam on normalised pixels from N(0, I), or from the explanation's start, boxed
     to those of images in [0, 1] after every step, with the explanation's own
-    unknowns beside them, boxed to [0, 1]. The result is the explanation's reading
+    unknowns beside them, boxed to theirs. The result is the explanation's reading
     of the last iterate: nothing is chosen by its likeness to the truth.
 
     Parameters
@@ -157,8 +157,8 @@ def optimise(
                 variable.copy_(torch.lerp(before, variable, pace.view(-1, 1, 1, 1)))
             if decode is None:
                 variable.clamp_(low, high)
-            for unknown in unknowns:
-                unknown.clamp_(0, 1)
+            for unknown in explanation.unknowns:
+                unknown.value.clamp_(unknown.low, unknown.high)
         losses[iteration] = matching.detach()
         done, now = iteration + 1, time.monotonic()
         # Reading a loss waits for the device, so do it once a second only.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fl_app.models.extensions import given_noise, local_loss
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.explain.defended import consistent
@@ -149,13 +150,17 @@ class Decoded(Trajectory):
                 if self.ordered:
                     self._deal(index, misfits[-1])
             optimizer.zero_grad()
-            logits = functional_call(self.model, {**weights}, (x[index],))
-            F.cross_entropy(logits, self.labels[index]).backward()
+            with given_noise(self.model, self._noise(step, x[index])):
+                logits = functional_call(self.model, {**weights}, (x[index],))
+                local_loss(self.model, logits, self.labels[index]).backward()
             if self.training.max_grad_norm:
                 nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
             optimizer.step()
         if not self.ordered:
             self._deal(torch.cat([index for _, index in self._steps()]), torch.cat(misfits))
+
+    def _noise(self, step: int, x: Tensor) -> list[Tensor]:
+        return [noise.detach() for noise in self.noise_of(self.taken[step], x)]
 
     def _deal(self, index: Tensor, misfit: Tensor) -> None:
         """Deal the labels of some images out among them: the linear assignment that fits best."""
@@ -170,7 +175,8 @@ class Decoded(Trajectory):
         which its label decides.
         """
         weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
-        inputs, outputs, logits = look(self.model, weights, x, self.names)
+        with given_noise(self.model, self._noise(step, x)):
+            inputs, outputs, logits = look(self.model, weights, x, self.names)
         played = []
         for seen in self.prints[step]:
             features = inputs[seen.name].detach()

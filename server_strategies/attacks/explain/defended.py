@@ -108,8 +108,7 @@ def consistent(
 
     - `clip` by value: a coordinate at the bound says that it is at least that; by
       norm: an update of that norm says its direction only.
-    - `sparsify`: zero says that the magnitude is at most the least one that was
-      kept; but that it is zero where more are zero than the defence made so.
+    - `sparsify`: zero says that the magnitude is at most the least one that was kept.
     - `quantize`: within half a step, that is ``max |b| / 254`` of a tensor in int8
       and ``2^-8 |b|`` in bf16.
     - `noise`: no bound, as it has none; where it hides what was clipped or set to
@@ -202,19 +201,16 @@ def hidden_size(update: Sequence[Tensor], defense: Defense) -> str:
 
 
 def _threshold(size: Tensor, half: Tensor, defense: Defense) -> float:
-    """Return the magnitude below which a client set moves to zero; 0: nowhere that matters.
+    """Return the magnitude below which a client set moves to zero; 0: it set none.
 
     From |b| and half a step of quantisation, by coordinate.
     """
-    zeroed = math.ceil(defense.sparsify * len(size))
-    if not zeroed:
+    if not defense.sparsify:
         return 0.0
     if defense.sigma:  # zeros are noise now: the least moves stand for them
-        return size.kthvalue(zeroed).values.item()
+        return size.kthvalue(math.ceil(defense.sparsify * len(size))).values.item()
     moved = size > 0
-    # With more zeros than it made, all that the client set to zero were zero already.
-    more = int((~moved).sum()) > zeroed and defense.quantize == "none"
-    return 0.0 if more or not moved.any() else (size + half)[moved].min().item()
+    return (size + half)[moved].min().item() if moved.any() else 0.0
 
 
 def _half_step(b: Tensor, defense: Defense) -> Tensor:

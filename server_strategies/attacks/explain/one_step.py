@@ -118,7 +118,9 @@ class GradientMatch(Explanation):
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
-        return self.distance(loss_gradient(self.model, self.w0, x, self.targets()))
+        return self.distance(
+            loss_gradient(self.model, self.w0, x, self.targets(), self.noise_of(0, x))
+        )
 
 
 class EpsInversion(GradientMatch):
@@ -254,7 +256,7 @@ class SignMatch(GradientMatch):
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the disagreement, shape (), of normalised images (N, C, H, W)."""
-        gradient = loss_gradient(self.model, self.w0, x, self.targets())
+        gradient = self._gradient(x)
         if self.decayed:
             gradient = [g + d for g, d in zip(gradient, self.decayed, strict=True)]
         agreed = [(r * g).sum() for r, g in zip(self.steps, gradient, strict=True)]

@@ -53,7 +53,8 @@ class Surrogate(Explanation):
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
         pairs = zip(self.w0.items(), self.update, strict=True)
         weights = {name: w - self.alpha * u for (name, w), u in pairs}
-        return self.distance(loss_gradient(self.model, weights, x, self.targets()))
+        noise = self.noise_of(0, x)
+        return self.distance(loss_gradient(self.model, weights, x, self.targets(), noise))
 
     def position(self) -> float:
         """See `Explanation`."""
