@@ -224,6 +224,8 @@ class Observation:
     client : int
         The partition that the client says it holds; `node` where it says none.
         For people to read: nothing relies on it.
+    examples : tuple of int
+        Under secure aggregation the `num_examples` of each client in the sum.
     """
 
     w0: Mapping[str, Tensor]
@@ -232,6 +234,7 @@ class Observation:
     round: int
     node: int
     client: int
+    examples: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:

@@ -11,10 +11,12 @@ from test_explain import MEAN, SHAPE, STD, client
 from torch import Tensor
 
 from client_app.training import normalise, train
+from fl_app.config import AttackConfig, PriorConfig
 from fl_app.models import create_model, known_model
 from fl_app.models.extensions import RandomLayer, given_noise, local_loss, random_layers
 from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
-from server_strategies.attacks.explain import EXPLANATIONS
+from server_strategies.attacks import run_attack
+from server_strategies.attacks.explain import EXPLANATIONS, choose
 from server_strategies.attacks.explain.defended import consistent
 
 SGD = LocalTraining("sgd", lr=0.05, batch_size=2, local_steps=3)
@@ -113,10 +115,17 @@ def test_a_residual_is_the_distance_from_the_consistent_updates() -> None:
     assert known is not None
     candidate = [torch.tensor([3.0, 0.25, 0.75, -0.75], dtype=torch.float64, requires_grad=True)]
     (found,) = known.as_observed(candidate)
-    expected = torch.tensor([1.0, 0.249, 0.75, -0.25], dtype=torch.float64)
+    # Known best is 0.5 alone, missed by 0.25; the zero is known to 1 / sqrt(12).
+    weight = 0.25**2 / (0.25**2 + 1 / 12)
+    expected = torch.tensor([1.0, 0.25, 0.75, -0.25 - weight * 0.5], dtype=torch.float64)
     assert torch.allclose(found, expected, atol=2e-3, rtol=0)
     (slope,) = torch.autograd.grad(found.sum(), candidate)
     assert slope.tolist() == [0, 1, 1, 1]
+    # At the truth what is hidden has no slope at all.
+    candidate = [torch.tensor([3.0, -2.0, 0.500001, -0.25]).double().requires_grad_()]
+    (found,) = known.as_observed(candidate)
+    (slope,) = torch.autograd.grad(found.sum(), candidate)
+    assert torch.allclose(slope, torch.tensor([0.0, 0, 1, 0]).double(), atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["trajectory", "passes"])
@@ -252,3 +261,75 @@ def test_masks_are_recovered_beside_the_image() -> None:
     active = model.features(x) > 0
     right = (mask.value.round() == drawn[0])[active].double().mean()
     assert right > 0.9, float(right)
+
+
+def summed(
+    training: LocalTraining, sizes: tuple[int, ...]
+) -> tuple[Observation, Knowledge, Tensor]:
+    """Train clients from the same weights; return their weighted mean, as FedAvg makes it."""
+    w0: dict[str, Tensor] = {}
+    w1: dict[str, Tensor] = {}
+    labels: tuple[int, ...] = ()
+    images = []
+    for place, size in enumerate(sizes):
+        _, known, x = client(training, torch.float64, architecture="mlp", count=size + place)
+        # Different images: the last ones of a longer draw.
+        model = create_model("mlp", 10, SHAPE, seed=1).double()
+        w0 = {name: value.clone() for name, value in model.state_dict().items()}
+        own, classes = x[place:], (known.labels or ())[place:]
+        mean, std = (torch.tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in (MEAN, STD))
+        batches = [torch.tensor(batch) for batch in training.batches(size)]
+        train(model, own * std + mean, torch.tensor(classes), batches, training, MEAN, STD)
+        for name, value in model.state_dict().items():
+            w1[name] = w1.get(name, 0) + value * size / sum(sizes)
+        labels, images = labels + classes, [*images, own]
+    observation = Observation(w0, w1, sum(sizes), 1, node=0, client=-1, examples=sizes)
+    knowledge = Knowledge(
+        "mlp", 10, SHAPE, MEAN, STD, training, labels, defense=Defense(secagg=True)
+    )
+    return observation, knowledge, torch.cat(images)
+
+
+def test_a_sum_is_explained_by_all_clients_images() -> None:
+    observation, knowledge, x = summed(SGD, (4, 6, 2))
+    kind, why = choose(known_model(knowledge), observation, knowledge)
+    assert (kind, why) == ("sum", "secure aggregation of 3 clients")
+    model = known_model(knowledge).double()
+    explanation = EXPLANATIONS[kind](model, observation, knowledge, why)
+    assert float(explanation(x, 1.0)) < 1e-9
+    swapped = x[torch.tensor([11, *range(1, 11), 0])]
+    assert float(explanation(swapped, 1.0)) > 1e-3
+    unknown = replace(knowledge, labels=None)
+    explanation = EXPLANATIONS[kind](model, observation, unknown, why)
+    assert len(explanation.found_labels()) == 12
+    with pytest.raises(ValueError, match=r"examples are \(\); allowed"):
+        EXPLANATIONS[kind](model, replace(observation, examples=()), knowledge, why)
+
+
+def test_a_sum_is_attacked_by_name_alone() -> None:
+    seen = summed(SGD, (2, 1))
+    options = {"explain": "auto", "tv": 0.01}
+    found = run_attack(
+        seen[0], replace(seen[1], labels=None),
+        AttackConfig("sme", 3, options=options), PriorConfig(), seed=0,
+    )  # fmt: skip
+    assert found.images.shape == (3, *SHAPE)
+    assert "not of a sum" in found.explanation
+
+
+def test_the_dropout_inversion_fits_masks_beside_the_image() -> None:
+    one_step = replace(SGD, local_steps=1, batch_size=1)
+    observation, knowledge, _, _ = randomised(one_step, dropout=0.5, known=False)
+    observation = replace(observation, num_examples=1)
+    knowledge = replace(knowledge, labels=(knowledge.labels or ())[:1])
+
+    def last_loss(name: str, knowledge: Knowledge) -> float:
+        config = AttackConfig(name, 60)
+        return run_attack(observation, knowledge, config, PriorConfig(), seed=0).losses[-1]
+
+    fitted, drawn_anew = (
+        last_loss(name, knowledge) for name in ("dropout_inversion", "inverting_gradients")
+    )
+    assert fitted < 0.5 * drawn_anew
+    with pytest.raises(ValueError, match=r"dropout is 0; allowed for dropout_inversion"):
+        last_loss("dropout_inversion", replace(knowledge, dropout=0.0))

@@ -86,12 +86,14 @@ def count_labels(
     ------
     ValueError
         If `method` is unknown or does not fit the client, the model has no
-        linear classifier, or the update is zero or not finite.
+        linear classifier, the update is zero or not finite, or it is a sum.
     """
     if method not in METHODS:
         raise ValueError(f"labels method is {method!r}; allowed: {', '.join(METHODS)}")
     if observation.num_examples < 1:
         raise ValueError(f"num_examples is {observation.num_examples}; allowed: 1 or more")
+    if knowledge.defense.secagg:
+        raise ValueError("labels are counted of one client's update, not of a sum of several")
     reason = "asked for"
     if method == "auto":
         method, reason = choose_method(knowledge.client, observation.num_examples)

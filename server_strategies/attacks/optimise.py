@@ -143,8 +143,9 @@ def optimise(
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
             (gradient,) = torch.autograd.grad(x, variable, slope + pull)
         variable.grad = gradient.sign() if signed else gradient
-        for unknown, part in zip(unknowns, slopes, strict=True):
-            unknown.grad = part
+        for fitted, part in zip(explanation.unknowns, slopes, strict=True):
+            pulled = fitted.prior and torch.autograd.grad(fitted.prior(fitted.value), fitted.value)
+            fitted.value.grad = part + pulled[0] if pulled else part
         pace = explanation.pace()
         before = variable if pace is None else variable.detach().clone()
         optimizer.step()
@@ -157,8 +158,8 @@ def optimise(
                 variable.copy_(torch.lerp(before, variable, pace.view(-1, 1, 1, 1)))
             if decode is None:
                 variable.clamp_(low, high)
-            for unknown in explanation.unknowns:
-                unknown.value.clamp_(unknown.low, unknown.high)
+            for fitted in explanation.unknowns:
+                fitted.value.clamp_(fitted.low, fitted.high)
         losses[iteration] = matching.detach()
         done, now = iteration + 1, time.monotonic()
         # Reading a loss waits for the device, so do it once a second only.

@@ -14,12 +14,22 @@ from server_strategies.attacks.explain.defended import hidden_size
 from server_strategies.attacks.explain.distance import DISTANCES
 from server_strategies.attacks.explain.one_step import EpsInversion, GradientMatch, SignMatch
 from server_strategies.attacks.explain.passes import Passes
+from server_strategies.attacks.explain.summed import Summed
 from server_strategies.attacks.explain.surrogate import Surrogate
 from server_strategies.attacks.explain.trajectory import Trajectory
 
 EXPLANATIONS = {
     kind.name: kind
-    for kind in (Surrogate, Trajectory, Passes, Decoded, GradientMatch, EpsInversion, SignMatch)
+    for kind in (
+        Surrogate,
+        Trajectory,
+        Passes,
+        Decoded,
+        Summed,
+        GradientMatch,
+        EpsInversion,
+        SignMatch,
+    )
 }
 
 
@@ -85,6 +95,8 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     that is known hides the size of moves, nothing of Adam's can be inverted.
     """
     training, count = knowledge.client, observation.num_examples
+    if knowledge.defense.secagg:
+        return "sum", f"secure aggregation of {len(observation.examples)} clients"
     optimizer, steps = training.optimizer, len(training.batches(count))
     if steps == 1 and optimizer == "sgd":
         return "gradient", "one step of sgd is its gradient"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fl_app.models.extensions import Bottleneck, random_layers
+from fl_app.models.extensions import Bottleneck, MaskDropout, random_layers
 from fl_app.protocol import Knowledge, Observation
 
 
@@ -24,12 +25,15 @@ class Unknown:
         Peak learning rate.
     low, high : float
         It is boxed to these.
+    prior : callable, optional
+        Penalty, shape (), of its value.
     """
 
     value: Tensor
     lr: float
     low: float = 0.0
     high: float = 1.0
+    prior: Callable[[Tensor], Tensor] | None = None
 
 
 class Explanation(ABC):
@@ -54,6 +58,8 @@ class Explanation(ABC):
         Of each of the model's random layers what it drew for every image of every
         local step, in their order; None: the attacker is not to know that the
         layer is a defence, and draws it anew.
+    masks : list of Unknown
+        Those of `noise` that are masks of dropout.
     start : Tensor, shape (copies * N, C, H, W), or None
         Normalised images to start from, where they are known in closed form.
     copies : int
@@ -82,6 +88,8 @@ class Explanation(ABC):
         self.start: Tensor | None = None
         self.noise = self._unknown_noise()
         self.unknowns += [unknown for unknown in self.noise if unknown]
+        layers = zip(self.noise, random_layers(model), strict=True)
+        self.masks = [noise for noise, layer in layers if noise and isinstance(layer, MaskDropout)]
         if knowledge.labels is not None:
             self.labels = torch.tensor(knowledge.labels, device=like.device)
             return

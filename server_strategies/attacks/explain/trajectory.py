@@ -317,10 +317,14 @@ class Trajectory(Explanation):
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
+        return self.distance(self.displacement(x, progress))
+
+    def displacement(self, x: Tensor, progress: float) -> list[Tensor]:
+        """Return ``w_K(x) - w0``, one tensor a parameter, of normalised images (N, C, H, W)."""
         y, smoothing = self.targets(), self.smoothing * self.fall**progress
         batches = [
             (x[batch], y[batch], *self.noise_of(taken, x[batch]))
             for batch, taken in zip(self.indices, self.taken, strict=False)
         ]
         weights = simulate(self.model, self.w0, batches, self.training, smoothing)
-        return self.distance([weights[name] - w for name, w in self.w0.items()])
+        return [weights[name] - w for name, w in self.w0.items()]
