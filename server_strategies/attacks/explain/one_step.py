@@ -118,9 +118,11 @@ class GradientMatch(Explanation):
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
-        return self.distance(
-            loss_gradient(self.model, self.w0, x, self.targets(), self.noise_of(0, x))
-        )
+        return self.distance(self._gradient(x))
+
+    def _gradient(self, x: Tensor) -> list[Tensor]:
+        noise = self.noise_of(0, x)
+        return loss_gradient(self.model, self.w0, x, self.targets(), noise)
 
 
 class EpsInversion(GradientMatch):

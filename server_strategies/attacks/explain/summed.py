@@ -50,12 +50,12 @@ class Summed(Explanation):
             )
         self.knowledge, self.reason, self.start = knowledge, reason, None
         self.counts = list(counts)
-        layers = {"precode": knowledge.defense.precode, "dropout": knowledge.defense.dropout}
+        layers = Defense(precode=knowledge.defense.precode, dropout=knowledge.defense.dropout)
         self.each = []
         for client, count in enumerate(counts):
             first = sum(counts[:client])
             labels = knowledge.labels and knowledge.labels[first : first + count]
-            alone = replace(knowledge, labels=labels, defense=Defense(**layers))
+            alone = replace(knowledge, labels=labels, defense=layers)
             seen = replace(observation, num_examples=count, examples=())
             self.each.append(Trajectory(model, seen, alone, reason))
         self.noise = [noise for one in self.each for noise in one.noise]
