@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_app.data import ImageSet
+from fl_app.models.extensions import local_loss
 from fl_app.models.norms import set_batch_norm
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import LocalTraining
@@ -121,7 +122,7 @@ def train(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> float:
-    """Train `model` in place with cross-entropy, one optimiser step a batch.
+    """Train `model` in place with its `local_loss`, one optimiser step a batch.
 
     Parameters
     ----------
@@ -149,7 +150,8 @@ def train(
     losses = []
     for batch in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(normalise(images[batch], mean, std)), labels[batch])
+        logits = model(normalise(images[batch], mean, std))
+        loss = local_loss(model, logits, labels[batch])
         loss.backward()
         if training.max_grad_norm:
             nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)

@@ -160,6 +160,13 @@ class Defense:
         noise, or absolute.
     quantize : {"none", "bf16", "int8"}
         The number format that the update is sent in; int8 with one scale a tensor.
+    precode : int
+        Size k of the model's variational bottleneck, 0: none. With `dropout` a
+        part of the model, see `fl_app.models.extensions`, not of the update.
+    dropout : float
+        Share of the features before the classifier that a local step sets to zero.
+    secagg : bool
+        Whether the server sees the sum of several clients' updates only.
     """
 
     clip: float = 0.0
@@ -169,6 +176,9 @@ class Defense:
     sigma: float = 0.0
     relative: bool = False
     quantize: str = "none"
+    precode: int = 0
+    dropout: float = 0.0
+    secagg: bool = False
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
@@ -185,6 +195,8 @@ class Defense:
             ("clip", self.clip >= 0, "0 (none) or more"),
             ("sparsify", 0 <= self.sparsify < 1, "0 to less than 1"),
             ("sigma", self.sigma >= 0, "0 or more"),
+            ("precode", self.precode >= 0, "0 (none) or more"),
+            ("dropout", 0 <= self.dropout < 1, "0 (none) to less than 1"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: {words}")
@@ -222,6 +234,8 @@ class Observation:
     client : int
         The partition that the client says it holds; `node` where it says none.
         For people to read: nothing relies on it.
+    examples : tuple of int
+        Under secure aggregation the `num_examples` of each client in the sum.
     """
 
     w0: Mapping[str, Tensor]
@@ -230,6 +244,7 @@ class Observation:
     round: int
     node: int
     client: int
+    examples: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -270,6 +285,9 @@ class Knowledge:
     norm : str
         By what the model's activations are normalised, see `create_model`; "": by
         what its family is by default.
+    precode, dropout : int, float
+        The model's own, see `Defense`. Who sends a model knows its layers; that
+        they are a defence, to be attacked, is what `defense` says.
     """
 
     model: str
@@ -283,6 +301,8 @@ class Knowledge:
     inferred: tuple[str, ...] = ()
     defense: Defense = Defense()
     norm: str = ""
+    precode: int = 0
+    dropout: float = 0.0
 
     @property
     def client(self) -> LocalTraining:

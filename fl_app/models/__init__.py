@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_app.models.convnet import ConvNet
+from fl_app.models.extensions import extend
 from fl_app.models.mlp import MLP
 from fl_app.models.mlp_mixer import MLPMixer
 from fl_app.models.norms import batch_norms, set_batch_norm
@@ -60,6 +61,9 @@ def create_model(
     image_shape: tuple[int, int, int],
     seed: int | None = None,
     norm: str = "",
+    *,
+    precode: int = 0,
+    dropout: float = 0.0,
 ) -> nn.Module:
     """Return a freshly initialised model.
 
@@ -79,21 +83,25 @@ def create_model(
         Initialises deterministically without touching torch's global state.
     norm : {"", "batch", "group", "layer", "none"}
         By what its activations are normalised, see `chosen_norm`.
+    precode, dropout : int, float
+        See `extensions.extend`. With them `classifier` is a sequence that ends in
+        the last layer.
 
     Raises
     ------
     ValueError
-        If no model has this name, it can't be normalised so, or it does not fit
-        the image size or the number of classes.
+        If no model has this name, it can't be normalised so, it does not fit the
+        image size or the number of classes, or an extension's number is out of range.
     """
     norm = chosen_norm(name, norm)
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; allowed: 2 or more")
-    if seed is None:
-        return MODELS[name].build(num_classes, image_shape, norm)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS[name].build(num_classes, image_shape, norm)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = MODELS[name].build(num_classes, image_shape, norm)
+        extend(model, precode, dropout)
+    return model
 
 
 def chosen_norm(name: str, norm: str = "") -> str:
@@ -122,7 +130,12 @@ def known_model(knowledge: Knowledge) -> nn.Module:
         See `create_model`.
     """
     return create_model(
-        knowledge.model, knowledge.num_classes, knowledge.image_shape, norm=knowledge.norm
+        knowledge.model,
+        knowledge.num_classes,
+        knowledge.image_shape,
+        norm=knowledge.norm,
+        precode=knowledge.precode,
+        dropout=knowledge.dropout,
     )
 
 

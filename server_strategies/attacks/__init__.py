@@ -24,6 +24,7 @@ from fl_app.config import AttackConfig, ConfigError, PriorConfig
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.dlf import dlf
 from server_strategies.attacks.dlg import dlg
+from server_strategies.attacks.dropout_inversion import dropout_inversion
 from server_strategies.attacks.flow_matching import flow_matching
 from server_strategies.attacks.ggl import ggl
 from server_strategies.attacks.gradinversion import gradinversion
@@ -58,6 +59,7 @@ class Attack:
 
 ATTACKS = {
     "dlf": Attack(dlf),
+    "dropout_inversion": Attack(dropout_inversion),
     "dlg": Attack(dlg),
     "flow_matching": Attack(flow_matching, load_flow),
     "ggl": Attack(ggl, load_flow),

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from fl_app.models import clients_model
+from fl_app.models.extensions import local_loss
 from fl_app.models.norms import batch_norms
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, LocalTraining, Observation
@@ -87,12 +87,14 @@ def count_labels(
     ------
     ValueError
         If `method` is unknown or does not fit the client, the model has no
-        linear classifier, or the update is zero or not finite.
+        linear classifier, the update is zero or not finite, or it is a sum.
     """
     if method not in METHODS:
         raise ValueError(f"labels method is {method!r}; allowed: {', '.join(METHODS)}")
     if observation.num_examples < 1:
         raise ValueError(f"num_examples is {observation.num_examples}; allowed: 1 or more")
+    if knowledge.defense.secagg:
+        raise ValueError("labels are counted of one client's update, not of a sum of several")
     reason = "asked for"
     if method == "auto":
         method, reason = choose_method(knowledge.client, observation.num_examples)
@@ -425,7 +427,7 @@ class _Search:
             means.append(float(inputs[:, : inputs.shape[1] - self.bias].abs().mean()))
             labels = torch.tensor(_labels(self._random_labels(size)), device=images.device)
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            local_loss(model, model(images), labels).backward()
             optimizer.step()
         return means
 

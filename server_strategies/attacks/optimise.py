@@ -66,7 +66,7 @@ def optimise(
 
     Adam on normalised pixels from N(0, I), or from the explanation's start, boxed
     to those of images in [0, 1] after every step, with the explanation's own
-    unknowns beside them, boxed to [0, 1]. The result is the explanation's reading
+    unknowns beside them, boxed to theirs. The result is the explanation's reading
     of the last iterate: nothing is chosen by its likeness to the truth.
 
     Parameters
@@ -148,8 +148,9 @@ def optimise(
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
             (gradient,) = torch.autograd.grad(x, variable, slope + pull)
         variable.grad = gradient.sign() if signed else gradient
-        for unknown, part in zip(unknowns, slopes, strict=True):
-            unknown.grad = part
+        for fitted, part in zip(explanation.unknowns, slopes, strict=True):
+            pulled = fitted.prior and torch.autograd.grad(fitted.prior(fitted.value), fitted.value)
+            fitted.value.grad = part + pulled[0] if pulled else part
         pace = explanation.pace()
         before = variable if pace is None else variable.detach().clone()
         optimizer.step()
@@ -162,8 +163,8 @@ def optimise(
                 variable.copy_(torch.lerp(before, variable, pace.view(-1, 1, 1, 1)))
             if decode is None:
                 variable.clamp_(low, high)
-            for unknown in unknowns:
-                unknown.clamp_(0, 1)
+            for fitted in explanation.unknowns:
+                fitted.value.clamp_(fitted.low, fitted.high)
         losses[iteration] = matching.detach()
         done, now = iteration + 1, time.monotonic()
         # Reading a loss waits for the device, so do it once a second only.

@@ -10,15 +10,26 @@ from fl_app.models import clients_model
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.decode import Decoded, legible_fingerprints
+from server_strategies.attacks.explain.defended import hidden_size
 from server_strategies.attacks.explain.distance import DISTANCES
 from server_strategies.attacks.explain.one_step import EpsInversion, GradientMatch, SignMatch
 from server_strategies.attacks.explain.passes import Passes
+from server_strategies.attacks.explain.summed import Summed
 from server_strategies.attacks.explain.surrogate import Surrogate
 from server_strategies.attacks.explain.trajectory import Trajectory
 
 EXPLANATIONS = {
     kind.name: kind
-    for kind in (Surrogate, Trajectory, Passes, Decoded, GradientMatch, EpsInversion, SignMatch)
+    for kind in (
+        Surrogate,
+        Trajectory,
+        Passes,
+        Decoded,
+        Summed,
+        GradientMatch,
+        EpsInversion,
+        SignMatch,
+    )
 }
 
 
@@ -80,12 +91,19 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     where the update is clean enough. Several steps: the client's own trajectory,
     where Adam left fingerprints with their images decoded first. Where later
     passes take the images in an order that is not known, they are taken in the
-    first's: that is off by far less than other images would be.
+    first's: that is off by far less than other images would be. Where a defence
+    that is known hides the size of moves, nothing of Adam's can be inverted.
     """
     training, count = knowledge.client, observation.num_examples
+    if knowledge.defense.secagg:
+        return "sum", f"secure aggregation of {len(observation.examples)} clients"
     optimizer, steps = training.optimizer, len(training.batches(count))
     if steps == 1 and optimizer == "sgd":
         return "gradient", "one step of sgd is its gradient"
+    update = [observation.w0[name] - observation.w1[name] for name in observation.trained]
+    hidden = hidden_size(update, knowledge.defense) if optimizer != "sgd" else ""
+    if steps == 1 and hidden:
+        return "trajectory", f"one step of {optimizer}, but {hidden}"
     if steps == 1:
         usable, why = EpsInversion.usable(observation, training)
         if usable:
@@ -94,6 +112,8 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     shuffled = training.reshuffle and training.passes(count) > 1
     order = "later passes in the first's order" if shuffled else "whose order is known"
     why = f"{steps} steps of {optimizer}, {order}"
+    if hidden:
+        return "trajectory", f"{why}; no fingerprints: {hidden}"
     found = legible_fingerprints(model, observation, knowledge)
     if found and knowledge.labels is not None:
         told = len({seen.step for seen in found})

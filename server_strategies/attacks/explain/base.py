@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fl_app.models.extensions import Bottleneck, MaskDropout, random_layers
 from fl_app.protocol import Knowledge, Observation
 
 
@@ -18,13 +20,20 @@ class Unknown:
     Attributes
     ----------
     value : Tensor
-        Boxed to [0, 1]; requires a gradient.
+        Requires a gradient.
     lr : float
         Peak learning rate.
+    low, high : float
+        It is boxed to these.
+    prior : callable, optional
+        Penalty, shape (), of its value.
     """
 
     value: Tensor
     lr: float
+    low: float = 0.0
+    high: float = 1.0
+    prior: Callable[[Tensor], Tensor] | None = None
 
 
 class Explanation(ABC):
@@ -46,6 +55,12 @@ class Explanation(ABC):
     ----------
     name : str
     unknowns : list of Unknown
+    noise : list of Unknown or None
+        Of each of the model's random layers what it drew for every image of every
+        local step, in their order; None: the attacker is not to know that the
+        layer is a defence, and draws it anew.
+    masks : list of Unknown
+        Those of `noise` that are masks of dropout.
     start : Tensor, shape (copies * N, C, H, W), or None
         Normalised images to start from, where they are known in closed form.
     copies : int
@@ -72,12 +87,40 @@ class Explanation(ABC):
         self.w1 = {n: observation.w1[n].to(like).detach() for n in names}
         self.unknowns: list[Unknown] = []
         self.start: Tensor | None = None
+        self.noise = self._unknown_noise()
+        self.unknowns += [unknown for unknown in self.noise if unknown]
+        layers = zip(self.noise, random_layers(model), strict=True)
+        self.masks = [noise for noise, layer in layers if noise and isinstance(layer, MaskDropout)]
         if knowledge.labels is not None:
             self.labels = torch.tensor(knowledge.labels, device=like.device)
             return
         shape = (observation.num_examples, knowledge.num_classes)
         self.labels = torch.full(shape, 0.5).to(like).requires_grad_()
         self.unknowns.append(Unknown(self.labels, lr=0.05))
+
+    def _unknown_noise(self) -> list[Unknown | None]:
+        rows, like = sum(len(batch) for batch in self.batches), next(iter(self.w0.values()))
+        found: list[Unknown | None] = []
+        for layer in random_layers(self.model):
+            defense = self.knowledge.defense
+            known = defense.precode if isinstance(layer, Bottleneck) else defense.dropout
+            start = like.new_full((rows, layer.size), layer.mean).requires_grad_()
+            found.append(Unknown(start, 0.05, layer.low, layer.high) if known else None)
+        return found
+
+    def noise_of(self, first: int, x: Tensor) -> list[Tensor]:
+        """Return what each random layer draws for a batch, shape (B, size) each.
+
+        Parameters
+        ----------
+        first : int
+            Images that local steps took before it.
+        x : Tensor, shape (B, C, H, W)
+        """
+        return [
+            unknown.value[first : first + len(x)] if unknown else layer.draw(x)
+            for unknown, layer in zip(self.noise, random_layers(self.model), strict=True)
+        ]
 
     def targets(self) -> Tensor:
         """Return the images' classes, shape (N,), or their probabilities, (N, num_classes)."""

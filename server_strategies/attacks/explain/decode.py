@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fl_app.models.extensions import given_noise, local_loss
 from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import CosineDistance, Distance
 from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fingerprints
 from server_strategies.attacks.explain.trajectory import Trajectory
@@ -147,13 +150,17 @@ class Decoded(Trajectory):
                 if self.ordered:
                     self._deal(index, misfits[-1])
             optimizer.zero_grad()
-            logits = functional_call(self.model, {**weights}, (x[index],))
-            F.cross_entropy(logits, self.labels[index]).backward()
+            with given_noise(self.model, self._noise(step, x[index])):
+                logits = functional_call(self.model, {**weights}, (x[index],))
+                local_loss(self.model, logits, self.labels[index]).backward()
             if self.training.max_grad_norm:
                 nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
             optimizer.step()
         if not self.ordered:
             self._deal(torch.cat([index for _, index in self._steps()]), torch.cat(misfits))
+
+    def _noise(self, step: int, x: Tensor) -> list[Tensor]:
+        return [noise.detach() for noise in self.noise_of(self.taken[step], x)]
 
     def _deal(self, index: Tensor, misfit: Tensor) -> None:
         """Deal the labels of some images out among them: the linear assignment that fits best."""
@@ -168,7 +175,8 @@ class Decoded(Trajectory):
         which its label decides.
         """
         weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
-        inputs, outputs, logits = look(self.model, weights, x, self.names)
+        with given_noise(self.model, self._noise(step, x)):
+            inputs, outputs, logits = look(self.model, weights, x, self.names)
         played = []
         for seen in self.prints[step]:
             features = inputs[seen.name].detach()
@@ -259,7 +267,7 @@ def legible_fingerprints(
 
     Those in linear layers with one input an image, of the first pass over the data:
     the weights of later steps are less well known, of a client that reshuffles their
-    images, too.
+    images, too. What a known defence set to zero is not known of their rows.
 
     Parameters
     ----------
@@ -279,4 +287,9 @@ def legible_fingerprints(
     names = [n for n, given in inputs.items() if given.dim() == 2 and n in observation.trained]
     w0, w1 = ({name: w[name] for name in names} for w in (observation.w0, observation.w1))
     found = find_fingerprints(w0, w1, training, len(training.batches(count)))
+    update = {name: observation.w0[name] - observation.w1[name] for name in observation.trained}
+    known = consistent(list(update.values()), knowledge.defense)
+    if known:
+        exact = dict(zip(update, known.exact(), strict=True))
+        found = [replace(seen, known=seen.known & exact[seen.name][seen.rows]) for seen in found]
     return [seen for seen in found if seen.step < math.ceil(count / training.batch_size)]

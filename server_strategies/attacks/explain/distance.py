@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from server_strategies.attacks.explain.defended import Consistent
+
 
 class Distance(ABC):
     """Of a candidate vector a from the observed vector b, in one piece a parameter.
@@ -24,6 +26,9 @@ class Distance(ABC):
         The observed vector b, one tensor a parameter.
     masks : sequence of Tensor of bool, optional
         Which coordinates count, in both vectors; in the same pieces as `seen`.
+    known : Consistent, optional
+        Of b, where the client is known to have defended it: a is then compared
+        by what differs from every consistent update.
 
     Raises
     ------
@@ -33,14 +38,21 @@ class Distance(ABC):
 
     name: str
 
-    def __init__(self, seen: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
-        self._masks = masks
+    def __init__(
+        self,
+        seen: Sequence[Tensor],
+        masks: Sequence[Tensor] | None = None,
+        known: Consistent | None = None,
+    ) -> None:
+        self._masks, self._known = masks, known
         self._seen = self._masked(seen)
         if not any(part.any() for part in self._seen):
             raise ValueError("the update is zero: the client returned what it was sent")
 
     def __call__(self, candidate: Sequence[Tensor]) -> Tensor:
         """Return the distance, shape (), of a candidate vector a, in the same pieces."""
+        if self._known:
+            candidate = self._known.as_observed(candidate)
         return self._from(self._masked(candidate))
 
     @abstractmethod
@@ -57,14 +69,22 @@ class Distance(ABC):
 class CosineDistance(Distance):
     """``1 - <a, b> / (|a| |b|)`` over all parameters as one vector, in [0, 2].
 
+    Of a b that is known to carry noise |b| is the true update's length, so that the
+    truth is at about 0 and what fits the noise too is below.
+
     Parameters are `Distance`'s.
     """
 
     name = "cosine"
 
-    def __init__(self, seen: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> None:
-        super().__init__(seen, masks)
-        self._norm = norm(self._seen)
+    def __init__(
+        self,
+        seen: Sequence[Tensor],
+        masks: Sequence[Tensor] | None = None,
+        known: Consistent | None = None,
+    ) -> None:
+        super().__init__(seen, masks, known)
+        self._norm = known.signal() if known and known.sigma else norm(self._seen)
 
     def _from(self, candidate: Sequence[Tensor]) -> Tensor:
         dots = [(a * b).sum() for a, b in zip(candidate, self._seen, strict=True)]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
+from fl_app.models.extensions import given_noise, local_loss
 from fl_app.protocol import LocalTraining
 
 
 def loss_gradient(
-    model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, labels: Tensor
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    labels: Tensor,
+    noise: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Return the gradient of the mean cross-entropy, one tensor a weight.
+    """Return the gradient of a client's `local_loss`, one tensor a weight.
 
     Parameters
     ----------
@@ -27,8 +31,11 @@ def loss_gradient(
         Normalised images.
     labels : Tensor
         Classes, shape (N,) of int64, or their probabilities, shape (N, classes).
+    noise : sequence of Tensor
+        Of the model's random layers, see `given_noise`.
     """
-    loss = F.cross_entropy(functional_call(model, dict(weights), (x,)), labels)
+    with given_noise(model, noise):
+        loss = local_loss(model, functional_call(model, dict(weights), (x,)), labels)
     return list(torch.autograd.grad(loss, list(weights.values()), create_graph=True))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation
+from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import CosineDistance, Distance
 from server_strategies.attacks.explain.gradient import constant_gradient_speeds, loss_gradient
 from server_strategies.attacks.explain.trajectory import EPS
@@ -40,12 +41,15 @@ def mean_step(
     num_steps : int
         K.
     """
+    unit, decay = step_units(training, num_steps)
+    return [(before - after) / unit - decay * before for before, after in zip(w0, w1, strict=True)]
+
+
+def step_units(training: LocalTraining, num_steps: int) -> tuple[float, float]:
+    """Return lr c and the decay of `mean_step`."""
     worth = sum(constant_gradient_speeds(training, num_steps))
     decay = 0.0 if training.optimizer == "adam" else training.weight_decay
-    return [
-        (before - after) / (training.lr * worth) - decay * before
-        for before, after in zip(w0, w1, strict=True)
-    ]
+    return training.lr * worth, decay
 
 
 class GradientMatch(Explanation):
@@ -90,7 +94,12 @@ class GradientMatch(Explanation):
     def _prepare(self, w0: list[Tensor], w1: list[Tensor], knowledge: Knowledge) -> None:
         """Derive from the weights what candidates are compared with."""
         target = mean_step(w0, w1, self.training, self.num_steps)
-        self.distance = self.measure(target)
+        update = [before - after for before, after in zip(w0, w1, strict=True)]
+        known = consistent(update, knowledge.defense, rescale=self.measure is CosineDistance)
+        if known:
+            unit, decay = step_units(self.training, self.num_steps)
+            known = known.in_units(unit, [decay * before for before in w0])
+        self.distance = self.measure(target, known=known)
         if self.training.optimizer == "sgd":
             self.start = self._closed_form(target, knowledge.image_shape)
 
@@ -109,7 +118,11 @@ class GradientMatch(Explanation):
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
-        return self.distance(loss_gradient(self.model, self.w0, x, self.targets()))
+        return self.distance(self._gradient(x))
+
+    def _gradient(self, x: Tensor) -> list[Tensor]:
+        noise = self.noise_of(0, x)
+        return loss_gradient(self.model, self.w0, x, self.targets(), noise)
 
 
 class EpsInversion(GradientMatch):
@@ -118,8 +131,8 @@ class EpsInversion(GradientMatch):
     Adam's first step is ``r = g / (|g| + eps)``, so ``|g| = eps |r| / (1 - |r|)``:
     float32 keeps enough of ``1 - |r|``, about ``eps / |g|``. Coordinates where it
     is under three times its rounding error, see `_tolerance`, are left out on
-    both sides. Noise, rounding and clipping of the update destroy it; `usable`
-    says so beforehand.
+    both sides, and those that a known defence set to zero. Noise, rounding and
+    clipping of the update destroy it; `usable` says so beforehand.
 
     Parameters and attributes are `GradientMatch`'s.
 
@@ -138,6 +151,9 @@ class EpsInversion(GradientMatch):
         if not usable:
             raise ValueError(f"the update can't be inverted: {reason}")
         masks = [1 - r.abs() >= t for r, t in zip(steps, tolerance, strict=True)]
+        known = consistent([a - b for a, b in zip(w0, w1, strict=True)], knowledge.defense)
+        if known:
+            masks = [m & exact for m, exact in zip(masks, known.exact(), strict=True)]
         target = [
             torch.where(m, EPS * r / (1 - r.abs()), 0) for r, m in zip(steps, masks, strict=True)
         ]
@@ -217,8 +233,8 @@ class SignMatch(GradientMatch):
     ``1 - sum(r g) / (sum |r| |g| + sum over dead coordinates of |g|)``, in [0, 2],
     with r the mean step. Zero at the truth for one step. A dead coordinate did
     not move at all, so its gradient was zero: a candidate's counts there as if
-    it had the wrong sign half the time. For several steps of Adam it is a cheap
-    initialiser.
+    it had the wrong sign half the time; one that a known defence may have set to
+    zero does not count. For several steps of Adam it is a cheap initialiser.
 
     Parameters and attributes are `GradientMatch`'s.
     """
@@ -235,10 +251,14 @@ class SignMatch(GradientMatch):
         self.weights = []
         for r, t in zip(self.steps, _tolerance(w0, w1, self.training.lr), strict=True):
             self.weights.append(torch.where(r.abs() <= t, 1, r.abs()))
+        known = consistent([a - b for a, b in zip(w0, w1, strict=True)], knowledge.defense)
+        if known:
+            pieces = zip(self.weights, self.steps, known.exact(), strict=True)
+            self.weights = [torch.where(exact, s, r.abs()) for s, r, exact in pieces]
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the disagreement, shape (), of normalised images (N, C, H, W)."""
-        gradient = loss_gradient(self.model, self.w0, x, self.targets())
+        gradient = self._gradient(x)
         if self.decayed:
             gradient = [g + d for g, d in zip(gradient, self.decayed, strict=True)]
         agreed = [(r * g).sum() for r, g in zip(self.steps, gradient, strict=True)]

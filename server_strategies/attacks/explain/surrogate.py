@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation, Unknown
+from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import CosineDistance
 from server_strategies.attacks.explain.gradient import constant_gradient_speeds, loss_gradient
 
@@ -42,7 +43,8 @@ class Surrogate(Explanation):
         self.update = [
             before - after for before, after in zip(self.w0.values(), self.w1.values(), strict=True)
         ]
-        self.distance = CosineDistance(self.update)
+        known = consistent(self.update, knowledge.defense, rescale=True)
+        self.distance = CosineDistance(self.update, known=known)
         start = mean_position(self.training, len(self.batches)) if alpha is None else alpha
         self.alpha = torch.tensor(start).to(self.update[0]).requires_grad_()
         self.unknowns.append(Unknown(self.alpha, lr=1e-3))
@@ -51,7 +53,8 @@ class Surrogate(Explanation):
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
         pairs = zip(self.w0.items(), self.update, strict=True)
         weights = {name: w - self.alpha * u for (name, w), u in pairs}
-        return self.distance(loss_gradient(self.model, weights, x, self.targets()))
+        noise = self.noise_of(0, x)
+        return self.distance(loss_gradient(self.model, weights, x, self.targets(), noise))
 
     def position(self) -> float:
         """See `Explanation`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation
+from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import CosineDistance, Distance, norm
 from server_strategies.attacks.explain.gradient import loss_gradient
 
@@ -169,7 +171,7 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def simulate(
     model: nn.Module,
     w0: Mapping[str, Tensor],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, ...]],
     training: LocalTraining,
     smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
@@ -181,8 +183,9 @@ def simulate(
         Gives the architecture; its own weights are not read.
     w0 : mapping of str to Tensor
         Start, by parameter name.
-    batches : sequence of (Tensor (B, C, H, W), Tensor (B,) or (B, num_classes))
-        Normalised images and labels, or probabilities, of each local step, in order.
+    batches : sequence of (Tensor (B, C, H, W), Tensor (B,) or (B, num_classes), ...)
+        Normalised images and labels, or probabilities, of each local step, in
+        order; behind them the noise of the model's random layers, see `given_noise`.
     training : LocalTraining
     smoothing : float
         See `Adam`. 0: exactly the client's arithmetic.
@@ -193,7 +196,7 @@ def simulate(
         The weights after the last step; they can be back-propagated once.
     """
     optimizer = Sgd(training) if training.optimizer == "sgd" else Adam(training, smoothing)
-    steps = _Steps(model, list(w0), training.max_grad_norm)
+    steps = _Steps(model, list(w0), training.max_grad_norm, len(batches[0]))
     flat = [part for batch in batches for part in batch]
     weights = _Simulation.apply(steps, optimizer, [w.detach() for w in w0.values()], *flat)
     return dict(zip(w0, weights, strict=True))
@@ -206,6 +209,7 @@ class _Steps:
     model: nn.Module
     names: list[str]
     max_grad_norm: float
+    parts: int  # tensors that make up a batch
     graph_bytes: int = 0  # of one step, from the first on
     tape: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = field(default_factory=list)
 
@@ -224,8 +228,8 @@ class _Steps:
         return [g.detach() for g in gradient]
 
     def _differentiable(self, w: list[Tensor], batch: list[Tensor]) -> list[Tensor]:
-        x, y = batch
-        gradient = loss_gradient(self.model, dict(zip(self.names, w, strict=True)), x, y)
+        x, y, *noise = batch
+        gradient = loss_gradient(self.model, dict(zip(self.names, w, strict=True)), x, y, noise)
         if self.max_grad_norm:
             # 1e-6 as in torch.nn.utils.clip_grad_norm_, which can't be differentiated.
             factor = (self.max_grad_norm / (norm(gradient) + 1e-6)).clamp(max=1)
@@ -260,7 +264,7 @@ def _weighed(compute: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:
 
 
 class _Simulation(torch.autograd.Function):
-    """w_K of a client's batches (x, y, x, y, ...), by the adjoint method."""
+    """w_K of a client's batches, their tensors one after the other, by the adjoint method."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -268,7 +272,8 @@ class _Simulation(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.steps, ctx.optimizer, w = steps, optimizer, w0
         with torch.enable_grad():
-            for batch in zip(batches[::2], batches[1::2], strict=True):
+            for first in range(0, len(batches), steps.parts):
+                batch = batches[first : first + steps.parts]
                 g = steps.gradient(w, batch)
                 with torch.no_grad():
                     w = optimizer.step(w, g)
@@ -325,12 +330,21 @@ class Trajectory(Explanation):
     ) -> None:
         super().__init__(model, observation, knowledge, reason)
         self.smoothing, self.fall = smoothing, last_smoothing / smoothing
-        self.distance = distance([self.w1[name] - w for name, w in self.w0.items()])
+        seen = [self.w1[name] - w for name, w in self.w0.items()]
+        self.distance = distance(seen, known=consistent(seen, knowledge.defense))
         self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
+        self.taken = list(accumulate((len(batch) for batch in self.batches), initial=0))
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
+        return self.distance(self.displacement(x, progress))
+
+    def displacement(self, x: Tensor, progress: float) -> list[Tensor]:
+        """Return ``w_K(x) - w0``, one tensor a parameter, of normalised images (N, C, H, W)."""
         y, smoothing = self.targets(), self.smoothing * self.fall**progress
-        batches = [(x[batch], y[batch]) for batch in self.indices]
+        batches = [
+            (x[batch], y[batch], *self.noise_of(taken, x[batch]))
+            for batch, taken in zip(self.indices, self.taken, strict=False)
+        ]
         weights = simulate(self.model, self.w0, batches, self.training, smoothing)
-        return self.distance([weights[name] - w for name, w in self.w0.items()])
+        return [weights[name] - w for name, w in self.w0.items()]
