@@ -19,6 +19,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from fl_app.files import project_file
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining
 
+UNBOUNDED = 1_000_000
+"""Iterations that no attack makes in its seconds."""
+
 GROUPS = ("dataset", "model", "client", "attack", "prior")
 
 

@@ -27,6 +27,7 @@ def dlf(
     report: Report | None = None,
     *,
     explain: str = "passes",
+    distance: str = "decaying",
     lr: float = 0.1,
     tv: float = 2e-4,
     invariance: float = 1.0,
@@ -50,6 +51,8 @@ def dlf(
         Called about once a second with the iteration and the matching loss.
     explain : str
         The authors' is `passes`; for others see `explain`.
+    distance : str
+        The authors' is `decaying`; for others see `explain`.
     lr : float
         Learning rate of Adam on normalised pixels; x0.997 every 20 iterations.
     tv : float
@@ -61,14 +64,12 @@ def dlf(
     Raises
     ------
     ValueError
-        If the explanation does not fit the update.
+        If the explanation or the distance is unknown or does not fit the update.
     AttackError
         If the optimisation diverges.
     """
     knowledge = infer(observation, knowledge, budget.device)
-    explanation = explain_update(
-        explain, observation, knowledge, budget.device, distance="decaying"
-    )
+    explanation = explain_update(explain, observation, knowledge, budget.device, distance=distance)
     passes = explanation.complete if isinstance(explanation, Passes) else 1
     generator = torch.Generator(budget.device).manual_seed(budget.seed)
     beliefs = (
@@ -89,5 +90,5 @@ def dlf(
         lr=lr,
         schedule=lambda progress: 0.997 ** (progress * budget.iterations // 20),
         report=report,
-        options={"lr": lr, "tv": tv, "invariance": invariance},
+        options={"distance": distance, "lr": lr, "tv": tv, "invariance": invariance},
     )

@@ -27,6 +27,7 @@ def gradinversion(
     report: Report | None = None,
     *,
     explain: str = "gradient",
+    distance: str = "layered",
     seeds: int = 5,
     lr: float = 0.1,
     tv: float = 0.01,
@@ -56,6 +57,8 @@ def gradinversion(
     explain : str
         The authors match the gradient at w0, here with the mean step of several;
         for others see `explain`.
+    distance : str
+        The authors' is `layered`; for others see `explain`.
     seeds : int
         Starts; the one of least matching loss is returned.
     lr : float
@@ -78,7 +81,7 @@ def gradinversion(
     """
     knowledge = infer(observation, knowledge, budget.device)
     explanation = Seeds(
-        lambda: explain_update(explain, observation, knowledge, budget.device, distance="layered"),
+        lambda: explain_update(explain, observation, knowledge, budget.device, distance=distance),
         seeds,
     )
     warm = min(50 / budget.iterations, 0.1)
@@ -102,5 +105,13 @@ def gradinversion(
         schedule=schedule,
         noise=noise,
         report=report,
-        options={"seeds": seeds, "lr": lr, "tv": tv, "l2": l2, "group": group, "noise": noise},
+        options={
+            "distance": distance,
+            "seeds": seeds,
+            "lr": lr,
+            "tv": tv,
+            "l2": l2,
+            "group": group,
+            "noise": noise,
+        },
     )
