@@ -176,11 +176,15 @@ def _family() -> tuple[Case, ...]:
     ]
     adam = replace(_ADAM, batch_size=1)
     cases.append(Case(adam, _for(12, "flow_matching"), first=True))
-    for name in ("sme", "inverting_gradients", "dlf", "dlg", "ggl"):
-        cases += [
-            Case(adam, _for(12, name)),
-            Case(adam, _for(12, name, explain="auto"), over_grey=3.0),
-        ]
+    for client, seconds, names in (
+        (adam, 12, ("sme", "inverting_gradients", "dlf")),
+        (replace(adam, local_steps=1), 5, ("dlg", "ggl")),
+    ):
+        for name in names:
+            cases += [
+                Case(client, _for(seconds, name)),
+                Case(client, _for(seconds, name, explain="auto"), over_grey=3.0),
+            ]
     return tuple(cases)
 
 

@@ -94,7 +94,7 @@ def ggl(
 
     explanation = explain_update(explain, observation, knowledge, budget.device, distance=distance)
     decay = kl / (observation.num_examples * math.prod(knowledge.image_shape))
-    options = {
+    options: dict[str, float | int | str] = {
         "distance": distance,
         "lr": lr,
         "kl": kl,

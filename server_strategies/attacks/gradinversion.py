@@ -51,7 +51,7 @@ def gradinversion(
         Not used.
     budget : Budget
         The authors use 20,000 iterations. The learning rate warms up over 50, or
-        a tenth of fewer than 500, then falls by a half cosine.
+        a tenth of fewer than 500 or of the seconds, then falls by a half cosine.
     report : Report, optional
         Called about once a second with the iteration and the matching loss.
     explain : str
@@ -84,11 +84,11 @@ def gradinversion(
         lambda: explain_update(explain, observation, knowledge, budget.device, distance=distance),
         seeds,
     )
-    warm = min(50 / budget.iterations, 0.1)
+    warm = 0.1 if budget.seconds else min(50 / budget.iterations, 0.1)
 
     def schedule(progress: float) -> float:
         if progress < warm:
-            return (progress * budget.iterations + 1) / (warm * budget.iterations + 1)
+            return max(progress, 1 / budget.iterations) / warm
         return cosine_schedule((progress - warm) / (1 - warm), 0.0)
 
     return optimise(
