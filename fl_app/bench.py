@@ -59,6 +59,8 @@ class Case:
     gain : float or None
         Mean PSNR in dB by which it has to beat the case that it is compared with
         (`Benchmark.reference`); its LPIPS VGG has to be the lower one, too.
+    first : bool
+        Whether no other case of its client and its budget may have a higher mean PSNR.
     model, norm : str
         See `create_model`.
     num_examples : int
@@ -75,6 +77,7 @@ class Case:
     attack: AttackConfig
     bar: float | None = None
     gain: float | None = None
+    first: bool = False
     model: str = "convnet"
     num_examples: int = 0
     labels_known: bool = True
@@ -112,7 +115,14 @@ class Case:
     def name(self) -> str:
         """Names the case in the results: everything that decides it but the draw."""
         options = "".join(f" {key}={value}" for key, value in sorted(self.attack.options.items()))
-        return f"{self.client}, {self.attack.name}{options} x{self.attack.iterations}"
+        limit = f" {self.attack.seconds:g} s" if self.attack.seconds else ""
+        limit = limit or f" x{self.attack.iterations}"
+        return f"{self.client}, {self.attack.name}{options}{limit}"
+
+    @property
+    def arena(self) -> tuple[str, int, float]:
+        """Client and budget: cases that share them are compared."""
+        return self.client, self.attack.iterations, self.attack.seconds
 
 
 _CLIENTS = 4  # of earlier rounds
@@ -268,8 +278,9 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
     )
     seen = knowledge if case.labels_known else replace(knowledge, labels=None)
     found = run_attack(observation, seen, case.attack, setting.prior, seed)
-    kind = case.attack.options.get("explain", ATTACKS[case.attack.name].options["explain"])
-    explanation = explain(str(kind), observation, knowledge)
+    options = {**ATTACKS[case.attack.name].options, **case.attack.options}
+    distance = options.get("distance", "cosine")
+    explanation = explain(options["explain"], observation, knowledge, distance=distance)
     private = normalise(truth.images, knowledge.mean, knowledge.std)
     at_truth = explanation(private, 1.0).item()
     perceptual, reasons = _perceptual(setting.lpips_weights)
@@ -428,15 +439,11 @@ class Benchmark:
         return entry
 
     def reference(self, case: Case) -> Case | None:
-        """Return what a case is compared with: the first of its client and its iterations.
+        """Return what a case is compared with: the first of its client and its budget.
 
         None for that one itself.
         """
-        first = next(
-            other
-            for other in self.cases
-            if (other.client, other.attack.iterations) == (case.client, case.attack.iterations)
-        )
+        first = next(other for other in self.cases if other.arena == case.arena)
         return None if first.name == case.name else first
 
     def _gain(self, case: Case, reference: Case, metric: str) -> dict[str, float | None] | None:
@@ -510,6 +517,13 @@ class Benchmark:
             if case.above_grey is not None and above < case.above_grey:
                 reached = f"{above:+.2f} dB above grey"
                 short.append(f"{case.name}: {reached}, the bar is {case.above_grey:+g} dB")
+            for other in self.cases if case.first else ():
+                rival = self.summary(other).get("psnr") if other.arena == case.arena else None
+                if rival and rival["mean"] > line["psnr"]["mean"]:
+                    reached = f"{line['psnr']['mean']:.2f} dB"
+                    short.append(
+                        f"{case.name}: {reached}, but {rival['mean']:.2f} dB by {other.attack.name}"
+                    )
             if case.gain is not None:
                 psnr, lpips = line["gain"]["psnr"], line["gain"]["lpips_vgg"]
                 if not psnr or psnr["mean"] < case.gain:
@@ -536,6 +550,7 @@ def _bar(case: Case) -> str:
     words = [] if case.bar is None else [f"{case.bar:g}"]
     words += [] if case.above_grey is None else [f"grey {case.above_grey:+g}"]
     words += [] if case.gain is None else [f"{case.gain:+g} dB, LPIPS lower"]
+    words += ["first"] * case.first
     return "; ".join(words)
 
 

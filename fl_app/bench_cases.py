@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fl_app.bench import Case
-from fl_app.config import AttackConfig
+from fl_app.config import UNBOUNDED, AttackConfig
 from fl_app.protocol import LocalTraining
 
 Options = dict[str, float | str]
@@ -198,6 +198,41 @@ def _tiny_imagenet() -> tuple[Case, ...]:
     )
 
 
+def _for(seconds: float, name: str, **options: float | str) -> AttackConfig:
+    return AttackConfig(name, UNBOUNDED, seconds, options)
+
+
+def _family() -> tuple[Case, ...]:
+    """Return the cases of `family`: every attack at equal seconds, with the bars of each.
+
+    What its paper says it can, on a client with SGD; then, on one with Adam, the
+    authors' own explanation beside ``explain=auto``. With 8 draws about 45
+    minutes of one thread. On cores that others share, seconds are not equal.
+    """
+    batch, single = replace(_SGD, batch_size=4), replace(_SGD, local_steps=1, batch_size=1)
+    cases = [
+        Case(batch, _for(45, "flow_matching"), first=True),
+        Case(batch, _for(45, "sme"), bar=20.0),
+        Case(batch, _for(45, "inverting_gradients"), bar=20.0),
+        Case(batch, _for(45, "dlf"), bar=20.0),
+        Case(batch, _for(45, "gradinversion"), bar=16.0),
+        Case(single, _for(5, "dlg"), above_grey=0.0),
+        Case(single, _for(5, "ggl"), above_grey=0.0),
+    ]
+    adam = replace(_ADAM, batch_size=1)
+    cases.append(Case(adam, _for(12, "flow_matching"), first=True))
+    for client, seconds, names in (
+        (adam, 12, ("sme", "inverting_gradients", "dlf")),
+        (replace(adam, local_steps=1), 5, ("dlg", "ggl")),
+    ):
+        for name in names:
+            cases += [
+                Case(client, _for(seconds, name)),
+                Case(client, _for(seconds, name, explain="auto"), above_grey=3.0),
+            ]
+    return tuple(cases)
+
+
 BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "quick": _quick(),
     "explain": _explained(),
@@ -207,5 +242,6 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "models": _models(),
     "batch-sizes": _batch_sizes(),
     "tiny-imagenet": _tiny_imagenet(),
+    "family": _family(),
 }
 """The cases of each benchmark, by its name."""

@@ -20,6 +20,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from fl_app.files import project_file
 from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining
 
+UNBOUNDED = 1_000_000
+"""Iterations that no attack makes in its seconds."""
+
 GROUPS = ("dataset", "model", "client", "attack", "prior")
 DATASETS = (
     "photos", "cifar10", "cifar100", "tiny_imagenet", "mnist", "fashion_mnist", "imagefolder",

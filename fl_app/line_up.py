@@ -19,15 +19,13 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.comparison import compare, save_comparison_picture
 from fl_app.audit.runs import git_commit
 from fl_app.bench import half_width, markdown_table, sections_markdown
-from fl_app.config import AttackConfig, ConfigError, from_yaml, load_config
+from fl_app.config import UNBOUNDED, AttackConfig, ConfigError, from_yaml, load_config
 from fl_app.data import dataset_info
 from fl_app.files import write_text
 from fl_app.words import printable
 from server_strategies.attack_pool import QueueEntry, enqueue
 from server_strategies.attacks import ATTACKS, check_attack
 from server_strategies.observations import ObservationStore
-
-_UNBOUNDED = 1_000_000  # iterations that no attack makes in its seconds
 
 # A metric's heading, and its digits. Those of other names follow, by their names.
 _METRICS = {
@@ -155,7 +153,7 @@ def budgeted(attack: AttackConfig, budget: str) -> AttackConfig:
         if kind == "iterations":
             return replace(attack, iterations=int(number), seconds=0.0)
         if kind == "seconds" and 0 < float(number) < math.inf:
-            return replace(attack, iterations=_UNBOUNDED, seconds=float(number))
+            return replace(attack, iterations=UNBOUNDED, seconds=float(number))
     except ValueError:
         pass  # no number, or one below 1
     raise ConfigError(

@@ -327,7 +327,7 @@ class Budget:
     iterations : int
         Steps on the images, >= 1.
     seconds : float
-        Wall-clock limit; 0: none.
+        Wall-clock limit of the iterations; 0: none.
     seed : int
         Seeds the start images and the prior's noise.
     device : str
@@ -365,7 +365,8 @@ class Reconstruction:
     iterations : int
         Steps made.
     seconds : float
-        Wall-clock time of the attack.
+        Wall-clock time of the attack, with what it inferred and loaded before its
+        first iteration; from a call of its function, of the iterations alone.
     peak_memory : int
         Bytes that the attack needed at its peak, above what was in use before.
     flops : int

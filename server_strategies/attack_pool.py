@@ -181,7 +181,8 @@ class AttackPool:
     folder : Path
         The run's folder.
     pool : PoolConfig
-        Number of workers, in a cluster at most, and retries after a worker died or raised.
+        Number of workers, in a cluster at most, and retries after a worker died or raised
+        anything but a ValueError.
     on_result : callable
         Takes a job and its reconstruction. If it raises, `on_error` is called.
     on_error : callable
@@ -306,6 +307,8 @@ class AttackPool:
                     raise  # Ray itself is gone: that says nothing of the attack
                 message = _concise(error)
                 _log.warning("attack %s: %s", job.id, message)
+                if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+                    break  # it was given what it can't use, and would be again
             else:
                 self._deliver(job, result)
                 return

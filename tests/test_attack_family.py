@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.models import create_model
-from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
-from server_strategies.attacks import run_attack
+from fl_app.protocol import Budget, Knowledge, LocalTraining, Observation, Reconstruction
+from server_strategies.attacks import run_attack, sme
+from server_strategies.attacks.evolve import evolve
 from server_strategies.attacks.explain import explain
 from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.distance import DISTANCES
 from server_strategies.attacks.explain.passes import Passes
 from server_strategies.attacks.explain.seeds import Seeds
+from server_strategies.attacks.explain.trajectory import Trajectory
 from server_strategies.priors.group import GroupConsistency, register
 from server_strategies.priors.order_invariance import OrderInvariance
 from server_strategies.priors.squared_norm import SquaredNorm
@@ -76,6 +79,23 @@ def test_ggl_searches_a_latent_whose_image_explains_the_update() -> None:
         attack("ggl", 1, seen, steps=0)
 
 
+def test_ggl_searches_its_latent_without_gradients_too() -> None:
+    seen = client(SGD, count=1)
+    found, again = (attack("ggl", 6, seen, search="cma", population=8) for _ in range(2))
+    assert torch.equal(found.images, again.images)
+    assert found.iterations == 6 and found.flops > 0
+    with pytest.raises(ValueError, match="search is 'grid'; allowed: adam, cma"):
+        attack("ggl", 1, seen, search="grid")
+    with pytest.raises(ValueError, match="population is 1; allowed: a whole number from 2"):
+        attack("ggl", 1, seen, search="cma", population=1)
+    unknown = explain("gradient", seen[0], replace(seen[1], labels=None), distance="squared")
+    with pytest.raises(ValueError, match="can't fit what gradient leaves open"):
+        evolve(
+            "ggl", unknown, seen[0], Budget(1), decode=lambda z: z, decay=0.0, population=2,
+            options={},
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["dlg", "idlg"])
 def test_given_labels_are_not_read(name: str) -> None:
     observation, knowledge, x = client(SGD, count=1)
@@ -104,6 +124,27 @@ class Known(Explanation):
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         return self.loss + 0 * x.sum()
+
+
+class Sphere(Known):
+    """Its loss is the squared distance from one image."""
+
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
+        return (x - 0.5).square().mean()
+
+
+def test_evolution_finds_the_least_of_a_sphere_and_returns_the_best_candidate() -> None:
+    seen = client(SGD, count=1)
+    sphere = Sphere(seen, 0.0)
+    found = evolve(
+        "sphere", sphere, seen[0], Budget(150), decode=lambda z: 0.3 * z, decay=0.0,
+        population=20, options={},
+    )  # fmt: skip
+    assert found.losses[0] > 0.3  # 0.09 of z ~ N(0, I), 0.25 of its mean
+    assert min(found.losses) < 0.15
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+    loss = sphere((found.images - mean) / std, 1.0).item()
+    assert loss == pytest.approx(min(found.losses), rel=1e-4)
 
 
 def test_the_best_start_is_the_attackers_own_choice() -> None:
@@ -161,6 +202,30 @@ def test_a_distance_of_its_own_is_not_replaced() -> None:
     observation, knowledge, _ = client(SGD, count=1)
     with pytest.raises(ValueError, match="explain is 'sign'; allowed: auto, trajectory"):
         explain("sign", observation, knowledge, distance="squared")
+
+
+def test_auto_compares_a_smoothed_adam_by_the_cosine() -> None:
+    training = replace(ADAM, local_steps=2)
+    observation, knowledge, x = client(training, count=2)
+    auto = explain("auto", observation, knowledge, distance="squared")
+    assert isinstance(auto, Trajectory) and isinstance(auto.distance, DISTANCES["cosine"])
+    assert "by the cosine, as Adam is smoothed" in auto.reason
+    # The smoothed steps are shorter: at the truth a distance that sees lengths is not small.
+    squared = explain("trajectory", observation, knowledge, distance="squared")
+    assert auto(x, 0.0).item() < 0.5 * squared(x, 0.0).item()
+    observation, knowledge, _ = client(replace(SGD, local_steps=2), count=2)
+    exact = explain("auto", observation, knowledge, distance="squared")
+    assert isinstance(exact, Trajectory) and isinstance(exact.distance, DISTANCES["squared"])
+    with pytest.raises(ValueError, match="distance is 'l1'; allowed: cosine, squared"):
+        explain("auto", observation, knowledge, distance="l1")
+
+
+def test_the_time_of_an_attack_is_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, ticks = client(SGD, count=1), iter(range(10_000))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    whole = attack("sme", 1, seen)
+    alone = sme(*seen[:2], None, Budget(1))
+    assert whole.seconds == alone.seconds + 2  # a look at the clock before, and one after
 
 
 def test_priors_by_hand() -> None:

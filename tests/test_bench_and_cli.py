@@ -165,6 +165,30 @@ def test_cases_of_one_client_are_compared_draw_by_draw() -> None:
     assert any("LPIPS VGG not measured" in words for words in benchmark.shortfalls())
 
 
+def test_who_has_to_be_first_and_above_grey() -> None:
+    leader = replace(CASE, attack=AttackConfig("flow_matching", 9, 2.5), bar=None, first=True)
+    rival = replace(CASE, attack=AttackConfig("sme", 9, 2.5), bar=None, above_grey=3.0)
+    elsewhere = replace(CASE, attack=AttackConfig("sme", 9), bar=None)
+    assert rival.name.endswith(", sme 2.5 s") and elsewhere.name.endswith(", sme x9")
+    config = load_config().dataset
+    cases = (leader, rival, elsewhere)
+    benchmark = Benchmark(
+        "known", cases, dataset_info(config), load_split(config, "test"), {}
+    )  # fmt: skip
+    benchmark.rows = [
+        row(leader, 0, 14.0, 0.5), row(rival, 0, 14.5, 0.5), row(elsewhere, 0, 30.0, 0.5)
+    ]  # fmt: skip
+    assert benchmark.shortfalls() == [
+        f"{leader.name}: 14.00 dB, but 14.50 dB by sme",
+        f"{rival.name}: +2.50 dB above grey, the bar is +3 dB",
+    ]
+    assert benchmark.reference(rival) == leader and benchmark.reference(elsewhere) is None
+    benchmark.rows[1]["metrics"]["psnr"]["mean"] = 13.5
+    benchmark.rows[1]["metrics"]["psnr"]["baseline"] = 10.0
+    assert benchmark.shortfalls() == []
+    assert "| first |" in benchmark.markdown("c") and "| grey +3 |" in benchmark.markdown("c")
+
+
 def test_a_part_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = replace(CASE, attack=AttackConfig("sme", 1, options={"tv": 0.5}))
     monkeypatch.setitem(bench_cases.BENCHMARKS, "prior", (CASE, other))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from fl_app import line_up
+from fl_app.audit import comparison
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.baselines import GREY, PRIOR, TRAINING, baseline_images
 from fl_app.audit.comparison import NOISE, compare
@@ -64,8 +66,20 @@ def attack_here(auditor: Auditor, console: Console) -> int:
 def test_every_attack_is_lined_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line_up, "finish_attacks", attack_here)
     folder, auditor = run_of(tmp_path)
+    drawn: list[Mapping[str, Sequence[torch.Tensor | None]]] = []
+    draw = comparison.save_grid
+
+    def spy(path: Path, columns: Mapping[str, Any], caption: Sequence[str]) -> None:
+        drawn.append(columns)
+        draw(path, columns, caption)
+
+    monkeypatch.setattr(comparison, "save_grid", spy)
     chosen = LineUp.of("all", "iterations=2")
     chosen.run(folder, Console(quiet=True))
+    assert list(drawn[0]) == ["private", *ATTACKS]  # the truth in the first column
+    private = [image for image in drawn[0]["private"] if image is not None]
+    truths = [read_truth(folder, 1, seed) for seed in range(2)]
+    assert torch.equal(torch.stack(private), torch.cat([t.images for t in truths if t]))
     lines = auditor.lines()
     assert len(lines) == 2 * len(ATTACKS)
     summary = json.loads((folder / "line-up.json").read_text())

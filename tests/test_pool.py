@@ -12,7 +12,7 @@ import ray
 import torch
 from rich.console import Console
 
-from fl_app.config import AttackConfig, PoolConfig, PriorConfig
+from fl_app.config import AttackConfig, ConfigError, PoolConfig, PriorConfig
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
 from server_strategies.attack_pool import AttackPool, Job, Report, pending
 
@@ -34,6 +34,8 @@ def obedient(
     order = attack.options["order"]
     if order == "raise" or (order == "raise once" and first):
         raise RuntimeError("told to raise\nand more")
+    if order == "refuse":
+        raise ConfigError("lr is -1; allowed: above 0")
     if order == "die" or (order == "die once" and first):
         os._exit(1)
     return Reconstruction(
@@ -68,7 +70,7 @@ def _no_ray_left() -> Iterator[None]:
 
 
 def test_every_job_gets_one_outcome_whatever_happens_to_its_worker(tmp_path: Path) -> None:
-    orders = ("succeed", "raise", "raise once", "die", "die once", "full disk")
+    orders = ("succeed", "raise", "raise once", "die", "die once", "full disk", "refuse")
     results: dict[int, float] = {}
     errors: dict[int, str] = {}
 
@@ -94,10 +96,12 @@ def test_every_job_gets_one_outcome_whatever_happens_to_its_worker(tmp_path: Pat
     assert errors[2] == "RuntimeError: told to raise"
     assert errors[4].startswith("ActorDiedError")
     assert "no space left" in errors[6]
+    assert errors[7] == "ConfigError: lr is -1; allowed: above 0"
     assert pending(tmp_path) == []
     processes = {file.name[:10]: file.read_text().split() for file in tries.iterdir()}
     assert len(processes["round-0002"]) == 2 and len(set(processes["round-0002"])) == 1
     assert len(set(processes["round-0005"])) == 2  # the second try was on a fresh worker
+    assert len(processes["round-0007"]) == 1  # it would be refused again
     assert "100%" in shown.getvalue()
 
 

@@ -13,8 +13,9 @@ name that it has in `ATTACKS`: the function, bound after the module of that name
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,8 +112,9 @@ def run_attack(
         If the optimisation diverges.
     """
     check_attack(attack)
-    entry = ATTACKS[attack.name]
+    entry, began = ATTACKS[attack.name], time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = entry.load_prior(prior.weights, device) if entry.load_prior else None
     budget = Budget(attack.iterations, attack.seconds, seed, device)
-    return entry.run(observation, knowledge, network, budget, report, **attack.options)
+    found = entry.run(observation, knowledge, network, budget, report, **attack.options)
+    return replace(found, seconds=time.monotonic() - began)

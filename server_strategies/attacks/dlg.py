@@ -26,6 +26,7 @@ def dlg(
     report: Report | None = None,
     *,
     explain: str = "gradient",
+    distance: str = "squared",
     lr: float = 0.1,
 ) -> Reconstruction:
     """Reconstruct a client's images and labels from its gradient alone.
@@ -45,20 +46,24 @@ def dlg(
     explain : str
         The authors match the gradient at w0, here with the mean step of several;
         for others see `explain`.
+    distance : str
+        The authors' is `squared`; for others see `explain`.
     lr : float
         Peak learning rate on normalised pixels, which falls by a half cosine.
 
     Raises
     ------
     ValueError
-        If the explanation does not fit the update.
+        If the explanation or the distance is unknown or does not fit the update.
     AttackError
         If the optimisation diverges.
     """
-    return match_squared("dlg", "fitted", observation, knowledge, budget, report, explain, lr)
+    return match_alone(
+        "dlg", "fitted", observation, knowledge, budget, report, explain, distance, lr
+    )
 
 
-def match_squared(
+def match_alone(
     attack: str,
     labels: str,
     observation: Observation,
@@ -66,9 +71,10 @@ def match_squared(
     budget: Budget,
     report: Report | None,
     explain: str,
+    distance: str,
     lr: float,
 ) -> Reconstruction:
-    """Match gradients by their squared distance alone, with labels found as `infer` says.
+    """Match the update and nothing else, with labels found as `infer` says.
 
     What `dlg` and `idlg` share; parameters are theirs, with the attack's name and
     the `labels` of `infer` before them.
@@ -76,12 +82,12 @@ def match_squared(
     knowledge = infer(observation, replace(knowledge, labels=None), budget.device, labels)
     return optimise(
         attack,
-        explain_update(explain, observation, knowledge, budget.device, distance="squared"),
+        explain_update(explain, observation, knowledge, budget.device, distance=distance),
         [],
         observation,
         budget,
         lr=lr,
         schedule=cosine_schedule,
         report=report,
-        options={"lr": lr},
+        options={"distance": distance, "lr": lr},
     )

@@ -28,6 +28,7 @@ def gradinversion(
     report: Report | None = None,
     *,
     explain: str = "gradient",
+    distance: str = "layered",
     seeds: int = 5,
     lr: float = 0.1,
     tv: float = 0.01,
@@ -52,12 +53,14 @@ def gradinversion(
         Not used.
     budget : Budget
         The authors use 20,000 iterations. The learning rate warms up over 50, or
-        a tenth of fewer than 500, then falls by a half cosine.
+        a tenth of fewer than 500 or of the seconds, then falls by a half cosine.
     report : Report, optional
         Called about once a second with the iteration and the matching loss.
     explain : str
         The authors match the gradient at w0, here with the mean step of several;
         for others see `explain`.
+    distance : str
+        The authors' is `layered`; for others see `explain`.
     seeds : int
         Starts; the one of least matching loss is returned.
     lr : float
@@ -83,14 +86,14 @@ def gradinversion(
     """
     knowledge = infer(observation, knowledge, budget.device)
     explanation = Seeds(
-        lambda: explain_update(explain, observation, knowledge, budget.device, distance="layered"),
+        lambda: explain_update(explain, observation, knowledge, budget.device, distance=distance),
         seeds,
     )
-    warm = min(50 / budget.iterations, 0.1)
+    warm = 0.1 if budget.seconds else min(50 / budget.iterations, 0.1)
 
     def schedule(progress: float) -> float:
         if progress < warm:
-            return (progress * budget.iterations + 1) / (warm * budget.iterations + 1)
+            return max(progress, 1 / budget.iterations) / warm
         return cosine_schedule((progress - warm) / (1 - warm), 0.0)
 
     return optimise(
@@ -109,6 +112,7 @@ def gradinversion(
         evidence=statistics_of(statistics, observation, knowledge, budget.device),
         report=report,
         options={
+            "distance": distance,
             "seeds": seeds,
             "lr": lr,
             "tv": tv,

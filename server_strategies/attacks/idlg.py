@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
-from server_strategies.attacks.dlg import match_squared
+from server_strategies.attacks.dlg import match_alone
 from server_strategies.attacks.optimise import Report
 
 
@@ -21,6 +21,7 @@ def idlg(
     report: Report | None = None,
     *,
     explain: str = "gradient",
+    distance: str = "squared",
     lr: float = 0.1,
 ) -> Reconstruction:
     """Reconstruct a client's images from its gradient, after their labels.
@@ -41,14 +42,18 @@ def idlg(
     explain : str
         The authors match the gradient at w0, here with the mean step of several;
         for others see `explain`.
+    distance : str
+        The authors' is `squared`; for others see `explain`.
     lr : float
         Peak learning rate on normalised pixels, which falls by a half cosine.
 
     Raises
     ------
     ValueError
-        If the explanation does not fit the update.
+        If the explanation or the distance is unknown or does not fit the update.
     AttackError
         If the optimisation diverges.
     """
-    return match_squared("idlg", "idlg", observation, knowledge, budget, report, explain, lr)
+    return match_alone(
+        "idlg", "idlg", observation, knowledge, budget, report, explain, distance, lr
+    )

@@ -1,4 +1,4 @@
-"""The one loop of every attack that optimises images."""
+"""The one loop of every attack that follows a gradient, and the books of every attack's run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,9 @@ def optimise(
     AttackError
         If the loss is no longer finite.
     """
-    knowledge = explanation.knowledge
-    device = torch.device(budget.device)
-    mean = torch.tensor(knowledge.mean, device=device).view(-1, 1, 1)
-    std = torch.tensor(knowledge.std, device=device).view(-1, 1, 1)
+    run = Run(attack, explanation, observation, budget, report, options)
+    knowledge, device = explanation.knowledge, torch.device(budget.device)
+    mean, std = run.mean, run.std
     low, high = -mean / std, (1 - mean) / std
     generator = torch.Generator(device).manual_seed(budget.seed)
     start = explanation.start
@@ -127,18 +126,10 @@ def optimise(
     ]
     groups += [{"params": [u.value], "lr": u.lr, "peak": u.lr} for u in explanation.unknowns]
     optimizer = torch.optim.Adam(groups)
-    losses = torch.zeros(budget.iterations, device=device)
-    counter = _FlopCounter()
-    memory = _PeakMemory(device)
-    began = reported = time.monotonic()
-    stop_reason, done = "iterations", 0
-    for iteration in range(budget.iterations):
-        progress = iteration / budget.iterations
-        if budget.seconds:  # the schedules are to end when the time does
-            progress = max(progress, min((time.monotonic() - began) / budget.seconds, 1.0))
+    for progress in run.iterations():
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
-        with counter.watch(progress >= explanation.restart):
+        with run.counted(progress):
             x = decode(variable) if decode else variable
             matching = explanation(x, progress)
             told = sum((tells(x * std + mean, progress) for tells in evidence), start=matching)
@@ -165,36 +156,114 @@ def optimise(
                 variable.clamp_(low, high)
             for fitted in explanation.unknowns:
                 fitted.value.clamp_(fitted.low, fitted.high)
-        losses[iteration] = matching.detach()
-        done, now = iteration + 1, time.monotonic()
-        # Reading a loss waits for the device, so do it once a second only.
-        if now - reported > 1:
-            _check_finite(matching, done)
-            if report:
-                report(done, matching.item())
-            reported = now
-        if budget.seconds and now - began > budget.seconds:
-            stop_reason = "seconds"
-            break
-    _check_finite(losses[:done], done)
-    history = tuple(losses[:done].tolist())
+        run.note(matching)
     with torch.no_grad():
-        images = explanation.found_images(decode(variable) if decode else variable)
-    return Reconstruction(
-        attack=attack,
-        explanation="; ".join([explanation.reason, *knowledge.inferred]),
-        images=(images.detach() * std + mean).clamp(0, 1).cpu(),
-        labels=explanation.found_labels(),
-        labels_source=knowledge.labels_source,
-        losses=history,
-        iterations=done,
-        seconds=time.monotonic() - began,
-        peak_memory=memory.above_start(),
-        flops=counter.total(),
-        stop_reason=stop_reason,
-        options=options,
-        diagnosis=diagnose(observation, knowledge, history, explanation.position()),
-    )
+        return run.found(decode(variable) if decode else variable)
+
+
+class Run:
+    """One run of an attack: its budget, how far it is, and what it costs.
+
+    Parameters
+    ----------
+    attack, explanation, observation, budget, report, options
+        See `optimise`.
+
+    Attributes
+    ----------
+    mean, std : Tensor, shape (C, 1, 1)
+        The client's normalisation.
+    """
+
+    def __init__(
+        self,
+        attack: str,
+        explanation: Explanation,
+        observation: Observation,
+        budget: Budget,
+        report: Report | None,
+        options: Mapping[str, float | int | str],
+    ) -> None:
+        self._attack, self._options = attack, options
+        self._explanation, self._observation = explanation, observation
+        self._budget, self._report = budget, report
+        device = torch.device(budget.device)
+        scale = (explanation.knowledge.mean, explanation.knowledge.std)
+        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in scale)
+        self._losses = torch.zeros(budget.iterations, device=device)
+        self._counter = _FlopCounter()
+        self._memory = _PeakMemory(device)
+        self._began = self._reported = time.monotonic()
+        self._stop_reason, self._done = "iterations", 0
+
+    def iterations(self) -> Iterator[float]:
+        """Yield the progress in [0, 1] at the start of every iteration that the budget holds."""
+        total, seconds = self._budget.iterations, self._budget.seconds
+        for iteration in range(total):
+            progress, spent = iteration / total, time.monotonic() - self._began
+            if seconds and spent > seconds and iteration:
+                self._stop_reason = "seconds"
+                return
+            # The schedules are to end when the time does.
+            yield max(progress, min(spent / seconds, 1.0)) if seconds else progress
+
+    def counted(self, progress: float) -> AbstractContextManager[object]:
+        """Return a context for an iteration's work on the explanation and the priors."""
+        return self._counter.watch(progress >= self._explanation.restart)
+
+    def note(self, matching: Tensor) -> None:
+        """Record the matching loss, shape (), of an iteration that is done.
+
+        Raises
+        ------
+        AttackError
+            If it is no longer finite; it is looked at once a second.
+        """
+        self._losses[self._done] = matching.detach()
+        self._done, now = self._done + 1, time.monotonic()
+        # Reading a loss waits for the device, so do it once a second only.
+        if now - self._reported > 1:
+            self._check_finite(matching)
+            if self._report:
+                self._report(self._done, matching.item())
+            self._reported = now
+
+    def found(self, x: Tensor) -> Reconstruction:
+        """Return what the explanation makes of the last candidates, and the costs of all.
+
+        Parameters
+        ----------
+        x : Tensor, shape (copies * N, C, H, W)
+            Normalised images.
+
+        Raises
+        ------
+        AttackError
+            If a loss was not finite.
+        """
+        self._check_finite(self._losses[: self._done])
+        history = tuple(self._losses[: self._done].tolist())
+        explanation = self._explanation
+        knowledge, images = explanation.knowledge, explanation.found_images(x).detach()
+        return Reconstruction(
+            attack=self._attack,
+            explanation="; ".join([explanation.reason, *knowledge.inferred]),
+            images=(images * self.std + self.mean).clamp(0, 1).cpu(),
+            labels=explanation.found_labels(),
+            labels_source=knowledge.labels_source,
+            losses=history,
+            iterations=self._done,
+            seconds=time.monotonic() - self._began,
+            peak_memory=self._memory.above_start(),
+            flops=self._counter.total(),
+            stop_reason=self._stop_reason,
+            options=self._options,
+            diagnosis=diagnose(self._observation, knowledge, history, explanation.position()),
+        )
+
+    def _check_finite(self, losses: Tensor) -> None:
+        if not torch.isfinite(losses).all():
+            raise AttackError(f"the matching loss is not finite by iteration {self._done}")
 
 
 def _since_restart(progress: float, restart: float) -> float:
@@ -216,11 +285,6 @@ def _pull(priors: Sequence[Prior], x: Tensor, mean: Tensor, std: Tensor, progres
 def _sizes(gradient: Tensor) -> Tensor:
     """Return the norm of a gradient (N, C, H, W) by image, shape (N, 1, 1, 1), above 0."""
     return (gradient.square().sum((1, 2, 3), keepdim=True) + 1e-30).sqrt()
-
-
-def _check_finite(losses: Tensor, iteration: int) -> None:
-    if not torch.isfinite(losses).all():
-        raise AttackError(f"the matching loss is not finite by iteration {iteration}")
 
 
 class _FlopCounter(TorchDispatchMode):

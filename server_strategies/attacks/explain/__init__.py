@@ -32,6 +32,9 @@ EXPLANATIONS = {
     )
 }
 
+SMOOTHED = (Trajectory.name, Decoded.name)
+"""What `choose` may choose that simulates Adam, smoothed."""
+
 
 def explain(
     kind: str,
@@ -56,16 +59,21 @@ def explain(
     alpha : float, optional
         Where a surrogate starts, see `Surrogate`.
     distance : {"cosine", "squared", "layered", "decaying"}
-        See `explain.distance`. `surrogate` and `sign` have one of their own.
+        See `explain.distance`. `surrogate` and `sign` have one of their own. With
+        ``auto`` a smoothed trajectory is always compared by the cosine: a smoothed
+        Adam moves less than the client's, so that a distance which sees lengths is
+        least where images make up for that, not at the client's.
 
     Raises
     ------
     ValueError
-        If `kind` is unknown, does not fit the update, or there are not as many
-        labels as examples.
+        If `kind` or `distance` is unknown, `kind` does not fit the update or the
+        distance, or there are not as many labels as examples.
     """
     own = () if distance == "cosine" else (Surrogate.name, SignMatch.name)
     allowed = [name for name in ("auto", *EXPLANATIONS) if name not in own]
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; allowed: {', '.join(DISTANCES)}")
     if kind not in allowed:
         raise ValueError(f"explain is {kind!r}; allowed: {', '.join(allowed)}")
     model = clients_model(knowledge, observation.w0).to(device)
@@ -77,6 +85,8 @@ def explain(
     reason = "asked for"
     if kind == "auto":
         kind, reason = choose(model, observation, knowledge)
+        if distance != "cosine" and knowledge.client.optimizer != "sgd" and kind in SMOOTHED:
+            distance, reason = "cosine", f"{reason}; by the cosine, as Adam is smoothed"
         reason = f"auto, {reason}"
     options: dict[str, Any] = {"distance": DISTANCES[distance]}
     if kind == Surrogate.name:
