@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from client_app.defended_steps import defended_steps
 from fl_app.data import ImageSet
 from fl_app.optimizers import create_optimizer
-from fl_app.protocol import LocalTraining
+from fl_app.protocol import Defense, LocalTraining
 
+NO_DEFENSE = Defense()
 _EVALUATION_BATCH = 256  # only bounds the memory
 
 
@@ -119,6 +121,7 @@ def train(
     training: LocalTraining,
     mean: Sequence[float],
     std: Sequence[float],
+    defense: Defense = NO_DEFENSE,
 ) -> float:
     """Train `model` in place with cross-entropy, one optimiser step a batch.
 
@@ -135,23 +138,26 @@ def train(
         The optimiser and its settings.
     mean, std : sequence of float
         Per-channel normalisation.
+    defense : Defense
+        Its steps within local training, see `defended_steps`.
 
     Returns
     -------
     float
         The mean loss over the steps, each before its update.
     """
-    optimizer = create_optimizer(model.parameters(), training)
+    plain = create_optimizer(model.parameters(), training)
     model.train()
     losses = []
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(normalise(images[batch], mean, std)), labels[batch])
-        loss.backward()
-        if training.max_grad_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    with defended_steps(model, plain, defense) as (forward, optimizer):
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(forward(normalise(images[batch], mean, std)), labels[batch])
+            loss.backward()
+            if training.max_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            optimizer.step()
+            losses.append(float(loss.detach()))
     return sum(losses) / len(losses)
 
 

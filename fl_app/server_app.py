@@ -15,6 +15,7 @@ from flwr.superlink.grid import InMemoryGrid
 from rich.console import Console
 from safetensors.torch import save_file
 
+from client_app.defended_steps import check_defense
 from fl_app.attacking import AttackProcess, only_one, open_pool
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.report import leakage_table
@@ -79,6 +80,10 @@ def _prepare(
         model = create_model(config.model.name, info.num_classes, info.image_shape, config.seed)
     except ValueError as error:
         raise ConfigError(f"model.name: {error}") from error
+    try:
+        check_defense(config.defense, config.client, model)
+    except ValueError as error:
+        raise ConfigError(f"defense.{error}") from error
     return config, config.knowledge(info), ArrayRecord(model.state_dict())
 
 
@@ -137,7 +142,8 @@ def create_strategy(config: Config) -> Strategy:
         min_available_nodes=1,
         min_evaluate_nodes=1,
     )
-    return ValidReplies(inner, train={"loss"}, evaluate={"loss", "accuracy"})
+    train = {"loss", "epsilon"} if config.defense.dp_clip else {"loss"}
+    return ValidReplies(inner, train=train, evaluate={"loss", "accuracy"})
 
 
 def _audit_in_simulation(
