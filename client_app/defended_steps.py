@@ -114,8 +114,8 @@ def _pruned_representation(model: nn.Module, share: float) -> Iterator[None]:
     columns of the last layer's weight change. One backward pass an entry: a
     step takes about d times as long.
     """
-    classifier = model.get_submodule("classifier")
-    weight = classifier.get_parameter("weight")
+    classifier = model.get_submodule("classifier").modules()
+    last = [layer for layer in classifier if isinstance(layer, nn.Linear)][-1]
     images: list[Tensor] = []
     masks: list[Tensor] = []
 
@@ -128,8 +128,8 @@ def _pruned_representation(model: nn.Module, share: float) -> Iterator[None]:
 
     handles = [
         model.register_forward_pre_hook(take_input),
-        classifier.register_forward_pre_hook(look),
-        weight.register_hook(lambda gradient: gradient * masks[0]),
+        last.register_forward_pre_hook(look),
+        last.weight.register_hook(lambda gradient: gradient * masks[0]),
     ]
     try:
         yield

@@ -171,6 +171,39 @@ def defend(update: Update, defense: Defense, generator: torch.Generator) -> dict
     return sent
 
 
+def defended_weights(
+    w0: Mapping[str, Tensor],
+    w1: Mapping[str, Tensor],
+    defense: Defense,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Return the weights that a client sends: ``w0 + defend(w1 - w0)`` of the trained ones.
+
+    Without a step on the update they are `w1` to the bit, which ``w0 + (w1 - w0)``
+    is not.
+
+    Parameters
+    ----------
+    w0, w1 : mapping of str to Tensor
+        As received and as trained, by name.
+    defense, generator
+        See `defend`.
+
+    Raises
+    ------
+    ValueError
+        If `w1` has other names than `w0`.
+    """
+    if w1.keys() != w0.keys():
+        raise ValueError(f"the weights are {', '.join(w1)}; allowed, as received: {', '.join(w0)}")
+    update = {name: w1[name] - w0[name] for name in trained_names(w1)}
+    sent = defend(update, defense, generator)
+    return {
+        name: value if sent.get(name) is update.get(name) else w0[name] + sent[name]
+        for name, value in w1.items()
+    }
+
+
 def update_bytes(update: Update, number_format: str) -> tuple[int, str]:
     """Return how many bytes an update takes in the best plain encoding, and which one that is.
 
@@ -250,26 +283,12 @@ def defended(defense: Defense, seed: int | None = None) -> Mod:
         w0 = _arrays(msg)[1].to_torch_state_dict()  # before the app may change the message
         reply = call_next(msg, ctxt)
         if not reply.has_error():
-            _defend_reply(reply, w0, defense, generator)
+            key, record = _arrays(reply)
+            sent = defended_weights(w0, record.to_torch_state_dict(), defense, generator)
+            reply.content[key] = ArrayRecord({k: Array(v.numpy()) for k, v in sent.items()})
         return reply
 
     return mod
-
-
-def _defend_reply(
-    reply: Message, w0: Mapping[str, Tensor], defense: Defense, generator: torch.Generator
-) -> None:
-    """Replace a reply's weights with ``w0 + defend(w1 - w0)``."""
-    key, record = _arrays(reply)
-    w1 = record.to_torch_state_dict()
-    if w1.keys() != w0.keys():
-        raise ValueError(
-            f"the reply's arrays are {', '.join(w1)}; allowed, as in the message: {', '.join(w0)}"
-        )
-    update = {name: w1[name] - w0[name] for name in trained_names(w1)}
-    sent = defend(update, defense, generator)
-    arrays = {name: w0[name] + sent[name] if name in sent else w1[name] for name in w1}
-    reply.content[key] = ArrayRecord({k: Array(v.numpy()) for k, v in arrays.items()})
 
 
 def _flowers_local_dp(defense: Defense, generator: torch.Generator) -> Mod:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from client_app.defenses import defend, noise_generator
+from client_app.defenses import defended_weights, noise_generator
 from client_app.training import NO_DEFENSE, choose_batches, evaluate, local_seed, train
 from fl_app.data import ImageSet
 from fl_app.models import create_model
-from fl_app.protocol import DatasetInfo, Defense, LocalTraining, trained_names
+from fl_app.protocol import DatasetInfo, Defense, LocalTraining
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Federation:
         They share the training images equally, and all train in every round.
     rounds : int
     images : int
-        Training images of all clients together.
+        Training images of all clients together; all there are, if those are fewer.
     model : str
     """
 
@@ -54,7 +54,7 @@ def federated_accuracy(
     """Return the test accuracy of FedAvg's global model after the last round, in [0, 1].
 
     A loop in this process over what a Flower client does: `choose_batches`, `train`,
-    `defend`, seeded alike; then the mean of the clients' weights. Two federations
+    `defended_weights`, seeded alike; then the mean of the clients' weights. Two federations
     that differ in their defence alone train on the same batches.
 
     Parameters
@@ -66,16 +66,7 @@ def federated_accuracy(
     info : DatasetInfo
     seed : int
         >= 0; decides the model, the clients' images, their batches and their noise.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer training images than asked for.
     """
-    if federation.images > len(train_set):
-        raise ValueError(
-            f"images is {federation.images}; allowed: at most the {len(train_set)} there are"
-        )
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randperm(len(train_set), generator=generator)[: federation.images]
     shares = [picks[client :: federation.clients] for client in range(federation.clients)]
@@ -88,7 +79,7 @@ def federated_accuracy(
             own = ImageSet(train_set.images[share], train_set.labels[share])
             sent = _train_client(federation, model, weights, own, info, (seed, client, round_))
             for name, value in sent.items():
-                mean[name] += value.double() * len(share) / federation.images
+                mean[name] += value.double() * len(share) / len(picks)
         weights = {name: mean[name].to(value.dtype) for name, value in weights.items()}
     model.load_state_dict(weights)
     return evaluate(model, test_set, info.mean, info.std)[1]
@@ -111,10 +102,8 @@ def _train_client(
             model, own.images.float() / 255, own.labels, batches, federation.training,
             info.mean, info.std, federation.defense,
         )  # fmt: skip
-    w1 = _copy(model.state_dict())
-    update = {name: w1[name] - weights[name] for name in trained_names(w1)}
-    sent = defend(update, federation.defense, noise_generator(*place))
-    return {name: weights[name] + sent[name] if name in sent else w1[name] for name in w1}
+    noise = noise_generator(*place)
+    return defended_weights(weights, model.state_dict(), federation.defense, noise)
 
 
 def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

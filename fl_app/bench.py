@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from client_app.training import choose_batches, in_training_order, normalise, train
+from client_app.defenses import defended_weights, distortion, noise_generator, update_bytes
+from client_app.training import NO_DEFENSE, choose_batches, in_training_order, normalise, train
 from fl_app.audit.metrics import (
     MEASURES,
     feature_mse,
@@ -39,7 +41,7 @@ from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
 from fl_app.models import create_model
-from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
+from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import ATTACKS, run_attack
 from server_strategies.attacks.explain import explain
 
@@ -63,6 +65,10 @@ class Case:
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
     labels_known : bool
         Whether the attacker is given the labels; otherwise it counts them.
+    defense : Defense
+        What the client does so that less is seen; without `secagg`.
+    defense_known : bool
+        Whether the attacker knows it.
     """
 
     training: LocalTraining
@@ -72,6 +78,8 @@ class Case:
     model: str = "convnet"
     num_examples: int = 0
     labels_known: bool = True
+    defense: Defense = NO_DEFENSE
+    defense_known: bool = True
 
     @property
     def count(self) -> int:
@@ -91,6 +99,8 @@ class Case:
             order = "reshuffled" if t.reshuffle else "in order"
             words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
         words += ["labels unknown"] * (not self.labels_known)
+        if self.defense != NO_DEFENSE:
+            words += [f"{self.defense}", "known" if self.defense_known else "unknown"]
         return " ".join(words)
 
     @property
@@ -139,12 +149,17 @@ def draw_client(
     model = create_model(case.model, info.num_classes, info.image_shape, seed)
     w0 = {name: value.clone() for name, value in model.state_dict().items()}
     _, batches = in_training_order(choose_batches(count, training, generator))
-    train(model, private, labels, [torch.tensor(b) for b in batches], training, info.mean, info.std)
-    observation = Observation(w0, model.state_dict(), count, round=1, node=seed, client=seed)
+    steps = [torch.tensor(batch) for batch in batches]
+    with torch.random.fork_rng():  # a defence may draw noise of its own in every step
+        torch.manual_seed(seed)
+        train(model, private, labels, steps, training, info.mean, info.std, case.defense)
+    w1 = defended_weights(w0, model.state_dict(), case.defense, noise_generator(seed, 0, 1))
+    observation = Observation(w0, w1, count, round=1, node=seed, client=seed)
     known = tuple(labels.tolist())
     knowledge = Knowledge(
-        case.model, info.num_classes, info.image_shape, info.mean, info.std, training, known
-    )
+        case.model, info.num_classes, info.image_shape, info.mean, info.std, training, known,
+        defense=case.defense.plain(),
+    )  # fmt: skip
     return observation, knowledge, Truth(private, known, batches, round=1, node=seed)
 
 
@@ -157,6 +172,11 @@ class _Setting:
     prior: PriorConfig
     lpips_weights: str
 
+    @property
+    def drawn(self) -> tuple[ImageSet, DatasetInfo]:
+        """What a client is drawn from."""
+        return self.images, self.info
+
 
 # Once a process: the networks are worth loading once only.
 _perceptual = cache(load_lpips)
@@ -167,8 +187,9 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
 
     Its ``peak_memory`` (the column MB) is the attack's alone, see `Reconstruction`.
     """
-    observation, knowledge, truth = draw_client(case, setting.images, setting.info, seed)
+    observation, knowledge, truth = draw_client(case, *setting.drawn, seed)
     seen = knowledge if case.labels_known else replace(knowledge, labels=None)
+    seen = seen if case.defense_known else replace(seen, defense=NO_DEFENSE)
     found = run_attack(observation, seen, case.attack, setting.prior, seed)
     kind = case.attack.options.get("explain", ATTACKS[case.attack.name].options["explain"])
     explanation = explain(str(kind), observation, knowledge)
@@ -181,9 +202,15 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
         "fmse": feature_mse(target_features(observation, knowledge)),
     }
     leakage = score(found, truth, knowledge.mean, measures, reasons, knowledge.num_classes)
+    update = _update(observation)
+    undefended = draw_client(replace(case, defense=NO_DEFENSE), *setting.drawn, seed)[0]
+    size, encoding = update_bytes(update, case.defense.quantize)
     return {
         "case": case.name,
         "seed": seed,
+        "distortion": distortion(_update(undefended), update),
+        "update_bytes": size,
+        "update_encoding": encoding,
         "explanation": found.explanation,
         "options": dict(found.options),
         "metrics": {k: v and asdict(v) for k, v in leakage.metrics.items()},
@@ -198,6 +225,10 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
         "peak_memory": found.peak_memory,
         "gflop_per_iteration": found.flops / found.iterations / 1e9,
     }
+
+
+def _update(observation: Observation) -> dict[str, Tensor]:
+    return {name: observation.w1[name] - observation.w0[name] for name in observation.trained}
 
 
 @dataclass

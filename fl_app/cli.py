@@ -18,7 +18,7 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import find_run, git_commit, list_runs
-from fl_app.bench import Benchmark, sections_markdown
+from fl_app.bench import Benchmark, markdown_table, sections_markdown
 from fl_app.bench_cases import BENCHMARKS
 from fl_app.bench_processes import shares
 from fl_app.config import (
@@ -30,6 +30,12 @@ from fl_app.config import (
 )
 from fl_app.cost_bench import prior_cost, surrogate_speedup
 from fl_app.data import dataset_info, load_split
+from fl_app.defense_bench import (
+    compare_with_sme,
+    defense_cells,
+    measure_accuracies,
+    save_plot,
+)
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.lan import lan_app
@@ -258,6 +264,18 @@ def bench(
                     f"A step of the flow prior takes {share:.2f} of the time of a matching step "
                     f"({client.optimizer}, B={client.batch_size}; at most 0.5 was asked for)."
                 )
+        if name == "defenses":
+            data_sets = (load_split(data, "train"), images, info)
+            chosen = [case for case in benchmark.cases if cases in case.name]
+            kept = out.with_suffix(".accuracy.json") if out else None
+            reached = measure_accuracies(
+                chosen, data_sets, {**facts, "images": len(data_sets[0])}, seed, console,
+                workers, kept,
+            )  # fmt: skip
+            notes += markdown_table(defense_cells(benchmark, reached))
+            notes += ["", *compare_with_sme(benchmark)]
+            if out:
+                save_plot(out.with_suffix(".png"), benchmark, reached)
         if notes:
             console.print("\n".join(notes))
         if out:
