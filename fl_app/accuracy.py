@@ -73,14 +73,17 @@ def federated_accuracy(
     model = create_model(federation.model, info.num_classes, info.image_shape, seed)
     weights = _copy(model.state_dict())
     for round_ in range(1, federation.rounds + 1):
-        mean = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in weights.items()}
+        sent = []
         for client, share in enumerate(shares):
             model.load_state_dict(weights)
             own = ImageSet(train_set.images[share], train_set.labels[share])
-            sent = _train_client(federation, model, weights, own, info, (seed, client, round_))
-            for name, value in sent.items():
-                mean[name] += value.double() * len(share) / len(picks)
-        weights = {name: mean[name].to(value.dtype) for name, value in weights.items()}
+            place = (seed, client, round_)
+            sent.append(_train_client(federation, model, weights, own, info, place))
+        total = sum(count for _, count in sent)
+        weights = {
+            name: torch.stack([w1[name].double() * (n / total) for w1, n in sent]).sum(0).to(value)
+            for name, value in weights.items()
+        }
     model.load_state_dict(weights)
     return evaluate(model, test_set, info.mean, info.std)[1]
 
@@ -92,8 +95,8 @@ def _train_client(
     own: ImageSet,
     info: DatasetInfo,
     place: tuple[int, int, int],
-) -> dict[str, Tensor]:
-    """Return the weights that a client sends, of seed, client and round `place`."""
+) -> tuple[dict[str, Tensor], int]:
+    """Return what a client sends, of seed, client and round `place`: weights and num-examples."""
     seed = local_seed(*place)
     batches = choose_batches(len(own), federation.training, torch.Generator().manual_seed(seed))
     with torch.random.fork_rng():
@@ -103,7 +106,8 @@ def _train_client(
             info.mean, info.std, federation.defense,
         )  # fmt: skip
     noise = noise_generator(*place)
-    return defended_weights(weights, model.state_dict(), federation.defense, noise)
+    sent = defended_weights(weights, _copy(model.state_dict()), federation.defense, noise)
+    return sent, len(torch.cat(batches).unique())
 
 
 def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_app.attacking import finish_attacks, only_one, score_later, watch_input
+from fl_app.audit.advice import defense_advice
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
@@ -107,6 +108,9 @@ def show(run: str, runs_dir: RunsDir = Path("runs")) -> None:
     folder = find_run(user_path(str(runs_dir)), run)
     lines, torn = read_lines(folder / "leakage.jsonl")
     console.print(leakage_table(lines))
+    advice = defense_advice(folder)
+    if advice:
+        console.print(advice, soft_wrap=True, highlight=False, markup=False)
     if torn:
         console.print(f"{torn} torn lines were left out", style="yellow")
     for line in lines:

@@ -214,6 +214,7 @@ def _train(
             seed=config.seed,
             # Only in an audit are clients told where to leave their private batches.
             settings={"audit-dir": str(auditor.run_dir)} if config.audit.truth else None,
+            secagg=config.defense.secagg,
         )
         known = auditor.knowledge
         data = {
@@ -235,6 +236,7 @@ def _train(
 def _check_size(observation: Observation, config: Config) -> None:
     """Refuse a number of images that the protocol rules out, before an attack allocates them."""
     most = config.client.local_steps * config.client.batch_size
+    most *= len(observation.nodes) or 1  # of a sum
     if not most and observation.num_examples > _MOST_IMAGES:
         raise ValueError(f"num-examples is {observation.num_examples}; no attack takes so many")
     if most and observation.num_examples > most:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from test_flower import _identity, real_client  # noqa: F401 - a fixture of every test here
+from test_bench_and_cli import flowleak
+from test_flower import (
+    _identity,  # noqa: F401 - a fixture of every test here
+    average,
+    real_client,
+    start,
+    toy_client,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,11 +32,19 @@ from client_app.defenses import (
     update_bytes,
 )
 from client_app.training import choose_batches, normalise, train
-from fl_app.config import ConfigError, load_config
+from fl_app.audit.advice import defense_advice
+from fl_app.audit.auditor import Auditor
+from fl_app.audit.leakage_log import LogLine, append_line
+from fl_app.audit.runs import create_run
+from fl_app.audit.truth import Truth, write_truth
+from fl_app.config import ConfigError, WatchConfig, load_config
 from fl_app.data import dataset_info
+from fl_app.files import project_file
 from fl_app.models import create_model
-from fl_app.protocol import Defense, LocalTraining
+from fl_app.protocol import Defense, LocalTraining, Observation
 from fl_app.server_app import _prepare
+from server_strategies.honest_but_curious import HonestButCurious
+from server_strategies.observations import ObservationStore
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SGD = LocalTraining("sgd", lr=0.1, batch_size=2, local_steps=3)
@@ -189,8 +205,8 @@ def test_dp_sgd_is_the_slow_loop_over_single_images(monkeypatch: pytest.MonkeyPa
             for p, t in zip(model.parameters(), total, strict=True):
                 p -= training.lr * (t + next(left)) / len(batch)
     assert clipped
-    for (_, delta), p, start in zip(update.items(), model.parameters(), w0, strict=True):
-        torch.testing.assert_close(delta, p.detach() - start, rtol=1e-3, atol=1e-6)
+    for (_, delta), p, before in zip(update.items(), model.parameters(), w0, strict=True):
+        torch.testing.assert_close(delta, p.detach() - before, rtol=1e-3, atol=1e-6)
 
 
 def test_epsilon_falls_with_noise_and_grows_with_rounds() -> None:
@@ -351,6 +367,81 @@ def test_dp_reports_its_epsilon_and_nothing_else_does() -> None:
     assert "epsilon" not in asked("").content["metrics"]
 
 
+# --- secure aggregation ---------------------------------------------------------------
+
+
+def test_under_secure_aggregation_the_server_sees_the_sum_alone(tmp_path: Path) -> None:
+    seen: list[Observation] = []
+    skipped: list[tuple[int, int, str]] = []
+    strategy = HonestButCurious(
+        average(),
+        watch=WatchConfig(clients=[0]),
+        on_observation=seen.append,
+        on_skipped=lambda *facts: skipped.append(facts),
+        secagg=True,
+    )
+    clients = [toy_client(0.3, 2), toy_client(0.1, 0, count=6), toy_client(0.2, 1, raises="off")]
+    averaged = start(strategy, clients, 1).to_torch_state_dict()
+    (total,) = seen
+    assert (total.clients, total.nodes, total.num_examples) == ((0, 2), (101, 100), 8)
+    assert [facts[:2] for facts in skipped] == [(1, 102)]
+    for name, value in averaged.items():
+        torch.testing.assert_close(total.w1[name], value)  # as FedAvg makes it
+    torch.testing.assert_close(total.w1["bias"], torch.full((2,), (0.1 * 6 + 0.3 * 2) / 8))
+
+    store = ObservationStore(tmp_path)
+    store.save(total)
+    again = store.load(total.id)
+    assert (again.clients, again.nodes, again.client) == ((0, 2), (101, 100), -1)
+
+
+def test_a_sums_truth_is_that_of_its_clients_one_after_another(tmp_path: Path) -> None:
+    config = replace(load_config({"defense": "secagg"}), runs_dir=str(tmp_path))
+    auditor = Auditor(tmp_path, config, config.knowledge(dataset_info(config.dataset)))
+    images = torch.rand(5, 3, 4, 4)
+    total = Observation({}, {}, 5, 1, node=0, client=-1, nodes=(9, 4), clients=(0, 1))
+    write_truth(tmp_path, Truth(images[:2], (7, 8), ((0,), (1,)), 1, node=9))
+    assert not auditor.has_truth(total)
+    with pytest.raises(ValueError, match=r"audit\.labels is given, but"):
+        auditor.grant(total)
+    write_truth(tmp_path, Truth(images[2:], (1, 2, 3), ((0, 1), (2,), (0, 1)), 1, node=4))
+    assert auditor.has_truth(total) and auditor.grant(total).labels == (7, 8, 1, 2, 3)
+    whole = auditor._truth(total)
+    assert whole is not None and torch.equal(whole.images, images)
+    assert whole.batches == ((0, 2, 3), (1, 4), (2, 3))
+
+
+# --- what it bought -------------------------------------------------------------------
+
+
+def run_with(folder: Path, name: str, defense: str, psnr: float, accuracy: float) -> Path:
+    """A run's folder with one scored attack."""
+    config = load_config({"defense": defense, "overrides": f"runs_dir={folder} name={name}"})
+    run = create_run(config)
+    score = {"mean": psnr, "low": None, "high": None, "baseline": 12}
+    line = LogLine(1, 5, 0, "sme", "ok", "given", metrics={"psnr": score})
+    append_line(run / "leakage.jsonl", line)
+    rounds = [{"round": 1, "train": {}, "evaluate": {"accuracy": accuracy}}]
+    (run / "training.json").write_text(json.dumps(rounds))
+    return run
+
+
+def test_advice_says_what_a_defence_bought_and_cost(tmp_path: Path) -> None:
+    run = run_with(tmp_path, "noisy", "gaussian", 14.5, 0.38)
+    alone = defense_advice(run)
+    assert "14.5 dB, 2.5 dB above a grey image (12.0 dB). No undefended run" in alone
+    plain = run_with(tmp_path, "plain", "none", 21.0, 0.4)
+    assert defense_advice(plain) == ""
+    assert defense_advice(run) == (
+        "Defence noise=gaussian sigma=0.005 (known to the attacker): mean PSNR 14.5 dB, "
+        "undefended 21.0 dB (run plain), a grey image 12.0 dB: it bought 6.5 dB; "
+        "it cost 2.0 points of accuracy (38.0% for 40.0%)."
+    )
+    useless = run_with(tmp_path, "clipped", "clip", 21.0, 0.41)
+    assert "it bought nothing; it cost no accuracy" in defense_advice(useless)
+    assert "it bought 6.5 dB" in flowleak("show", "noisy", "--runs-dir", str(tmp_path))
+
+
 # --- what is refused ------------------------------------------------------------------
 
 
@@ -386,13 +477,10 @@ def test_batch_norm_is_refused_with_what_to_do_instead(defense: Defense) -> None
     check_defense(Defense(noise="gaussian", sigma=1.0), SGD, Normed())
 
 
-def names() -> Iterable[str]:
-    from fl_app.files import project_file
-
-    return sorted(file.stem for file in project_file("conf/defense").glob("*.yaml"))
+NAMES = sorted(file.stem for file in project_file("conf/defense").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_defence_of_conf_runs_and_is_known_unless_hidden(name: str) -> None:
     config, knowledge, _ = _prepare({"defense": name}, simulated=True)
     assert knowledge.defense == config.defense.plain()
