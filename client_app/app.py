@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
+from client_app.defended_steps import epsilon
+from client_app.defenses import defended
 from client_app.training import choose_batches, evaluate, in_training_order, local_seed, train
 from fl_app.audit.truth import Truth, write_truth
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import ImageSet, dataset_info, load_partition, load_split
-from fl_app.models import create_model
+from fl_app.models import agreed_model
 from fl_app.protocol import DatasetInfo
 
 app = ClientApp()
@@ -67,9 +78,7 @@ def _received_model(
     msg: Message, config: Config, info: DatasetInfo, device: torch.device
 ) -> nn.Module:
     """Return the global model that the server sent."""
-    model = create_model(
-        config.model.name, info.num_classes, info.image_shape, norm=config.model.norm
-    )
+    model = agreed_model(config, info)
     arrays = msg.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     model.load_state_dict(arrays.to_torch_state_dict())
@@ -80,7 +89,13 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@app.train()
+def _defended_as_configured(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
+    """Defend the update as the run's configuration says; a mod, for the list of mods is fixed."""
+    config = _config(ctxt)
+    return defended(config.defense, config.seed)(msg, ctxt, call_next)
+
+
+@app.train(mods=[_defended_as_configured])
 def train_locally(msg: Message, context: Context) -> Message:
     """Train the global model on this client's images and return its weights."""
     config = _config(context)
@@ -105,18 +120,22 @@ def train_locally(msg: Message, context: Context) -> Message:
         torch.manual_seed(seed)
         steps = [torch.tensor(batch) for batch in batches]
         loss = train(
-            model, images.to(device), labels.to(device), steps, config.client, info.mean, info.std
-        )
+            model, images.to(device), labels.to(device), steps, config.client,
+            info.mean, info.std, config.defense,
+        )  # fmt: skip
     truth = Truth(images, tuple(labels.tolist()), batches, round_, msg.metadata.dst_node_id)
     if config.audit.truth is not False and settings.get("audit-dir"):
         _leave_truth(Path(str(settings["audit-dir"])), truth)
     if "truth-dir" in context.node_config:  # only the machine's owner sets it
         write_truth(Path(str(context.node_config["truth-dir"])) / str(context.run_id), truth)
 
+    metrics: dict[str, MetricRecordValues] = {"num-examples": len(order), "loss": loss}
+    if config.defense.dp_clip:
+        metrics["epsilon"] = epsilon(config.defense, config.client, len(data.labels), round_)
     reply = RecordDict(
         {
             "arrays": ArrayRecord(_on_cpu(model)),
-            "metrics": MetricRecord({"num-examples": len(order), "loss": loss}),
+            "metrics": MetricRecord(metrics),
             "client": ConfigRecord({"partition-id": partition}),
         }
     )

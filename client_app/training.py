@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from client_app.defended_steps import defended_steps
 from fl_app.data import ImageSet
 from fl_app.models.extensions import local_loss
 from fl_app.models.norms import set_batch_norm
 from fl_app.optimizers import create_optimizer
-from fl_app.protocol import LocalTraining
+from fl_app.protocol import Defense, LocalTraining
 
+NO_DEFENSE = Defense()
 _EVALUATION_BATCH = 256  # only bounds the memory
 
 
@@ -121,6 +123,7 @@ def train(
     training: LocalTraining,
     mean: Sequence[float],
     std: Sequence[float],
+    defense: Defense = NO_DEFENSE,
 ) -> float:
     """Train `model` in place with its `local_loss`, one optimiser step a batch.
 
@@ -138,25 +141,28 @@ def train(
         The optimiser and its settings, and BatchNorm's mode.
     mean, std : sequence of float
         Per-channel normalisation.
+    defense : Defense
+        Its steps within local training, see `defended_steps`.
 
     Returns
     -------
     float
         The mean loss over the steps, each before its update.
     """
-    optimizer = create_optimizer(model.parameters(), training)
+    plain = create_optimizer(model.parameters(), training)
     set_batch_norm(model, training.batch_norm)
     received = {name: buffer.clone() for name, buffer in model.named_buffers()}
     losses = []
-    for batch in batches:
-        optimizer.zero_grad()
-        logits = model(normalise(images[batch], mean, std))
-        loss = local_loss(model, logits, labels[batch])
-        loss.backward()
-        if training.max_grad_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    with defended_steps(model, plain, defense) as (forward, optimizer):
+        for batch in batches:
+            optimizer.zero_grad()
+            logits = forward(normalise(images[batch], mean, std))
+            loss = local_loss(model, logits, labels[batch])
+            loss.backward()
+            if training.max_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            optimizer.step()
+            losses.append(float(loss.detach()))
     if not training.send_buffers:
         model.load_state_dict(received, strict=False)
     return sum(losses) / len(losses)

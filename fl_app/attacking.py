@@ -18,7 +18,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.truth import truth_path
 from fl_app.config import from_yaml
 from fl_app.data import dataset_info
 from fl_app.protocol import Reconstruction, observation_id
@@ -257,7 +256,8 @@ def score_later(run_dir: Path, truth_dir: Path) -> list[dict[str, Any]]:
     for line in lines:
         if line["status"] != "ok" or line["metrics"] or line["job"] in scored:
             continue
-        if not truth_path(truth_dir, line["round"], line["node"]).exists():
+        observation = store.load(observation_id(line["round"], line["node"]))
+        if not auditor.has_truth(observation):
             continue
         tensors = load_file((run_dir / line["picture"]).with_suffix(".safetensors"))
         found = Reconstruction(
@@ -265,6 +265,5 @@ def score_later(run_dir: Path, truth_dir: Path) -> list[dict[str, Any]]:
             labels=tuple(tensors["labels"].tolist()),
             **{name: line[name] for name in _KEPT},
         )
-        observation = store.load(observation_id(line["round"], line["node"]))
         auditor.record(observation, found, line["job"])
     return auditor.lines()[len(lines) :]

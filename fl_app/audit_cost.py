@@ -19,7 +19,7 @@ from rich.table import Table
 from client_app.app import app as client_app
 from fl_app.config import Config, WatchConfig, load_config
 from fl_app.data import dataset_info
-from fl_app.models import create_model
+from fl_app.models import agreed_model
 from fl_app.protocol import Observation
 from fl_app.server_app import create_strategy
 from server_strategies.attack_pool import Job, enqueue
@@ -150,9 +150,7 @@ def audit_cost(rounds: int, clients: int, local_steps: int, folder: Path) -> Aud
 def _round(config: Config, overrides: str, store: ObservationStore | None, run: Path) -> float:
     """Return the seconds of one round; the record may go on after it, as in a training."""
     info = dataset_info(config.dataset)
-    model = create_model(
-        config.model.name, info.num_classes, info.image_shape, config.seed, config.model.norm
-    )
+    model = agreed_model(config, info, config.seed)
     arrays, grid = ArrayRecord(model.state_dict()), _Clients(config, overrides)
     strategy = create_strategy(config)
     if store is None:

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from client_app.training import choose_batches, in_training_order, normalise, train
+from client_app.defenses import defended_weights, distortion, noise_generator, update_bytes
+from client_app.training import NO_DEFENSE, choose_batches, in_training_order, normalise, train
 from fl_app.audit.metrics import (
     MEASURES,
     feature_mse,
@@ -40,7 +41,7 @@ from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
 from fl_app.models import chosen_norm, create_model
-from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining, Observation
+from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import ATTACKS, run_attack
 from server_strategies.attacks.explain import explain
 
@@ -71,6 +72,10 @@ class Case:
         Global rounds that the model was trained for before, see `global_model`.
     above_grey : float or None
         Mean PSNR in dB by which it has to beat a grey image.
+    defense : Defense
+        What the client does so that less is seen; without `secagg`.
+    defense_known : bool
+        Whether the attacker knows it.
     """
 
     training: LocalTraining
@@ -84,6 +89,8 @@ class Case:
     norm: str = ""
     rounds: int = 0
     above_grey: float | None = None
+    defense: Defense = NO_DEFENSE
+    defense_known: bool = True
 
     @property
     def count(self) -> int:
@@ -109,6 +116,8 @@ class Case:
             words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
         words += [f"after {self.rounds} rounds"] * bool(self.rounds)
         words += ["labels unknown"] * (not self.labels_known)
+        if self.defense != NO_DEFENSE:
+            words += [f"{self.defense}", "known" if self.defense_known else "unknown"]
         return " ".join(words)
 
     @property
@@ -163,13 +172,19 @@ def draw_client(
         If there are fewer than N images.
     """
     generator = torch.Generator().manual_seed(seed)
-    facts = (case.model, case.norm, case.training, case.count)
-    earlier = global_model(*facts, case.rounds, seed, info, train_images)
-    model = create_model(case.model, info.num_classes, info.image_shape, norm=case.norm)
+    architecture = _Architecture(case.model, case.norm, case.defense.precode, case.defense.dropout)
+    trained = (case.training, case.count, case.rounds)
+    earlier = global_model(architecture, *trained, seed, info, train_images)
+    model = architecture.create(info, seed)
     model.load_state_dict(dict(earlier))
-    private, labels, batches = _train_on_draw(model, *facts[2:], images, info, generator)
+    with torch.random.fork_rng():  # a defence may draw noise of its own in every step
+        torch.manual_seed(seed)
+        private, labels, batches = _train_on_draw(
+            model, case.training, case.count, images, info, generator, case.defense
+        )
     known, round_ = tuple(labels.tolist()), case.rounds + 1
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    noise = noise_generator(seed, 0, round_)
+    weights = defended_weights(earlier, model.state_dict(), case.defense, noise)
     observation = Observation(earlier, weights, case.count, round_, node=seed, client=seed)
     knowledge = Knowledge(
         case.model,
@@ -179,15 +194,38 @@ def draw_client(
         info.std,
         case.training,
         known,
+        defense=case.defense.plain(),
         norm=case.norm,
+        precode=case.defense.precode,
+        dropout=case.defense.dropout,
     )
     return observation, knowledge, Truth(private, known, batches, round_, node=seed)
 
 
+@dataclass(frozen=True)
+class _Architecture:
+    """What `create_model` takes of a case."""
+
+    name: str
+    norm: str
+    precode: int
+    dropout: float
+
+    def create(self, info: DatasetInfo, seed: int) -> nn.Module:
+        return create_model(
+            self.name,
+            info.num_classes,
+            info.image_shape,
+            seed,
+            self.norm,
+            precode=self.precode,
+            dropout=self.dropout,
+        )
+
+
 @lru_cache(maxsize=8)
 def global_model(
-    model: str,
-    norm: str,
+    architecture: _Architecture,
     training: LocalTraining,
     count: int,
     rounds: int,
@@ -199,10 +237,9 @@ def global_model(
 
     Parameters
     ----------
-    model, norm : str
-        See `create_model`.
+    architecture : _Architecture
     training : LocalTraining
-        Of every client.
+        Of every client; none defends its update.
     count : int
         Images of a client, drawn anew in every round.
     rounds : int
@@ -218,7 +255,7 @@ def global_model(
     ValueError
         If there are fewer than `count` images.
     """
-    network = create_model(model, info.num_classes, info.image_shape, seed, norm)
+    network = architecture.create(info, seed)
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
@@ -241,6 +278,7 @@ def _train_on_draw(
     images: ImageSet | None,
     info: DatasetInfo,
     generator: torch.Generator,
+    defense: Defense = NO_DEFENSE,
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
     """Train a model as a client with drawn images; return these, their labels and the batches."""
     held = len(images) if images else 0
@@ -249,7 +287,8 @@ def _train_on_draw(
     picks = torch.randperm(held, generator=generator)[:count]
     private, labels = images.images[picks].float() / 255, images.labels[picks]
     _, batches = in_training_order(choose_batches(count, training, generator))
-    train(model, private, labels, [torch.tensor(b) for b in batches], training, info.mean, info.std)
+    steps = [torch.tensor(batch) for batch in batches]
+    train(model, private, labels, steps, training, info.mean, info.std, defense)
     return private, labels, batches
 
 
@@ -263,6 +302,10 @@ class _Setting:
     lpips_weights: str
     train_images: ImageSet | None
 
+    def draw(self, case: Case, seed: int) -> tuple[Observation, Knowledge, Truth]:
+        """See `draw_client`."""
+        return draw_client(case, self.images, self.info, seed, self.train_images)
+
 
 # Once a process: the networks are worth loading once only.
 _perceptual = cache(load_lpips)
@@ -273,10 +316,9 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
 
     Its ``peak_memory`` (the column MB) is the attack's alone, see `Reconstruction`.
     """
-    observation, knowledge, truth = draw_client(
-        case, setting.images, setting.info, seed, setting.train_images
-    )
+    observation, knowledge, truth = setting.draw(case, seed)
     seen = knowledge if case.labels_known else replace(knowledge, labels=None)
+    seen = seen if case.defense_known else replace(seen, defense=NO_DEFENSE)
     found = run_attack(observation, seen, case.attack, setting.prior, seed)
     options = {**ATTACKS[case.attack.name].options, **case.attack.options}
     distance = options.get("distance", "cosine")
@@ -290,9 +332,17 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
         "fmse": feature_mse(target_features(observation, knowledge)),
     }
     leakage = score(found, truth, knowledge.mean, measures, reasons, knowledge.num_classes)
+    update = _update(observation)
+    # Of the same model: what is in it is no step on the update.
+    bare = replace(NO_DEFENSE, precode=case.defense.precode, dropout=case.defense.dropout)
+    undefended = setting.draw(replace(case, defense=bare), seed)[0]
+    size, encoding = update_bytes(update, case.defense.quantize)
     return {
         "case": case.name,
         "seed": seed,
+        "distortion": distortion(_update(undefended), update),
+        "update_bytes": size,
+        "update_encoding": encoding,
         "explanation": found.explanation,
         "options": dict(found.options),
         "metrics": {k: v and asdict(v) for k, v in leakage.metrics.items()},
@@ -307,6 +357,10 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
         "peak_memory": found.peak_memory,
         "gflop_per_iteration": found.flops / found.iterations / 1e9,
     }
+
+
+def _update(observation: Observation) -> dict[str, Tensor]:
+    return {name: observation.w1[name] - observation.w0[name] for name in observation.trained}
 
 
 @dataclass

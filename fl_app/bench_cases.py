@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from client_app.training import NO_DEFENSE
 from fl_app.bench import Case
 from fl_app.config import UNBOUNDED, AttackConfig
-from fl_app.protocol import LocalTraining
+from fl_app.protocol import Defense, LocalTraining
 
 Options = dict[str, float | str]
 
@@ -233,6 +234,56 @@ def _family() -> tuple[Case, ...]:
     return tuple(cases)
 
 
+# The paper's defences (section 4): its sigma is lost, and this one costs about two points.
+_PAPERS_DEFENSES = (
+    Defense(noise="gaussian", sigma=0.005),
+    Defense(clip=0.05),
+    Defense(sparsify=0.05),
+)
+# One curve each: the gaussian ones are the paper's table 1.
+_CURVES = (
+    *(Defense(noise="gaussian", sigma=s) for s in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)),
+    *(Defense(noise="laplace", sigma=sigma) for sigma in (0.001, 0.005, 0.02)),
+    *(Defense(clip=bound) for bound in (0.05, 0.002, 0.0005, 0.0001)),
+    *(Defense(sparsify=share) for share in (0.05, 0.5, 0.9, 0.99)),
+    *(Defense(quantize=kind) for kind in ("bf16", "int8")),
+    *(Defense(dp_clip=1.0, dp_noise=noise) for noise in (0.01, 0.1, 1.0)),
+    Defense(clip=0.1, clip_by="norm", local_dp=100.0),
+    Defense(soteria=0.1),
+)
+
+
+def _defenses() -> tuple[Case, ...]:
+    """Return the cases of `defenses`: each attacked by who knows it and by who does not.
+
+    Table 4 of the paper, every attack on two clients; then curves over each
+    defence's parameter, with flow_matching. One draw of all is 112 attacks; with
+    8 draws about 16 hours of one thread, and the federations 6 more. ``--cases``
+    runs a part, for example ``--cases noise=gaussian``.
+    """
+    attacks = (
+        _flow(200),
+        AttackConfig("sme", 1000, options={"tv": 0.03}),
+        AttackConfig("dlf", 400),
+        AttackConfig("ggl", 500),
+        AttackConfig("gradinversion", 500),
+    )
+    small = replace(_ADAM, batch_size=1)
+    cases = [
+        Case(client, attack, defense=defense, defense_known=known)
+        for client in (replace(_SGD, batch_size=4), small)
+        for defense in (NO_DEFENSE, *_PAPERS_DEFENSES)
+        for attack in attacks
+        for known in ((True,) if defense == NO_DEFENSE else (True, False))
+    ]
+    cases += [
+        Case(small, _flow(200), defense=defense, defense_known=known)
+        for defense in _CURVES
+        for known in (True, False)
+    ]
+    return tuple({case.name: case for case in cases}.values())
+
+
 BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "quick": _quick(),
     "explain": _explained(),
@@ -243,5 +294,6 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "batch-sizes": _batch_sizes(),
     "tiny-imagenet": _tiny_imagenet(),
     "family": _family(),
+    "defenses": _defenses(),
 }
 """The cases of each benchmark, by its name."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_app.attacking import finish_attacks, only_one, score_later, watch_input
+from fl_app.audit.advice import defense_advice
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
@@ -32,6 +33,12 @@ from fl_app.config import (
 from fl_app.cost_bench import prior_cost, surrogate_speedup
 from fl_app.data import dataset_info, draw_images, load_split
 from fl_app.data.hub import LAYOUTS
+from fl_app.defense_bench import (
+    compare_with_sme,
+    defense_cells,
+    measure_accuracies,
+    save_defense_plot,
+)
 from fl_app.files import user_path, write_text
 from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
 from fl_app.lan import lan_app
@@ -105,6 +112,9 @@ def show(run: str, runs_dir: RunsDir = Path("runs")) -> None:
     folder = find_run(user_path(str(runs_dir)), run)
     lines, torn = read_lines(folder / "leakage.jsonl")
     console.print(leakage_table(lines))
+    advice = defense_advice(folder)
+    if advice:
+        console.print(advice, soft_wrap=True, highlight=False, markup=False)
     if torn:
         console.print(f"{torn} torn lines were left out", style="yellow")
     for line in lines:
@@ -289,6 +299,18 @@ def bench(
                     f"A step of the flow prior takes {share:.2f} of the time of a matching step "
                     f"({client.optimizer}, B={client.batch_size}; at most 0.5 was asked for)."
                 )
+        if name == "defenses":
+            data_sets = (load_split(data, "train"), images, info)
+            chosen = [case for case in benchmark.cases if cases in case.name]
+            kept = out.with_suffix(".accuracy.json") if out else None
+            reached = measure_accuracies(
+                chosen, data_sets, {**facts, "images": len(data_sets[0])}, seed, console,
+                workers, kept,
+            )  # fmt: skip
+            notes += markdown_table(defense_cells(benchmark, reached))
+            notes += ["", *compare_with_sme(benchmark)]
+            if out:
+                save_defense_plot(out.with_suffix(".png"), benchmark, reached)
         if notes:
             console.print("\n".join(notes))
         if out:

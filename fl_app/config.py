@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fl_app.files import project_file
-from fl_app.protocol import DatasetInfo, Knowledge, LocalTraining
+from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining
 
 UNBOUNDED = 1_000_000
 """Iterations that no attack makes in its seconds."""
 
-GROUPS = ("dataset", "model", "client", "attack", "prior")
+GROUPS = ("dataset", "model", "client", "defense", "attack", "prior")
 DATASETS = (
     "photos", "cifar10", "cifar100", "tiny_imagenet", "mnist", "fashion_mnist", "imagefolder",
 )  # fmt: skip
@@ -128,11 +128,13 @@ class AuditConfig:
     truth: bool | None = None
     labels: str = "given"
     training: str = "given"
+    defense: str = "given"
     lpips_weights: str = ""
 
     def __post_init__(self) -> None:
         _one_of("labels", self.labels, ("given", "unknown"))
         _one_of("training", self.training, ("given", "unknown"))
+        _one_of("defense", self.defense, ("given", "unknown"))
         if self.labels == "given" and self.truth is False:
             raise ValueError("labels is 'given'; allowed without truth: unknown")
 
@@ -180,6 +182,7 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     client: LocalTraining = field(default_factory=LocalTraining)
+    defense: Defense = field(default_factory=Defense)
     attack: AttackConfig = field(default_factory=AttackConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
 
@@ -211,7 +214,10 @@ class Config:
             mean=info.mean,
             std=info.std,
             training=self.client if self.audit.training == "given" else None,
+            defense=self.defense.plain() if self.audit.defense == "given" else Defense(),
             norm=self.model.norm,
+            precode=self.defense.precode,
+            dropout=self.defense.dropout,
         )
 
 
@@ -221,8 +227,8 @@ def load_config(run_config: Mapping[str, Any] | None = None) -> Config:
     Parameters
     ----------
     run_config : mapping, optional
-        Any of: a group's name (``dataset``, ``model``, ``client``, ``attack``,
-        ``prior``), ``experiment``, and ``overrides``, a dotlist such as
+        Any of: a group's name (``dataset``, ``model``, ``client``, ``defense``,
+        ``attack``, ``prior``), ``experiment``, and ``overrides``, a dotlist such as
         ``"client.lr=0.01 rounds=3"``. An empty string is the default.
 
     Raises

@@ -15,6 +15,7 @@ from flwr.superlink.grid import InMemoryGrid
 from rich.console import Console
 from torch import nn
 
+from client_app.defended_steps import check_defense
 from fl_app.attacking import AttackProcess, only_one, open_pool
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.report import leakage_table
@@ -22,7 +23,7 @@ from fl_app.audit.runs import create_run
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, dataset_info
 from fl_app.files import user_path, write_text
-from fl_app.models import create_model
+from fl_app.models import agreed_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
 from fl_app.states import ModelStore, find_state, load_state
@@ -79,11 +80,13 @@ def _prepare(
     check_attack(config.attack)
     info = dataset_info(config.dataset)
     try:
-        model = create_model(
-            config.model.name, info.num_classes, info.image_shape, config.seed, config.model.norm
-        )
+        model = agreed_model(config, info, config.seed)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+    try:
+        check_defense(config.defense, config.client, model)
+    except ValueError as error:
+        raise ConfigError(f"defense.{error}") from error
     _check_statistics(model, config)
     weights = model.state_dict()
     if config.start_from:
@@ -160,7 +163,8 @@ def create_strategy(config: Config) -> Strategy:
         min_available_nodes=1,
         min_evaluate_nodes=1,
     )
-    return ValidReplies(inner, train={"loss"}, evaluate={"loss", "accuracy"})
+    train = {"loss", "epsilon"} if config.defense.dp_clip else {"loss"}
+    return ValidReplies(inner, train=train, evaluate={"loss", "accuracy"})
 
 
 def _audit_in_simulation(
@@ -232,6 +236,7 @@ def _train(
             seed=config.seed,
             # Only in an audit are clients told where to leave their private batches.
             settings={"audit-dir": str(auditor.run_dir)} if config.audit.truth else None,
+            secagg=config.defense.secagg,
         )
         known = auditor.knowledge
         data = {
@@ -253,6 +258,7 @@ def _train(
 def _check_size(observation: Observation, config: Config) -> None:
     """Refuse a number of images that the protocol rules out, before an attack allocates them."""
     most = config.client.local_steps * config.client.batch_size
+    most *= len(observation.nodes) or 1  # of a sum
     if not most and observation.num_examples > _MOST_IMAGES:
         raise ValueError(f"num-examples is {observation.num_examples}; no attack takes so many")
     if most and observation.num_examples > most:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -50,6 +50,10 @@ class HonestButCurious(Wrapper):
         Train settings that clients get in watched rounds only, an audit's. All
         clients of the round get them: which partition a node holds, and so
         whether it is watched, is known from its reply.
+    secagg : bool
+        Whether clients aggregate securely: the server then sees one sum over all
+        that replied, whichever are watched, see `Observation`. The sum is made
+        here in the clear: Flower 1.41 has SecAgg+ for its legacy workflows only.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class HonestButCurious(Wrapper):
         on_skipped: Callable[[int, int, str], None],
         seed: int = 0,
         settings: Mapping[str, str] | None = None,
+        secagg: bool = False,
     ) -> None:
         super().__init__(inner)
         self._watch = watch
@@ -68,6 +73,7 @@ class HonestButCurious(Wrapper):
         self._on_skipped = on_skipped
         self._seed = seed
         self._settings = settings or {}
+        self._secagg = secagg
         self._sent: dict[int, Mapping[str, Tensor]] = {}
 
     def configure_train(
@@ -92,8 +98,11 @@ class HonestButCurious(Wrapper):
         """Observe the watched replies, then let the inner strategy aggregate all."""
         received = list(replies)
         if self._watch.watches(server_round):
-            for reply in self._watched(received):
-                self._observe_safely(server_round, reply)
+            if self._secagg:
+                self._observe_sum(server_round, received)
+            else:
+                for reply in self._watched(received):
+                    self._observe_safely(server_round, reply, self._on_observation)
         return self._inner.aggregate_train(server_round, received)
 
     def _watched(self, replies: list[Message]) -> list[Message]:
@@ -110,17 +119,30 @@ class HonestButCurious(Wrapper):
         chosen = sorted(replies, key=lambda reply: _draw(self._seed, _client(reply)))
         return chosen[: math.ceil(clients * len(replies))]
 
-    def _observe_safely(self, server_round: int, reply: Message) -> None:
-        node = reply.metadata.src_node_id
-        try:
-            self._on_observation(self._observe(server_round, reply))
-        except Exception as error:  # whatever it is, training goes on
-            why = reason(error)
-            _log.warning("round %d, node %d is not observed: %s", server_round, node, why)
+    def _observe_sum(self, server_round: int, replies: list[Message]) -> None:
+        seen: list[Observation] = []
+        for reply in replies:
+            self._observe_safely(server_round, reply, seen.append)
+        if seen:
             try:
-                self._on_skipped(server_round, node, why)
-            except Exception as failure:
-                _log.warning("round %d, node %d can't be logged: %s", server_round, node, failure)
+                self._on_observation(sum_of(seen))
+            except Exception as error:  # whatever it is, training goes on
+                self._skip(server_round, 0, reason(error))
+
+    def _observe_safely(
+        self, server_round: int, reply: Message, take: Callable[[Observation], None]
+    ) -> None:
+        try:
+            take(self._observe(server_round, reply))
+        except Exception as error:  # whatever it is, training goes on
+            self._skip(server_round, reply.metadata.src_node_id, reason(error))
+
+    def _skip(self, server_round: int, node: int, why: str) -> None:
+        _log.warning("round %d, node %d is not observed: %s", server_round, node, why)
+        try:
+            self._on_skipped(server_round, node, why)
+        except Exception as failure:
+            _log.warning("round %d, node %d can't be logged: %s", server_round, node, failure)
 
     def _observe(self, server_round: int, reply: Message) -> Observation:
         """Copy one update, or raise ValueError with what is wrong with it."""
@@ -139,6 +161,29 @@ class HonestButCurious(Wrapper):
             node=node,
             client=_client(reply),
         )
+
+
+def sum_of(observations: Sequence[Observation]) -> Observation:
+    """Return what secure aggregation shows of a round's clients, see `Observation`.
+
+    Parameters
+    ----------
+    observations : sequence of Observation
+        One a client, at least one, all of one round and one sent model.
+    """
+    each = sorted(observations, key=lambda seen: (seen.client, seen.node))
+    total = sum(seen.num_examples for seen in each)
+    w0 = each[0].w0
+    w1 = {}
+    for name, sent in w0.items():
+        mean = sum(seen.w1[name].double() * (seen.num_examples / total) for seen in each)
+        assert isinstance(mean, Tensor)
+        w1[name] = mean.to(sent.dtype)
+    return Observation(
+        w0, w1, total, each[0].round, node=0, client=-1,
+        nodes=tuple(seen.node for seen in each), clients=tuple(seen.client for seen in each),
+        examples=tuple(seen.num_examples for seen in each),
+    )  # fmt: skip
 
 
 def _copies(messages: list[Message]) -> dict[int, Mapping[str, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from client_app.defenses import update_bytes
 from fl_app.audit.baselines import PRIOR, baseline_images
 from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
@@ -26,7 +27,7 @@ from fl_app.audit.metrics import (
 from fl_app.audit.perceptual import load_lpips
 from fl_app.audit.reference_free import reference_free
 from fl_app.audit.report import save_picture
-from fl_app.audit.truth import Truth, read_truth, truth_path
+from fl_app.audit.truth import Truth, joined, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.files import whole_file
 from fl_app.models import chosen_norm
@@ -192,6 +193,7 @@ class Auditor:
             error=error,
             job=job,
             reasons=reasons,
+            **self._defense,
         )
         self._write(line)
 
@@ -206,25 +208,48 @@ class Auditor:
             labels=self.config.audit.labels,
             error=reason,
             reasons=_absent(reason) | {"client": reason, "num_examples": reason},
+            **self._defense,
         )
         self._write(line)
+
+    def has_truth(self, observation: Observation) -> bool:
+        """Say whether the private batch is there, for a sum those of all its clients."""
+        nodes = observation.nodes or (observation.node,)
+        return all(truth_path(self.truth_dir, observation.round, n).exists() for n in nodes)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the log so far."""
         return read_lines(self._log)[0]
 
     def _append(self, observation: Observation, attack: str, **fields: Any) -> None:
+        size, encoding = None, ""
+        if observation.nodes:
+            why = "of a sum: masked numbers are sent, and no single update is seen"
+            fields["reasons"] = {**fields["reasons"], "update_bytes": why}
+        else:
+            update = {n: observation.w1[n] - observation.w0[n] for n in observation.trained}
+            size, encoding = update_bytes(update, self.config.defense.quantize)
         line = LogLine(
             round=observation.round,
             node=observation.node,
             client=observation.client,
+            clients=observation.clients,
             num_examples=observation.num_examples,
             attack=attack,
             labels=self.config.audit.labels,
-            truth=truth_path(self.truth_dir, observation.round, observation.node).exists(),
+            truth=self.has_truth(observation),
+            update_bytes=size,
+            update_encoding=encoding,
+            **self._defense,
             **fields,
         )
         self._write(line)
+
+    @property
+    def _defense(self) -> dict[str, Any]:
+        """What a line says of the clients' defence."""
+        known = self.config.audit.defense == "given"
+        return {"defense": str(self.config.defense), "defense_known": known}
 
     def _write(self, line: LogLine) -> None:
         model = self.config.model
@@ -237,7 +262,11 @@ class Auditor:
             append_line(self._log, replace(line, protocol=protocol))
 
     def _truth(self, observation: Observation) -> Truth | None:
-        return read_truth(self.truth_dir, observation.round, observation.node)
+        if not observation.nodes:
+            return read_truth(self.truth_dir, observation.round, observation.node)
+        truths = [read_truth(self.truth_dir, observation.round, n) for n in observation.nodes]
+        left = [truth for truth in truths if truth]
+        return joined(left) if len(left) == len(truths) else None
 
     @cached_property
     def _lpips(self) -> tuple[dict[str, Measure], dict[str, str]]:

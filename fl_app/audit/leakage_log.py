@@ -23,7 +23,18 @@ class LogLine:
     round, node : int
         As in the Observation.
     client : int or None
-        The partition; None where the update was not watched.
+        The partition; None where the update was not watched, -1 for a sum.
+    clients : sequence of int
+        Of a sum over clients (secure aggregation): their partitions.
+    defense : str
+        What the clients do so that less is seen, as settings; "none".
+    defense_known : bool
+        Whether the attacker knows it.
+    update_bytes : int or None
+        What the update takes in the best plain encoding, see
+        `client_app.defenses.update_bytes`; None where no single one was seen.
+    update_encoding : str
+        Which encoding that is.
     attack, explanation : str
         Name of the attack, and how it explained the update.
     status : {"ok", "failed", "skipped"}
@@ -92,6 +103,11 @@ class LogLine:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     truth: bool = False
     num_examples: int | None = None
+    clients: Sequence[int] = ()
+    defense: str = "none"
+    defense_known: bool = True
+    update_bytes: int | None = None
+    update_encoding: str = ""
     picture: str | None = None
     job: str | None = None
     losses: Sequence[float] = ()

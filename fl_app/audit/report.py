@@ -157,7 +157,7 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         metrics = line["metrics"]
         cells = [
             str(line["round"]),
-            "-" if line["client"] is None else str(line["client"]),
+            _client(line),
             line["attack"],
             _number(metrics, "psnr", "mean", 1) + _half_width(metrics.get("psnr")),
             _number(metrics, "psnr", "baseline", 1),
@@ -167,7 +167,7 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         ]
         # Text, not str: a name may look like rich's markup.
         table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
-        who = f"client {line['client']}" if line["client"] is not None else "client unknown"
+        who = f"client {_client(line)}" if line["client"] is not None else "client unknown"
         where = f"round {line['round']}, {who} (node {line['node']}), {line['attack']}"
         if line["status"] != "ok":
             error = printable(str(line["error"]))
@@ -184,6 +184,13 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     table.caption = below if below else None
     table.caption_style = "none"
     return table
+
+
+def _client(line: Mapping[str, Any]) -> str:
+    """Return whose update a line is about; logs from before there were sums have no clients."""
+    if line.get("clients"):
+        return f"sum of {len(line['clients'])}"
+    return "-" if line["client"] is None else str(line["client"])
 
 
 def _note(line: Mapping[str, Any]) -> tuple[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 import torch
@@ -35,6 +37,30 @@ class Truth:
     batches: tuple[tuple[int, ...], ...]
     round: int
     node: int
+
+
+def joined(truths: Sequence[Truth]) -> Truth:
+    """Return the Truth of a sum over clients, one after another: see `Observation`.
+
+    Local step k is local step k of every client; its node is 0.
+
+    Parameters
+    ----------
+    truths : sequence of Truth
+        One a client, at least one, all of one round.
+    """
+    starts = accumulate((len(truth.labels) for truth in truths), initial=0)
+    numbered = [
+        [tuple(start + i for i in batch) for batch in truth.batches]
+        for start, truth in zip(starts, truths, strict=False)
+    ]
+    return Truth(
+        images=torch.cat([truth.images for truth in truths]),
+        labels=tuple(label for truth in truths for label in truth.labels),
+        batches=tuple(sum(step, ()) for step in zip_longest(*numbered, fillvalue=())),
+        round=truths[0].round,
+        node=0,
+    )
 
 
 def truth_path(folder: Path, round_: int, node: int) -> Path:

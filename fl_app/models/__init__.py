@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fl_app.config import Config
 from fl_app.models.convnet import ConvNet
 from fl_app.models.extensions import extend
 from fl_app.models.mlp import MLP
@@ -17,7 +18,7 @@ from fl_app.models.norms import batch_norms, set_batch_norm
 from fl_app.models.resnet import ResNet
 from fl_app.models.vgg import VGG11
 from fl_app.models.vit import ViT
-from fl_app.protocol import Knowledge
+from fl_app.protocol import DatasetInfo, Knowledge
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,19 @@ def chosen_norm(name: str, norm: str = "") -> str:
         why = f" ({family.reason})" if family.reason else ""
         raise ValueError(f"norm is {norm!r}; allowed for {name}: {', '.join(family.norms)}{why}")
     return norm or family.norms[0]
+
+
+def agreed_model(config: Config, info: DatasetInfo, seed: int | None = None) -> nn.Module:
+    """Return the model that the clients of a run train, see `create_model`."""
+    return create_model(
+        config.model.name,
+        info.num_classes,
+        info.image_shape,
+        seed,
+        config.model.norm,
+        precode=config.defense.precode,
+        dropout=config.defense.dropout,
+    )
 
 
 def known_model(knowledge: Knowledge) -> nn.Module:

@@ -1,0 +1,276 @@
+"""What defences cost and what they buy: the tables and the plot of `flowleak bench defenses`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from client_app.training import NO_DEFENSE
+from fl_app.accuracy import Federation, federated_accuracy
+from fl_app.audit.metrics import mean_interval
+from fl_app.bench import Benchmark, Case, half_width
+from fl_app.bench_processes import in_processes
+from fl_app.data import ImageSet
+from fl_app.files import whole_file, write_text
+from fl_app.protocol import DatasetInfo, Defense
+
+SEEDS = 2  # federations trained for each setting
+_METRICS = {"psnr": ("PSNR dB", 1), "ssim": ("SSIM", 3), "lpips_vgg": ("LPIPS VGG", 3)}
+_LOWER = ("lpips_vgg",)  # better for an attacker
+_COLUMNS = [
+    "client", "defence", "attack", "attacker knows", "draws", "PSNR dB", "grey dB", "SSIM",
+    "LPIPS VGG", "accuracy", "cost in points", "update changed by", "bytes",
+]  # fmt: skip
+
+Accuracies = Mapping[str, Sequence[float]]
+
+
+def federation_of(case: Case) -> Federation | None:
+    """Return the federation whose accuracy says what a case's defence costs.
+
+    Its clients train as the case's, but for whole epochs in batches of 32, or nothing
+    would be learnt in a few rounds. None for Soteria, which takes hundreds of
+    backward passes a step.
+    """
+    if case.defense.soteria:
+        return None
+    training = replace(case.training, batch_size=32, local_steps=0, local_epochs=1, reshuffle=True)
+    return Federation(training, case.defense, model=case.model)
+
+
+def measure_accuracies(
+    cases: Iterable[Case],
+    data: tuple[ImageSet, ImageSet, DatasetInfo],
+    facts: Mapping[str, Any],
+    seed: int,
+    console: Console,
+    workers: int = 1,
+    path: Path | None = None,
+) -> dict[str, list[float]]:
+    """Train each defence's federation and its undefended counterpart on the same seeds.
+
+    Parameters
+    ----------
+    cases : iterable of Case
+    data : tuple
+        Train and test images, and the data's facts.
+    facts : mapping
+        What the results depend on; a file with others is not resumed.
+    seed : int
+        Of the first federation.
+    console : Console
+        Shows the progress.
+    workers : int
+        See `in_processes`.
+    path : Path, optional
+        JSON file of all rows, written after each; an existing one is gone on with.
+
+    Returns
+    -------
+    dict of str to list of float
+        By `Federation.name`: the accuracy in [0, 1] of each seed, in their order.
+
+    Raises
+    ------
+    ValueError
+        If `path` holds results of other facts.
+    """
+    rows: list[dict[str, Any]] = []
+    if path and path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["facts"] != dict(facts):
+            raise ValueError(f"{path} holds results of {kept['facts']}, not of {dict(facts)}")
+        rows = kept["rows"]
+    wanted: dict[str, Federation] = {}
+    for federation in filter(None, map(federation_of, cases)):
+        for each in (replace(federation, defense=NO_DEFENSE), federation):
+            wanted[each.name] = each
+    done = {(row["federation"], row["seed"]) for row in rows}
+    todo = [
+        (federation, number)
+        for number in range(seed, seed + SEEDS)
+        for name, federation in wanted.items()
+        if (name, number) not in done
+    ]
+    if todo:
+        for row in in_processes(_measure, data, todo, workers, "accuracy", console):
+            rows.append(row)
+            if path:
+                write_text(path, json.dumps({"facts": dict(facts), "rows": rows}, indent=1) + "\n")
+    rows.sort(key=lambda row: row["seed"])
+    return {name: [row["accuracy"] for row in rows if row["federation"] == name] for name in wanted}
+
+
+def _measure(
+    data: tuple[ImageSet, ImageSet, DatasetInfo], federation: Federation, seed: int
+) -> dict[str, Any]:
+    accuracy = federated_accuracy(federation, *data, seed)
+    return {"federation": federation.name, "seed": seed, "accuracy": accuracy}
+
+
+def defense_cells(benchmark: Benchmark, accuracies: Accuracies) -> list[list[str]]:
+    """Return the lines of the table, its head first: a line a case that was run.
+
+    Leakage with its 95% interval over draws; the accuracy of the federation, and
+    the points that it lost to the undefended one of the same seeds.
+    """
+    lines = [list(_COLUMNS)]
+    for case in benchmark.cases:
+        summary = benchmark.summary(case)
+        if not summary["draws"]:
+            continue
+        rows = [row for row in benchmark.rows if row["case"] == case.name]
+        undefended = replace(case, defense=NO_DEFENSE)
+        accuracy, lost = _cost(case, accuracies)
+        knows = "-" if case.defense == NO_DEFENSE else "yes" if case.defense_known else "no"
+        changed = sum(row["distortion"] for row in rows) / len(rows)
+        size = sum(row["update_bytes"] for row in rows) / len(rows)
+        lines.append(
+            [
+                undefended.client,
+                str(case.defense),
+                f"{case.attack.name} x{case.attack.iterations}",
+                knows,
+                str(summary["draws"]),
+                _scored(summary, "psnr"),
+                f"{summary['psnr']['baseline']:.1f}",
+                _scored(summary, "ssim"),
+                _scored(summary, "lpips_vgg"),
+                accuracy,
+                lost,
+                f"{changed:.1%}",
+                f"{size:,.0f} ({rows[0]['update_encoding']})",
+            ]
+        )
+    return lines
+
+
+def _scored(summary: Mapping[str, Any], metric: str) -> str:
+    score, digits = summary.get(metric), _METRICS[metric][1]
+    return f"{score['mean']:.{digits}f}{half_width(score, digits)}" if score else "-"
+
+
+def _cost(case: Case, accuracies: Accuracies) -> tuple[str, str]:
+    """Return a case's accuracy and what its defence cost, in words."""
+    federation = federation_of(case)
+    ours = accuracies.get(federation.name, []) if federation else []
+    if not federation or not ours:
+        return "-", "-"
+    accuracy = f"{100 * sum(ours) / len(ours):.1f}%"
+    if case.defense == NO_DEFENSE:
+        return accuracy, "-"
+    theirs = accuracies[replace(federation, defense=NO_DEFENSE).name]
+    mean, low, high = mean_interval([100 * (b - a) for a, b in zip(ours, theirs, strict=True)])
+    return accuracy, f"{mean:.1f}{half_width({'low': low, 'high': high}, 1)}"
+
+
+def compare_with_sme(benchmark: Benchmark) -> list[str]:
+    """Say, for each client and defence, on which metrics flow_matching is above SME.
+
+    Above: its 95% interval over draws is on the better side of SME's and does
+    not overlap it.
+    """
+    by_side: dict[str, dict[str, Case]] = {}
+    for case in benchmark.cases:
+        by_side.setdefault(case.client, {}).setdefault(case.attack.name, case)
+    lines = []
+    for client, attacks in by_side.items():
+        if not {"flow_matching", "sme"} <= attacks.keys():
+            continue
+        ours, theirs = (benchmark.summary(attacks[name]) for name in ("flow_matching", "sme"))
+        if not ours["draws"] or not theirs["draws"]:
+            continue
+        above = [_METRICS[m][0] for m in _METRICS if _is_above(ours.get(m), theirs.get(m), m)]
+        words = ", ".join(above) or "no metric"
+        lines.append(f"- {client}: flow_matching is above sme, intervals apart, on {words}.")
+    return lines
+
+
+def _is_above(
+    ours: Mapping[str, float] | None, theirs: Mapping[str, float] | None, metric: str
+) -> bool:
+    if not ours or not theirs or None in (*ours.values(), *theirs.values()):
+        return False
+    if metric in _LOWER:
+        return ours["high"] < theirs["low"]
+    return ours["low"] > theirs["high"]
+
+
+def kind(defense: Defense) -> str:
+    """Return which defence it is without its numbers: those of one kind are one curve."""
+    words = []
+    for setting in fields(defense):
+        value = getattr(defense, setting.name)
+        if value != setting.default and setting.name not in ("sigma", "dp_noise", "delta"):
+            words.append(value if setting.name == "noise" else setting.name)
+    return " ".join(words)
+
+
+def save_defense_plot(path: Path, benchmark: Benchmark, accuracies: Accuracies) -> None:
+    """Draw privacy against accuracy: one curve a kind of defence, over its parameter.
+
+    Of flow_matching's cases: a panel a metric, solid where the attacker knows the
+    defence and dashed where it does not, a star for no defence, a dotted line for
+    the grey image. Only of the client with the most cases.
+
+    Parameters
+    ----------
+    path : Path
+        A PNG, written whole or not at all.
+    benchmark : Benchmark
+    accuracies : mapping
+        See `measure_accuracies`.
+    """
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    panels = figure.subplots(1, len(_METRICS))
+    points = _points(benchmark, accuracies)
+    kinds = list(dict.fromkeys(kind(case.defense) for case, *_ in points))
+    for panel, (metric, (label, _)) in zip(panels, _METRICS.items(), strict=True):
+        for number, name in enumerate(kinds):
+            for known in (True, False):
+                curve = [
+                    (100 * accuracy, summary[metric]["mean"])
+                    for case, accuracy, summary in points
+                    if (kind(case.defense), case.defense_known) == (name, known)
+                    and summary.get(metric)
+                ]
+                if curve:
+                    panel.plot(
+                        *zip(*curve, strict=True),
+                        marker="o" if name else "*",
+                        markersize=6 if name else 14,
+                        linestyle="-" if known else "--",
+                        color=f"C{number % 10}",
+                        label=(name or "no defence") if known else f"{name}, attacker unaware",
+                    )
+        greys = [summary[metric]["baseline"] for *_, summary in points if summary.get(metric)]
+        if greys:
+            panel.axhline(sum(greys) / len(greys), linestyle=":", color="grey", label="grey image")
+        panel.set_xlabel("accuracy of the global model, %")
+        panel.set_ylabel(label + (" (lower: leaks more)" if metric in _LOWER else ""))
+    panels[0].legend(fontsize="x-small")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _points(
+    benchmark: Benchmark, accuracies: Accuracies
+) -> list[tuple[Case, float, dict[str, Any]]]:
+    """Return the cases of the plot, with their accuracy and their summary."""
+    points: list[tuple[Case, float, dict[str, Any]]] = []
+    for case in benchmark.cases:
+        federation = federation_of(case)
+        reached = accuracies.get(federation.name) if federation else None
+        summary = benchmark.summary(case)
+        if case.attack.name != "flow_matching" or not reached or not summary["draws"]:
+            continue
+        points.append((case, sum(reached) / len(reached), summary))
+    most = [case.training for case, *_ in points]
+    shown = max(dict.fromkeys(most), key=most.count, default=None)
+    return [point for point in points if point[0].training == shown]
