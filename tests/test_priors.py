@@ -20,8 +20,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from fl_app.bench import Case, draw_client
 from fl_app.cli import app
+from fl_app.config import AttackConfig, PriorConfig
+from fl_app.data import ImageSet
 from fl_app.prior_bench import evaluate_denoising, write_card
+from fl_app.protocol import DatasetInfo, LocalTraining
+from server_strategies.attacks import run_attack
 from server_strategies.priors import checkpoint
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
 from server_strategies.priors.flow import FlowPrior, denoise, fit, load_flow, unfit
@@ -165,6 +170,18 @@ def test_a_grey_image_is_pulled_by_the_mean_of_its_channels_pulls(mode: str) -> 
     assert pulls[0].abs().max() > 0
     # The penalty is a mean over pixels, of which the colour image has three times as many.
     torch.testing.assert_close(pulls[0], pulls[1].sum(1, keepdim=True), rtol=1e-4, atol=1e-8)
+
+
+def test_grey_images_can_be_attacked_and_ggl_says_why_not() -> None:
+    info = DatasetInfo(10, (1, 12, 12), (0.4,), (0.3,))
+    pixels = torch.randint(0, 256, (8, 1, 12, 12), dtype=torch.uint8)
+    case = Case(LocalTraining("sgd", lr=0.01, local_steps=2), AttackConfig("flow_matching", 2))
+    images = ImageSet(pixels, torch.arange(8))
+    observation, knowledge, _ = draw_client(case, images, info, seed=0)
+    found = run_attack(observation, knowledge, case.attack, PriorConfig(), seed=0)
+    assert found.images.shape == (2, 1, 12, 12) and found.images.isfinite().all()
+    with pytest.raises(ValueError, match=r"takes images \(N, 3, H, W\).*got \(2, 1, 12, 12\)"):
+        run_attack(observation, knowledge, AttackConfig("ggl", 2), PriorConfig(), seed=0)
 
 
 def test_sides_that_do_not_fit_are_reflected_and_cut_off_again() -> None:
