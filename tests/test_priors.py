@@ -24,7 +24,7 @@ from fl_app.bench import Case, draw_client
 from fl_app.cli import app
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
-from fl_app.prior_bench import evaluate_denoising, write_card
+from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
 from fl_app.protocol import DatasetInfo, LocalTraining
 from server_strategies.attacks import run_attack
 from server_strategies.priors import checkpoint
@@ -129,6 +129,12 @@ def test_the_denoised_image_is_the_mean_over_draws() -> None:
     x = 2 * images - 1
     residual = x - (0.8 * x + 0.2 * noise.mean(0) + 0.2 * 0.3)
     assert penalty == pytest.approx(residual.square().mean().item(), rel=1e-5)
+
+
+def test_many_images_meet_the_network_in_parts() -> None:
+    network, generator = Counting(), torch.Generator().manual_seed(5)
+    FlowPrior(network, 1.0, "denoiser", 0.8, 0.8, generator)(torch.rand((130, 3, 4, 4)), 0.0)
+    assert network.calls == [128, 2]
 
 
 @pytest.mark.parametrize("mode", ["denoiser", "velocity"])
@@ -509,6 +515,9 @@ def test_denoising_is_measured_and_put_into_the_card(tmp_path: Path) -> None:
         assert min(row.non_local_means) > max(row.noisy)
     # The noise of sigma 0.05 is hardly clipped: 10 log10(1 / 0.05^2) = 26.02 dB.
     assert rows[0].noisy == pytest.approx((26.02, 26.02), abs=0.4)
+    assert rows[0].tiles == () and denoising_table(rows).columns[-1].header == "flow dB"
+    (large, *_) = evaluate_denoising("compact", ramp.repeat(1, 1, 1, 2), 1)
+    assert min(large.tiles) > max(large.noisy) and len(large.cells()) == 5
     card = tmp_path / "own.md"
     card.write_text("# own\n\n- seed: 0\n")
     write_card(card, rows, "2 images", "old command", "abc")
