@@ -20,8 +20,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from fl_app.bench import Case, draw_client
 from fl_app.cli import app
-from fl_app.prior_bench import evaluate_denoising, write_card
+from fl_app.config import AttackConfig, PriorConfig
+from fl_app.data import ImageSet
+from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
+from fl_app.protocol import DatasetInfo, LocalTraining
+from server_strategies.attacks import run_attack
 from server_strategies.priors import checkpoint
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
 from server_strategies.priors.flow import FlowPrior, denoise, fit, load_flow, unfit
@@ -126,6 +131,12 @@ def test_the_denoised_image_is_the_mean_over_draws() -> None:
     assert penalty == pytest.approx(residual.square().mean().item(), rel=1e-5)
 
 
+def test_many_images_meet_the_network_in_parts() -> None:
+    network, generator = Counting(), torch.Generator().manual_seed(5)
+    FlowPrior(network, 1.0, "denoiser", 0.8, 0.8, generator)(torch.rand((130, 3, 4, 4)), 0.0)
+    assert network.calls == [128, 2]
+
+
 @pytest.mark.parametrize("mode", ["denoiser", "velocity"])
 def test_the_last_iterations_are_without_the_flow_prior(mode: str) -> None:
     network = Counting()
@@ -165,6 +176,18 @@ def test_a_grey_image_is_pulled_by_the_mean_of_its_channels_pulls(mode: str) -> 
     assert pulls[0].abs().max() > 0
     # The penalty is a mean over pixels, of which the colour image has three times as many.
     torch.testing.assert_close(pulls[0], pulls[1].sum(1, keepdim=True), rtol=1e-4, atol=1e-8)
+
+
+def test_grey_images_can_be_attacked_and_ggl_says_why_not() -> None:
+    info = DatasetInfo(10, (1, 12, 12), (0.4,), (0.3,))
+    pixels = torch.randint(0, 256, (8, 1, 12, 12), dtype=torch.uint8)
+    case = Case(LocalTraining("sgd", lr=0.01, local_steps=2), AttackConfig("flow_matching", 2))
+    images = ImageSet(pixels, torch.arange(8))
+    observation, knowledge, _ = draw_client(case, images, info, seed=0)
+    found = run_attack(observation, knowledge, case.attack, PriorConfig(), seed=0)
+    assert found.images.shape == (2, 1, 12, 12) and found.images.isfinite().all()
+    with pytest.raises(ValueError, match=r"takes images \(N, 3, H, W\).*got \(2, 1, 12, 12\)"):
+        run_attack(observation, knowledge, AttackConfig("ggl", 2), PriorConfig(), seed=0)
 
 
 def test_sides_that_do_not_fit_are_reflected_and_cut_off_again() -> None:
@@ -492,6 +515,9 @@ def test_denoising_is_measured_and_put_into_the_card(tmp_path: Path) -> None:
         assert min(row.non_local_means) > max(row.noisy)
     # The noise of sigma 0.05 is hardly clipped: 10 log10(1 / 0.05^2) = 26.02 dB.
     assert rows[0].noisy == pytest.approx((26.02, 26.02), abs=0.4)
+    assert rows[0].tiles == () and denoising_table(rows).columns[-1].header == "flow dB"
+    (large, *_) = evaluate_denoising("compact", ramp.repeat(1, 1, 1, 2), 1)
+    assert min(large.tiles) > max(large.noisy) and len(large.cells()) == 5
     card = tmp_path / "own.md"
     card.write_text("# own\n\n- seed: 0\n")
     write_card(card, rows, "2 images", "old command", "abc")

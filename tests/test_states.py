@@ -210,8 +210,12 @@ def test_a_run_by_round(tmp_path: Path) -> None:
     (folder / "training.json").write_text(json.dumps(evaluated))
 
     def log(round_: int, node: int, ssim: float, status: str = "ok") -> None:
-        score = {"mean": ssim, "low": None, "high": None, "baseline": 0.1}
-        metrics = {"ssim": score} if status == "ok" else {}
+        scores = {"psnr": (20 * ssim, 12.0), "ssim": (ssim, 0.1)}
+        metrics = {
+            name: {"mean": mean, "low": None, "high": None, "baseline": grey}
+            for name, (mean, grey) in scores.items()
+            if status == "ok"
+        }
         line = LogLine(round_, node, node, "sme", status, "given", metrics=metrics)
         append_line(folder / "leakage.jsonl", line)
 
@@ -224,9 +228,9 @@ def test_a_run_by_round(tmp_path: Path) -> None:
     table = [line for line in (folder / "rounds.md").read_text().splitlines() if line[:1] == "|"]
     # Mean 0.7 of 0.6 and 0.8: -+ t(0.975, 1) 0.1
     assert table[2:] == [
-        "| 1 | 10.0 | sme | 2/2 | 0.700 ± 1.271 | 0.100 |",
-        "| 2 | 20.0 | - | - | - | - |",
-        "| 3 | 30.0 | sme | 1/2 | 0.400 | 0.100 |",
+        "| 1 | 10.0 | sme | 2/2 | 14.0 ± 25.4 | 12.0 | 0.700 ± 1.271 | 0.100 |  |",
+        "| 2 | 20.0 | - | - | - | - | - | - |  |",
+        "| 3 | 30.0 | sme | 1/2 | 8.0 | 12.0 | 0.400 | 0.100 | no better than grey |",
     ]
     assert str(folder / "rounds.png") in shown and "0.700" in shown
     with Image.open(folder / "rounds.png") as image:

@@ -106,19 +106,23 @@ def _line(
 
 
 def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
-    """Return the table's rows, its head first; a metric that no line has is left out."""
+    """Return the table's rows, its head first; a metric that no line has is left out.
+
+    The note says where the mean PSNR is no better than a grey image's.
+    """
     there = [name for name in METRICS if any(name in line.scores for line in lines)]
     head = ["round", "accuracy %", "attack", "updates"]
     for name in there:
         head += [METRICS[name], "grey"]
-    rows = [head]
+    rows = [[*head, "note"]]
     for line in lines:
         accuracy = "-" if line.accuracy is None else f"{100 * line.accuracy:.1f}"
         updates = f"{line.succeeded}/{line.updates}" if line.attack else "-"
         cells = [str(line.round), accuracy, line.attack or "-", updates]
         for name in there:
             cells += _score_cells(line.scores.get(name), _DIGITS.get(name, 3))
-        rows.append(cells)
+        psnr = line.scores.get("psnr")
+        rows.append([*cells, "no better than grey" if psnr and psnr.mean <= psnr.grey else ""])
     return rows
 
 

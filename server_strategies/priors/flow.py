@@ -19,6 +19,7 @@ from server_strategies.priors.networks import create_network
 from server_strategies.priors.tiles import Tiled
 
 MODES = ("denoiser", "velocity")
+_AT_ONCE = 128  # images in one call of the network; only bounds the memory
 TRAINED_SIZE = 32  # of weights whose metadata do not say; all that were made before they did
 
 
@@ -303,5 +304,6 @@ class FlowPrior:
         """Return D at x, shape (N, 3, H, W), the mean over draws of the noise."""
         shape = (self.draws, *x.shape)
         noise = torch.randn(shape, generator=self.generator, device=x.device, dtype=x.dtype)
-        denoised = denoise(self.network, torch.lerp(noise, x, level).flatten(0, 1), level)
+        parts = torch.lerp(noise, x, level).flatten(0, 1).split(_AT_ONCE)
+        denoised = torch.cat([denoise(self.network, part, level) for part in parts])
         return denoised.unflatten(0, (self.draws, -1)).mean(0)
