@@ -12,10 +12,12 @@ from test_explain import MEAN, STD
 from torch import Tensor
 
 from client_app.training import normalise, train
-from fl_app.config import ConfigError
+from fl_app.config import AttackConfig, ConfigError, PriorConfig
 from fl_app.models import MODELS, chosen_norm, clients_model, create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from fl_app.server_app import _prepare
+from server_strategies.attacks import run_attack
+from server_strategies.attacks.diagnosis import diagnose
 from server_strategies.attacks.explain import explain
 from server_strategies.attacks.explain.batch_norm import inferred_statistics, statistics_of
 from server_strategies.attacks.explain.trajectory import simulate
@@ -222,3 +224,18 @@ def test_statistics_that_were_not_sent_tell_nothing() -> None:
         assert statistics_of(1.0, observation, knowledge) == []
     observation, knowledge, _ = client("resnet8", SGD, "group")
     assert statistics_of(1.0, observation, knowledge) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_attack_chooses_for_itself(name: str) -> None:
+    observation, knowledge, x = client(name, replace(SGD, batch_size=1))
+    assert diagnose(observation, knowledge, [0.6, 0.05], None) == ()
+    blind = replace(knowledge, labels=None)  # counted from the classifier
+    adam, known, _ = client(name, replace(ADAM, batch_size=1))
+    for seen, told in ((observation, blind), (adam, known)):
+        attack = AttackConfig("flow_matching", 1, options={"flow": 0})
+        found = run_attack(seen, told, attack, PriorConfig(), 0)
+        assert found.images.shape == x.shape and found.images.isfinite().all()
+        assert found.labels_source == ("dlf" if told is blind else "given")
+        # Only layers with one input an image can be read for fingerprints.
+        assert name in ("convnet", "mlp") or found.explanation.startswith("trajectory")
