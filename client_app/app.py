@@ -92,7 +92,18 @@ def _device() -> torch.device:
 def _defended_as_configured(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
     """Defend the update as the run's configuration says; a mod, for the list of mods is fixed."""
     config = _config(ctxt)
-    return defended(config.defense, config.seed)(msg, ctxt, call_next)
+    return defended(config.defense, _noise_seed(ctxt, config))(msg, ctxt, call_next)
+
+
+def _noise_seed(context: Context, config: Config) -> int:
+    """Return the seed of a defence's noise: the machine's own, else the run's.
+
+    The server knows the run's, and with it the noise.
+    """
+    value = context.node_config.get("noise-seed", config.seed)
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"node config noise-seed is {value!r}; allowed: an int of 0 or more")
+    return value
 
 
 @app.train(mods=[_defended_as_configured])
@@ -117,7 +128,7 @@ def train_locally(msg: Message, context: Context) -> Message:
     model = _received_model(msg, config, info, device)
     # A model with randomness of its own (dropout) repeats too.
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(local_seed(_noise_seed(context, config), partition, round_))
         steps = [torch.tensor(batch) for batch in batches]
         loss = train(
             model, images.to(device), labels.to(device), steps, config.client,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -29,6 +31,7 @@ _COLUMNS = [
 ]  # fmt: skip
 
 Accuracies = Mapping[str, Sequence[float]]
+Point = tuple[Case, float, dict[str, Any]]
 
 
 def federation_of(case: Case) -> Federation | None:
@@ -204,12 +207,21 @@ def _is_above(
 
 def kind(defense: Defense) -> str:
     """Return which defence it is without its numbers: those of one kind are one curve."""
+    if defense.local_dp:
+        return "local_dp"
+    modifiers = ("clip_by", "sigma", "dp_noise", "delta")
     words = []
     for setting in fields(defense):
         value = getattr(defense, setting.name)
-        if value != setting.default and setting.name not in ("sigma", "dp_noise", "delta"):
-            words.append(value if setting.name == "noise" else setting.name)
+        if value != setting.default and setting.name not in modifiers:
+            words.append({"noise": value, "dp_clip": "dp"}.get(setting.name, setting.name))
     return " ".join(words)
+
+
+def parameter(defense: Defense) -> str:
+    """Return the number, or the format, by which a defence differs from others of its kind."""
+    words = str(defense).removesuffix(" relative=true").split()
+    return words[-1].rpartition("=")[2]
 
 
 def save_defense_plot(path: Path, benchmark: Benchmark, accuracies: Accuracies) -> None:
@@ -217,7 +229,8 @@ def save_defense_plot(path: Path, benchmark: Benchmark, accuracies: Accuracies) 
 
     Of flow_matching's cases: a panel a metric, solid where the attacker knows the
     defence and dashed where it does not, a star for no defence, a dotted line for
-    the grey image. Only of the client with the most cases.
+    the grey image; each point with its parameter. Only of the client with the most
+    cases.
 
     Parameters
     ----------
@@ -227,43 +240,51 @@ def save_defense_plot(path: Path, benchmark: Benchmark, accuracies: Accuracies) 
     accuracies : mapping
         See `measure_accuracies`.
     """
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(16, 6), layout="constrained")
     panels = figure.subplots(1, len(_METRICS))
     points = _points(benchmark, accuracies)
-    kinds = list(dict.fromkeys(kind(case.defense) for case, *_ in points))
-    for panel, (metric, (label, _)) in zip(panels, _METRICS.items(), strict=True):
-        for number, name in enumerate(kinds):
-            for known in (True, False):
-                curve = [
-                    (100 * accuracy, summary[metric]["mean"])
-                    for case, accuracy, summary in points
-                    if (kind(case.defense), case.defense_known) == (name, known)
-                    and summary.get(metric)
-                ]
-                if curve:
-                    panel.plot(
-                        *zip(*curve, strict=True),
-                        marker="o" if name else "*",
-                        markersize=6 if name else 14,
-                        linestyle="-" if known else "--",
-                        color=f"C{number % 10}",
-                        label=(name or "no defence") if known else f"{name}, attacker unaware",
-                    )
-        greys = [summary[metric]["baseline"] for *_, summary in points if summary.get(metric)]
-        if greys:
-            panel.axhline(sum(greys) / len(greys), linestyle=":", color="grey", label="grey image")
+    for panel, metric in zip(panels, _METRICS, strict=True):
+        scored = [point for point in points if point[2].get(metric)]
+        _draw_curves(panel, metric, scored)
         panel.set_xlabel("accuracy of the global model, %")
-        panel.set_ylabel(label + (" (lower: leaks more)" if metric in _LOWER else ""))
-    panels[0].legend(fontsize="x-small")
+        panel.set_ylabel(_METRICS[metric][0] + (" (low: leaks)" if metric in _LOWER else ""))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=9)
+    figure.suptitle("flow_matching; solid: the attacker knows the defence, dashed: it does not")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _points(
-    benchmark: Benchmark, accuracies: Accuracies
-) -> list[tuple[Case, float, dict[str, Any]]]:
-    """Return the cases of the plot, with their accuracy and their summary."""
-    points: list[tuple[Case, float, dict[str, Any]]] = []
+def _draw_curves(panel: Axes, metric: str, points: Sequence[Point]) -> None:
+    kinds = list(dict.fromkeys(kind(case.defense) for case, *_ in points))
+    for name, known in product(kinds, (True, False)):
+        curve = [
+            (100 * accuracy, summary[metric]["mean"], parameter(case.defense))
+            for case, accuracy, summary in points
+            if (kind(case.defense), case.defense_known) == (name, known)
+        ]
+        if not curve:
+            continue
+        x, y, parameters = zip(*curve, strict=True)
+        panel.plot(
+            x,
+            y,
+            marker="o" if name else "*",
+            markersize=5 if name else 15,
+            linestyle="-" if known else "--",
+            color=f"C{kinds.index(name) % 10}",
+            label=(name or "no defence") if known else None,
+        )
+        for place in zip(x, y, parameters, strict=True) if known and name else ():
+            panel.annotate(place[2], place[:2], (3, 3), textcoords="offset points", fontsize=7)
+    if points:
+        grey = sum(summary[metric]["baseline"] for *_, summary in points) / len(points)
+        panel.axhline(grey, linestyle=":", color="grey", label="grey image")
+
+
+def _points(benchmark: Benchmark, accuracies: Accuracies) -> list[Point]:
+    """Return the cases of the plot, with their accuracy and their summary, by their parameter."""
+    points: list[Point] = []
     for case in benchmark.cases:
         federation = federation_of(case)
         reached = accuracies.get(federation.name) if federation else None
@@ -273,4 +294,5 @@ def _points(
         points.append((case, sum(reached) / len(reached), summary))
     most = [case.training for case, *_ in points]
     shown = max(dict.fromkeys(most), key=most.count, default=None)
+    points.sort(key=lambda point: astuple(point[0].defense))
     return [point for point in points if point[0].training == shown]

@@ -17,9 +17,10 @@ from test_flower import LocalGrid, _identity, real_client  # noqa: F401 - a fixt
 
 from fl_app import bench_cases, defense_bench
 from fl_app.accuracy import Federation, federated_accuracy
-from fl_app.bench import Case, draw_client
+from fl_app.bench import Benchmark, Case, draw_client
 from fl_app.config import AttackConfig, load_config
 from fl_app.data import ImageSet, dataset_info, load_partition, load_split
+from fl_app.defense_bench import compare_with_sme, kind, parameter
 from fl_app.models import create_model
 from fl_app.protocol import Defense, LocalTraining
 
@@ -109,6 +110,42 @@ def test_the_benchmark_knows_or_hides_the_defence_and_resumes(
         assert plot.width > 1000
     with pytest.raises(ValueError, match="holds results of"):
         flowleak(*command, "--seed", "5", "--out", str(out))
+
+
+@pytest.mark.parametrize(
+    ("defense", "expected"),
+    [
+        (Defense(), ("", "none")),
+        (NOISY, ("gaussian", "0.01")),
+        (replace(NOISY, relative=True), ("gaussian relative", "0.01")),
+        (Defense(dp_clip=1.0, dp_noise=0.5), ("dp", "0.5")),
+        (Defense(clip=0.1, clip_by="norm", local_dp=8.0), ("local_dp", "8")),
+        (Defense(quantize="int8"), ("quantize", "int8")),
+    ],
+)
+def test_a_curve_is_a_kind_of_defence(defense: Defense, expected: tuple[str, str]) -> None:
+    assert (kind(defense), parameter(defense)) == expected
+
+
+def score(mean: float, half: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def test_above_sme_means_intervals_apart_on_the_better_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cases = [Case(SGD, AttackConfig(name, 2), defense=NOISY) for name in ("sme", "flow_matching")]
+    scores = {
+        "sme": {"psnr": score(18, 1), "ssim": score(0.5, 0.1), "lpips_vgg": score(0.4, 0.05)},
+        "flow_matching": {
+            "psnr": score(21, 1), "ssim": score(0.6, 0.1), "lpips_vgg": score(0.2, 0.05),
+        },
+    }  # fmt: skip
+    config = load_config().dataset
+    benchmark = Benchmark("known", cases, dataset_info(config), load_split(config, "test"), {})
+    monkeypatch.setattr(benchmark, "summary", lambda c: {"draws": 8, **scores[c.attack.name]})
+    (line,) = compare_with_sme(benchmark)
+    assert line.endswith("intervals apart, on PSNR dB, LPIPS VGG.")
 
 
 def test_an_undefended_draw_is_untouched_and_a_known_defence_is_told() -> None:

@@ -23,6 +23,7 @@ from test_flower import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from client_app.app import _defended_as_configured
 from client_app.defended_steps import check_defense, epsilon, kept_entries
 from client_app.defenses import (
     defend,
@@ -327,6 +328,28 @@ def asked(overrides: str, partition: int = 0) -> Message:
     }
     message = Message(RecordDict(content), dst_node_id=7, message_type="train")  # type: ignore
     return real_client(partition, f"{SETTINGS} {overrides}")(message)
+
+
+def test_a_machine_may_keep_the_noises_seed_to_itself() -> None:
+    content = {
+        "arrays": ArrayRecord({"a": torch.zeros(5)}),  # type: ignore[arg-type]
+        "config": ConfigRecord({"server-round": 1}),
+    }
+    message = Message(RecordDict(content), dst_node_id=7, message_type="train")  # type: ignore
+    noisy = {"defense": "gaussian"}
+    noises = []
+    for own in ({}, {"noise-seed": 0}, {"noise-seed": 12}, {"noise-seed": "x"}):
+        context = Context(1, 7, {"partition-id": 0, **own}, RecordDict(), noisy)  # type: ignore
+
+        def answer(msg: Message, ctxt: Context) -> Message:
+            return Message(RecordDict({"arrays": msg.content["arrays"]}), reply_to=msg)
+
+        if own.get("noise-seed") == "x":
+            with pytest.raises(ConfigError, match="noise-seed is 'x'; allowed: an int"):
+                _defended_as_configured(message, context, answer)
+            continue
+        noises.append(arrays(_defended_as_configured(message, context, answer))["a"])
+    assert torch.equal(noises[0], noises[1]) and not torch.equal(noises[0], noises[2])
 
 
 def arrays(message: Message) -> Update:
