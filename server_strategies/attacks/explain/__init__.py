@@ -53,6 +53,8 @@ def explain(
         If `kind` is unknown, does not fit the update, or there are not as many
         labels as examples.
     """
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; allowed: {', '.join(DISTANCES)}")
     own = () if distance == "cosine" else (Surrogate.name, SignMatch.name)
     allowed = [name for name in ("auto", *EXPLANATIONS) if name not in own]
     if kind not in allowed:
