@@ -157,20 +157,22 @@ def _prior() -> tuple[Case, ...]:
 def _models() -> tuple[Case, ...]:
     """Return the cases of `models`: every architecture, after two rounds of training.
 
-    Not of the MLP, whose first layer gives an image away in closed form.
+    Not of the MLP, whose first layer gives an image away in closed form. SGD's are
+    matched layer by layer too.
     """
-    bars = {"convnet": 8.0, "mlp_mixer": 8.0}
-    return tuple(
-        Case(
-            replace(client, batch_size=1),
-            _flow(500),
-            model=model,
-            rounds=2,
-            above_grey=bars.get(model, 3.0) if client is _SGD else None,
+    cases = []
+    for model in ("convnet", "mlp_mixer", "resnet8", "resnet18", "vgg11", "vit_tiny"):
+        bar = 8.0 if model in ("convnet", "mlp_mixer") else 3.0
+        sgd, adam = (
+            Case(replace(client, batch_size=1), _flow(500), model=model, rounds=2)
+            for client in (_SGD, _ADAM)
         )
-        for model in ("convnet", "mlp_mixer", "resnet8", "resnet18", "vgg11", "vit_tiny")
-        for client in (_SGD, _ADAM)
-    )
+        cases += [
+            replace(sgd, above_grey=bar),
+            replace(sgd, attack=_flow(500, distance="layered")),
+            adam,
+        ]
+    return tuple(cases)
 
 
 def _batch_sizes() -> tuple[Case, ...]:

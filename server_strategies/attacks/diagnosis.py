@@ -305,8 +305,8 @@ def noise_sigma(w0: Sequence[Tensor], update: Sequence[Tensor]) -> float:
             sigma = rows[chosen].abs().median().item() / 0.6745
             if sigma > rounding and _is_noise(rows[chosen], weights[chosen]):
                 found.append(sigma)
-    rows = [u.flatten(1) if u.dim() > 1 else u[None] for u in update]
-    sizes = [row.square().mean(1).sqrt().min().item() for row in rows if row.shape[1] >= 64]
+    all_rows = [u.flatten(1) if u.dim() > 1 else u[None] for u in update]
+    sizes = [r.square().mean(1).sqrt().min().item() for r in all_rows if r.shape[1] >= 64]
     least = min(found, default=0.0)
     return 0.0 if min(sizes, default=0.0) < least / 2 else least
 

@@ -28,6 +28,7 @@ def flow_matching(
     report: Report | None = None,
     *,
     explain: str = "auto",
+    distance: str = "cosine",
     mode: str = "denoiser",
     lr: float = 0.8,
     flow: float = 1.0,
@@ -56,6 +57,10 @@ def flow_matching(
         Called about once a second with the iteration and the matching loss.
     explain : str
         See `explain.explain`.
+    distance : str
+        See `explain.explain`. In deep models the classifier can hold most of an update's
+        squared norm, which is all that the cosine sees; `layered` weighs layers by their
+        norm.
     mode : {"denoiser", "velocity"}
         See `FlowPrior`; `velocity` is eq. 17 to the letter.
     lr : float
@@ -99,7 +104,7 @@ def flow_matching(
     ]
     return optimise(
         "flow_matching",
-        explain_update(explain, observation, knowledge, budget.device),
+        explain_update(explain, observation, knowledge, budget.device, distance=distance),
         [belief for belief in beliefs if belief.weight],
         observation,
         budget,
@@ -111,6 +116,7 @@ def flow_matching(
         evidence=statistics_of(statistics, observation, knowledge, budget.device),
         report=report,
         options={
+            "distance": distance,
             "mode": mode,
             "lr": lr,
             "flow": flow,

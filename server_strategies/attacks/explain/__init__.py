@@ -70,6 +70,8 @@ def explain(
         If `kind` or `distance` is unknown, `kind` does not fit the update or the
         distance, or there are not as many labels as examples.
     """
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; allowed: {', '.join(DISTANCES)}")
     own = () if distance == "cosine" else (Surrogate.name, SignMatch.name)
     allowed = [name for name in ("auto", *EXPLANATIONS) if name not in own]
     if distance not in DISTANCES:
