@@ -15,6 +15,7 @@ from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
 from PIL import Image
 
+from fl_app.cli import _named_after
 from fl_app.config import DatasetConfig, load_config
 from fl_app.data import DataError, dataset_info, hub, load_partition, load_split, photos
 from fl_app.data.base import channel_statistics
@@ -386,6 +387,18 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         DataError, match=r"cifar10.*nobody/nothing .*dataset\.source=/path/to/folder"
     ):
         load_split(DatasetConfig(name="cifar10", source="nobody/nothing"), "train")
+
+
+def test_a_folders_name_says_which_data_set_it_holds() -> None:
+    for folder, name in (
+        ("tiny-imagenet-200", "tiny_imagenet"),
+        ("CIFAR-100", "cifar100"),
+        ("cifar10", "cifar10"),
+        ("FashionMNIST", "fashion_mnist"),
+        ("mnist", "mnist"),
+        ("parquet", "cifar10"),
+    ):
+        assert _named_after(folder) == name
 
 
 def needs(name: str) -> pytest.MarkDecorator:
