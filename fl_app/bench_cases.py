@@ -274,6 +274,7 @@ _PAPERS_DEFENSES = (
     Defense(noise="gaussian", sigma=1.0, relative=True),
     Defense(clip=0.05),
     Defense(sparsify=0.05),
+    Defense(precode=256),
 )
 # One curve each: the gaussian ones are the paper's table 1.
 _CURVES = (
