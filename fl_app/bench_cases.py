@@ -178,7 +178,7 @@ def _models() -> tuple[Case, ...]:
 def _batch_sizes() -> tuple[Case, ...]:
     """Return the cases of `batch-sizes`: Figure 3 of the paper, for one local step and for five.
 
-    With 8 draws, about 7 hours of one thread, nearly half of them at B=32 alone;
+    With 8 draws, about 7 hours of one thread, half of them at B=32;
     ``--cases B=4`` runs a part.
     """
     return tuple(
