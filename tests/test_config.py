@@ -37,10 +37,7 @@ def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
         ({"nonsense": "1"}, "unknown run-config key 'nonsense'; allowed: dataset"),
         ({"attack": 3}, "attack is 3; allowed: a string"),
         ({"overrides": "rounds"}, "allowed: key=value"),
-        (
-            {"overrides": "client.speed=1"},
-            "client.speed .*unknown key; allowed: batch_norm, batch_size",
-        ),
+        ({"overrides": "client.speed=1"}, "client.speed .*unknown key; allowed: batch_norm"),
         ({"overrides": "client.lr=fast"}, "client.lr .*'fast'"),
         ({"overrides": "client.lr=0"}, "client.lr is 0.0; allowed: more than 0"),
         ({"overrides": "client.batch_size=1.5"}, "client.batch_size"),
