@@ -207,9 +207,9 @@ def _for(seconds: float, name: str, **options: float | str) -> AttackConfig:
 
 # For 50 seconds of one thread; chosen on draw 1000, see `_family_constants`.
 _IN_SHORT: dict[str, Options] = {
-    "sme": {"tv": 0.1},
+    "sme": {"tv": 0.03},
     "inverting_gradients": {"explain": "auto", "lr": 0.3, "tv": 0.05},
-    "dlf": {},
+    "dlf": {"distance": "squared"},
     "gradinversion": {"explain": "auto", "lr": 0.8, "tv": 0.05, "seeds": 2},
 }
 
@@ -217,20 +217,25 @@ _IN_SHORT: dict[str, Options] = {
 def _family_constants() -> tuple[Case, ...]:
     """Return the cases of `family-constants`: the authors' constants beside those of `family`.
 
-    On draws that `family` does not use: ``--seed 1000 --draws 2``, about 17
-    minutes of one thread.
+    And GGL's two searches. On draws that `family` does not use: ``--seed 1000
+    --draws 2``, about 23 minutes of one thread.
     """
     client = replace(_SGD, batch_size=4)
     tried: dict[str, list[Options]] = {
-        "sme": [{}],
+        "sme": [{}, {"tv": 0.1}],
         "inverting_gradients": [{}, {"explain": "auto"}],
-        "dlf": [{"lr": 0.15}, {"distance": "squared"}],
+        "dlf": [{}, {"lr": 0.15}],
         "gradinversion": [{}, {"explain": "auto"}],
     }
-    return tuple(
-        Case(client, _for(50, name, **options))
-        for name, others in tried.items()
-        for options in (*others, _IN_SHORT[name])
+    single = replace(_SGD, local_steps=1, batch_size=1)
+    return (
+        *(
+            Case(client, _for(50, name, **options))
+            for name, others in tried.items()
+            for options in (*others, _IN_SHORT[name])
+        ),
+        Case(single, _for(50, "ggl")),
+        Case(single, _for(50, "ggl", search="cma")),
     )
 
 

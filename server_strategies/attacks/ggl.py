@@ -67,8 +67,8 @@ def ggl(
         Euler steps from a latent to its image, each a run of the network.
     search : {"adam", "cma"}
         By the gradient, or by CMA-ES without one, see `evolve`. The authors prefer
-        the latter, in the 128 numbers of a GAN's latent; in thousands of numbers
-        25,000 candidates do not get far (docs/attacks.md).
+        the latter, in the 128 numbers of a GAN's latent; in the thousands here it is
+        slower by far (docs/attacks.md).
     population : int
         Candidates of a generation of CMA-ES.
 
