@@ -202,7 +202,7 @@ def test_a_prior_of_weight_0_is_left_out() -> None:
 def test_unknown_attacks_and_options_are_refused() -> None:
     check_attack(AttackConfig("sme", options={"lr": 1, "explain": "auto"}))
     check_attack(AttackConfig("flow_matching", options={"lr": 0.1}))
-    with pytest.raises(ConfigError, match="allowed: dlf, dlg, flow_matching"):
+    with pytest.raises(ConfigError, match="allowed: dlf, dlg, dropout_inversion, flow_matching"):
         check_attack(AttackConfig("magic"))
     with pytest.raises(ConfigError, match="allowed for sme: explain, alpha, lr, tv"):
         check_attack(AttackConfig("sme", options={"weight": 1}))

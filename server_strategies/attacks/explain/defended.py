@@ -78,6 +78,10 @@ class Consistent:
         """Return where the observed update is the true one, of bool, in the pieces of `seen`."""
         return [low == high for low, high in zip(self.low, self.high, strict=True)]
 
+    def hidden(self) -> bool:
+        """Say whether the observed update is not the true one anywhere, but for its length."""
+        return not all(exact.all() for exact in self.exact())
+
     def in_units(self, unit: float, zero: Sequence[Tensor]) -> Consistent:
         """Return the same of ``u / unit - zero`` in the place of the update u.
 
