@@ -97,15 +97,15 @@ class Consistent:
         )
         return replace(self, seen=seen, low=low, high=high, sigma=self.sigma / unit)
 
-    def signal(self) -> Tensor:
-        """Return the length of the true update, shape (): of ``|b|^2`` less the noise's n sigma^2.
+    def noise_floor(self) -> Tensor:
+        """Return the cosine distance, shape (), of the true update from b, which noise makes.
 
-        Where the noise leaves nothing of it, the standard deviation of its own square.
+        ``1 - sqrt(1 - n sigma^2 / |b|^2)`` for n coordinates, as noise is orthogonal
+        to the update.
         """
         square = torch.stack([b.square().sum() for b in self.seen]).sum()
-        count = sum(b.numel() for b in self.seen)
-        least = (2 * count) ** 0.5 * self.sigma**2
-        return (square - count * self.sigma**2).clamp_min(least).sqrt()
+        noise = sum(b.numel() for b in self.seen) * self.sigma**2
+        return 1 - (1 - noise / square).clamp_min(0).sqrt()
 
     def _length(self, update: Sequence[Tensor]) -> Tensor:
         """Return an update's length where b tells the size of a move; 1 where it does nowhere."""
@@ -196,7 +196,8 @@ def norm_clipped(size: Tensor, defense: Defense) -> bool:
 def hidden_size(update: Sequence[Tensor], defense: Defense) -> str:
     """Say what keeps an update from telling sizes to the weights' rounding; nothing if it does.
 
-    What an inversion of Adam's epsilon needs, and its fingerprints do.
+    What an inversion of Adam's epsilon needs, and its fingerprints do. A clip by
+    value leaves the sizes below its bound.
 
     Parameters
     ----------
@@ -210,10 +211,21 @@ def hidden_size(update: Sequence[Tensor], defense: Defense) -> str:
         return f"the client sends {defense.quantize}"
     if norm_clipped(size, defense):
         return "the client clipped the update's norm"
-    bound = defense.clip * (1 - _AT_BOUND) if defense.clip else math.inf
-    if defense.clip_by == "value" and (size >= bound).any():
-        return f"the client clipped {(size >= bound).float().mean().item():.0%} of its moves"
     return ""
+
+
+def noise_share(update: Sequence[Tensor], defense: Defense) -> float:
+    """Return which share of an observed update's square the noise makes up, in [0, 1].
+
+    Parameters
+    ----------
+    update : sequence of Tensor
+        Noise included.
+    defense : Defense
+    """
+    size = torch.cat([b.detach().flatten() for b in update]).abs()
+    mean_square = size.square().mean().item()
+    return min(1.0, noise_sigma(size, defense) ** 2 / mean_square) if mean_square else 0.0
 
 
 def _threshold(size: Tensor, half: Tensor, defense: Defense) -> float:
