@@ -28,9 +28,6 @@ DEFENSES = {
     "clip_norm": Defense(clip=0.5, clip_by="norm"),
     "sparsify": Defense(sparsify=0.6),
     "clip_and_sparsify": Defense(clip=0.3, sparsify=0.6),
-    "bf16": Defense(quantize="bf16"),
-    "int8": Defense(quantize="int8"),
-    "sparsify_int8": Defense(sparsify=0.6, quantize="int8"),
 }
 
 
