@@ -33,7 +33,7 @@ def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("run_config", "message"),
     [
-        ({"attack": "magic"}, "attack is 'magic'; allowed: dlf, dlf_paper, dlg, "),
+        ({"attack": "magic"}, "attack is 'magic'; allowed: dlf, dlf_paper, dlg, dropout_inversion"),
         ({"nonsense": "1"}, "unknown run-config key 'nonsense'; allowed: dataset"),
         ({"attack": 3}, "attack is 3; allowed: a string"),
         ({"overrides": "rounds"}, "allowed: key=value"),

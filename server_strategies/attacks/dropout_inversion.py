@@ -33,7 +33,8 @@ def dropout_inversion(
     """Reconstruct a client's images and what its model's dropout left out of them.
 
     A mask starts as one that the client may have drawn, and stays in [0, 1]. It is
-    fitted whether or not `Knowledge.defense` names the dropout.
+    fitted whether or not `Knowledge.defense` names the dropout. Without dropout
+    this is `inverting_gradients`.
 
     Parameters
     ----------
@@ -60,15 +61,10 @@ def dropout_inversion(
     Raises
     ------
     ValueError
-        If the model has no dropout, an option has no such value, or the
-        explanation does not fit the update.
+        If an option has no such value, or the explanation does not fit the update.
     AttackError
         If the optimisation diverges.
     """
-    if not knowledge.dropout:
-        raise ValueError(
-            "dropout is 0; allowed for dropout_inversion: more than 0; use inverting_gradients"
-        )
     known = replace(knowledge.defense, dropout=knowledge.dropout)
     knowledge = infer(observation, replace(knowledge, defense=known), budget.device)
     explanation = explain_update(explain, observation, knowledge, budget.device)

@@ -14,6 +14,7 @@ from torch import nn
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.explain import explain as explain_update
 from server_strategies.attacks.explain.batch_norm import statistics_of
+from server_strategies.attacks.explain.defended import noise_share
 from server_strategies.attacks.infer import infer
 from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
 from server_strategies.priors.flow import FlowPrior
@@ -70,7 +71,9 @@ def flow_matching(
     balance, last_balance : float
         How strongly the priors pull, as a multiple of the explanation's pull on
         each image, at the first and the last iteration; it falls
-        geometrically. 0: by their weights alone, as eq. 18 has it.
+        geometrically, and less where the update is known to carry noise, by the
+        noise's share of it: what fits the noise is not to be believed. 0: by their
+        weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.
     every, draws : int
@@ -97,6 +100,8 @@ def flow_matching(
             f"balance is {balance}, last_balance {last_balance}; allowed: 0 or more, more than 0"
         )
     knowledge = infer(observation, knowledge, budget.device)
+    update = [observation.w0[name] - observation.w1[name] for name in observation.trained]
+    told = 1 - noise_share(update, knowledge.defense)
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
     beliefs: list[TotalVariation | FlowPrior] = [
         TotalVariation(tv, knowledge.std),
@@ -110,7 +115,7 @@ def flow_matching(
         budget,
         lr=lr,
         schedule=cosine_schedule,
-        balance=(lambda progress: balance * (last_balance / balance) ** progress)
+        balance=(lambda progress: balance * (last_balance / balance) ** (told * progress))
         if balance
         else None,
         evidence=statistics_of(statistics, observation, knowledge, budget.device),

@@ -292,4 +292,6 @@ def legible_fingerprints(
     if known:
         exact = dict(zip(update, known.exact(), strict=True))
         found = [replace(seen, known=seen.known & exact[seen.name][seen.rows]) for seen in found]
-    return [seen for seen in found if seen.step < math.ceil(count / training.batch_size)]
+    first_pass = math.ceil(count / training.batch_size)
+    # Rows without a gradient that is known, as a defence may leave them, tell nothing.
+    return [s for s in found if s.step < first_pass and (s.gradient * s.known).any()]

@@ -78,6 +78,10 @@ class Consistent:
         """Return where the observed update is the true one, of bool, in the pieces of `seen`."""
         return [low == high for low, high in zip(self.low, self.high, strict=True)]
 
+    def hidden(self) -> bool:
+        """Say whether the observed update is not the true one anywhere, but for its length."""
+        return not all(exact.all() for exact in self.exact())
+
     def in_units(self, unit: float, zero: Sequence[Tensor]) -> Consistent:
         """Return the same of ``u / unit - zero`` in the place of the update u.
 
@@ -93,15 +97,15 @@ class Consistent:
         )
         return replace(self, seen=seen, low=low, high=high, sigma=self.sigma / unit)
 
-    def signal(self) -> Tensor:
-        """Return the length of the true update, shape (): of ``|b|^2`` less the noise's n sigma^2.
+    def noise_floor(self) -> Tensor:
+        """Return the cosine distance, shape (), of the true update from b, which noise makes.
 
-        Where the noise leaves nothing of it, the standard deviation of its own square.
+        ``1 - sqrt(1 - n sigma^2 / |b|^2)`` for n coordinates, as noise is orthogonal
+        to the update.
         """
         square = torch.stack([b.square().sum() for b in self.seen]).sum()
-        count = sum(b.numel() for b in self.seen)
-        least = (2 * count) ** 0.5 * self.sigma**2
-        return (square - count * self.sigma**2).clamp_min(least).sqrt()
+        noise = sum(b.numel() for b in self.seen) * self.sigma**2
+        return 1 - (1 - noise / square).clamp_min(0).sqrt()
 
     def _length(self, update: Sequence[Tensor]) -> Tensor:
         """Return an update's length where b tells the size of a move; 1 where it does nowhere."""
@@ -121,8 +125,8 @@ def consistent(
     - `clip` by value: a coordinate at the bound says that it is at least that; by
       norm: an update of that norm says its direction only.
     - `sparsify`: zero says that the magnitude is at most the least one that was kept.
-    - `quantize`: within half a step, that is ``max |b| / 254`` of a tensor in int8
-      and ``2^-8 |b|`` in bf16.
+    - `quantize`: nothing. Its rounding is small noise that hardly depends on the
+      update; half a step of slack would only make the loss flatter.
     - `noise`: no bound, as it has none; where it hides what was clipped or set to
       zero, moves within two sigma of the bound, and as many of the least as the
       defence sets to zero, count as such.
@@ -135,20 +139,18 @@ def consistent(
     rescale : bool
         Whether candidates are of unknown length.
     """
-    if not (defense.clip or defense.sparsify or defense.sigma or defense.quantize != "none"):
+    if not (defense.clip or defense.sparsify or defense.sigma):
         return None
     size = torch.cat([b.detach().flatten() for b in observed]).abs()
     sigma = noise_sigma(size, defense)
     bound = defense.clip if defense.clip and defense.clip_by == "value" else math.inf
     bound = bound * (1 - _AT_BOUND)
-    halves = [_half_step(b, defense) for b in observed]
-    threshold = _threshold(size, torch.cat([half.flatten() for half in halves]), defense)
+    threshold = _threshold(size, defense)
     low, high = [], []
-    for b, half in zip(observed, halves, strict=True):
-        at_most, at_least = b + half, b - half
+    for b in observed:
         zeroed = b.abs() <= (threshold if sigma else 0)
-        at_most = torch.where(zeroed, at_most.clamp_min(threshold), at_most)
-        at_least = torch.where(zeroed, at_least.clamp_max(-threshold), at_least)
+        at_most = torch.where(zeroed, threshold, b)
+        at_least = torch.where(zeroed, -threshold, b)
         clipped = b.abs() >= bound - 2 * sigma
         at_most = torch.where(clipped & (b > 0), math.inf, at_most)
         at_least = torch.where(clipped & (b > 0), at_least.clamp_max(bound), at_least)
@@ -192,7 +194,8 @@ def norm_clipped(size: Tensor, defense: Defense) -> bool:
 def hidden_size(update: Sequence[Tensor], defense: Defense) -> str:
     """Say what keeps an update from telling sizes to the weights' rounding; nothing if it does.
 
-    What an inversion of Adam's epsilon needs, and its fingerprints do.
+    What an inversion of Adam's epsilon needs, and its fingerprints do. A clip by
+    value leaves the sizes below its bound.
 
     Parameters
     ----------
@@ -206,29 +209,28 @@ def hidden_size(update: Sequence[Tensor], defense: Defense) -> str:
         return f"the client sends {defense.quantize}"
     if norm_clipped(size, defense):
         return "the client clipped the update's norm"
-    bound = defense.clip * (1 - _AT_BOUND) if defense.clip else math.inf
-    if defense.clip_by == "value" and (size >= bound).any():
-        return f"the client clipped {(size >= bound).float().mean().item():.0%} of its moves"
     return ""
 
 
-def _threshold(size: Tensor, half: Tensor, defense: Defense) -> float:
-    """Return the magnitude below which a client set moves to zero; 0: it set none.
+def noise_share(update: Sequence[Tensor], defense: Defense) -> float:
+    """Return which share of an observed update's square the noise makes up, in [0, 1].
 
-    From |b| and half a step of quantisation, by coordinate.
+    Parameters
+    ----------
+    update : sequence of Tensor
+        Noise included.
+    defense : Defense
     """
+    size = torch.cat([b.detach().flatten() for b in update]).abs()
+    mean_square = size.square().mean().item()
+    return min(1.0, noise_sigma(size, defense) ** 2 / mean_square) if mean_square else 0.0
+
+
+def _threshold(size: Tensor, defense: Defense) -> float:
+    """Return the magnitude below which a client set moves to zero; 0: it set none."""
     if not defense.sparsify:
         return 0.0
     if defense.sigma:  # zeros are noise now: the least moves stand for them
         return size.kthvalue(math.ceil(defense.sparsify * len(size))).values.item()
-    moved = size > 0
-    return (size + half)[moved].min().item() if moved.any() else 0.0
-
-
-def _half_step(b: Tensor, defense: Defense) -> Tensor:
-    """Return by how much quantisation may have moved each coordinate, shape as b's."""
-    if defense.quantize == "int8":
-        return (b.abs().max() / 254).expand_as(b)
-    if defense.quantize == "bf16":
-        return b.abs() * 2**-8
-    return torch.zeros_like(b)
+    moved = size[size > 0]
+    return moved.min().item() if len(moved) else 0.0

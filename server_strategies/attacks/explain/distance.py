@@ -69,8 +69,8 @@ class Distance(ABC):
 class CosineDistance(Distance):
     """``1 - <a, b> / (|a| |b|)`` over all parameters as one vector, in [0, 2].
 
-    Of a b that is known to carry noise |b| is the true update's length, so that the
-    truth is at about 0 and what fits the noise too is below.
+    Of a b that is known to carry noise, less the distance that this makes: the truth
+    is at about 0, and what fits the noise too is below.
 
     Parameters are `Distance`'s.
     """
@@ -84,11 +84,12 @@ class CosineDistance(Distance):
         known: Consistent | None = None,
     ) -> None:
         super().__init__(seen, masks, known)
-        self._norm = known.signal() if known and known.sigma else norm(self._seen)
+        self._norm = norm(self._seen)
+        self._at_truth = 1 - known.noise_floor() if known and known.sigma else 1
 
     def _from(self, candidate: Sequence[Tensor]) -> Tensor:
         dots = [(a * b).sum() for a, b in zip(candidate, self._seen, strict=True)]
-        return 1 - torch.stack(dots).sum() / (norm(candidate) * self._norm)
+        return self._at_truth - torch.stack(dots).sum() / (norm(candidate) * self._norm)
 
 
 class SquaredDistance(Distance):
