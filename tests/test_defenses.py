@@ -442,7 +442,9 @@ def run_with(folder: Path, name: str, defense: str, psnr: float, accuracy: float
     config = load_config({"defense": defense, "overrides": f"runs_dir={folder} name={name}"})
     run = create_run(config)
     score = {"mean": psnr, "low": None, "high": None, "baseline": 12}
-    line = LogLine(1, 5, 0, "sme", "ok", "given", metrics={"psnr": score})
+    line = LogLine(
+        1, 5, 0, "sme", "ok", "given", metrics={"psnr": score}, defense=str(config.defense)
+    )
     append_line(run / "leakage.jsonl", line)
     rounds = [{"round": 1, "train": {}, "evaluate": {"accuracy": accuracy}}]
     (run / "training.json").write_text(json.dumps(rounds))
@@ -462,7 +464,9 @@ def test_advice_says_what_a_defence_bought_and_cost(tmp_path: Path) -> None:
     )
     useless = run_with(tmp_path, "clipped", "clip", 21.0, 0.41)
     assert "it bought nothing; it cost no accuracy" in defense_advice(useless)
-    assert "it bought 6.5 dB" in flowleak("show", "noisy", "--runs-dir", str(tmp_path))
+    shown = flowleak("show", "noisy", "--runs-dir", str(tmp_path))
+    assert "Defence: noise=gaussian sigma=0.005, known to the attacker." in shown
+    assert "it bought 6.5 dB" in shown
 
 
 # --- what is refused ------------------------------------------------------------------
