@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from test_bench_and_cli import flowleak
 from test_flower import (
+    LocalGrid,
     _identity,  # noqa: F401 - a fixture of every test here
     average,
     real_client,
@@ -43,7 +44,7 @@ from fl_app.data import dataset_info
 from fl_app.files import project_file
 from fl_app.models import create_model
 from fl_app.protocol import Defense, LocalTraining, Observation
-from fl_app.server_app import _prepare
+from fl_app.server_app import _prepare, create_strategy
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 
@@ -388,6 +389,17 @@ def test_dp_reports_its_epsilon_and_nothing_else_does() -> None:
     metrics = asked("defense.dp_clip=0.1 defense.dp_noise=1").content["metrics"]
     assert set(metrics) == {"num-examples", "loss", "epsilon"} and metrics["epsilon"] > 0  # type: ignore
     assert "epsilon" not in asked("").content["metrics"]
+
+
+def test_the_server_takes_a_dp_clients_reply_and_averages_its_epsilon() -> None:
+    overrides = f"{SETTINGS} defense.dp_clip=0.1 defense.dp_noise=1"
+    config = load_config({"overrides": f"{overrides} strategy.fraction_evaluate=0"})
+    info = dataset_info(config.dataset)
+    model = create_model("convnet", info.num_classes, info.image_shape, seed=0)
+    grid = LocalGrid([real_client(client, overrides) for client in range(2)])
+    result = create_strategy(config).start(grid, ArrayRecord(model.state_dict()), num_rounds=2)
+    first, second = (result.train_metrics_clientapp[r]["epsilon"] for r in (1, 2))
+    assert isinstance(first, float) and isinstance(second, float) and 0 < first < second
 
 
 # --- secure aggregation ---------------------------------------------------------------
