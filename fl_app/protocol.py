@@ -287,9 +287,9 @@ class Observation:
     client : int
         The partition that the client says it holds; `node` where it says none.
         For people to read: nothing relies on it. -1 for a sum.
-    nodes, clients : tuple of int
-        Of a sum: the nodes whose updates are in it and their `client` each, in the
-        order of `clients`. Empty for a single client.
+    nodes, clients, examples : tuple of int
+        Of a sum: the node, the `client` and the `num_examples` of each update in it,
+        in the order of `clients`. Empty for a single client.
     """
 
     w0: Mapping[str, Tensor]
@@ -300,6 +300,7 @@ class Observation:
     client: int
     nodes: tuple[int, ...] = ()
     clients: tuple[int, ...] = ()
+    examples: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:

@@ -185,6 +185,7 @@ def sum_of(observations: Sequence[Observation]) -> Observation:
     return Observation(
         w0, w1, total, each[0].round, node=0, client=-1,
         nodes=tuple(seen.node for seen in each), clients=tuple(seen.client for seen in each),
+        examples=tuple(seen.num_examples for seen in each),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from fl_app.files import whole_file
 from fl_app.protocol import Observation
 
 _ID = re.compile(r"round-[0-9]{4,}-node-[0-9]+")
-_FACTS = ("num_examples", "round", "node", "client", "nodes", "clients")
+_FACTS = ("num_examples", "round", "node", "client", "nodes", "clients", "examples")
 
 
 class ObservationStore:
@@ -66,7 +66,8 @@ class ObservationStore:
                 side, _, name = key.partition(".")
                 weights[side][name] = file.get_tensor(key)
             facts = json.loads(file.metadata()["observation"])
-        facts |= {name: tuple(facts.get(name, ())) for name in ("nodes", "clients")}
+        # Older files hold no sums.
+        facts |= {name: tuple(facts.get(name, ())) for name in ("nodes", "clients", "examples")}
         return Observation(w0=weights["w0"], w1=weights["w1"], **facts)
 
     def ids(self) -> list[str]:

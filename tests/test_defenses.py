@@ -419,6 +419,7 @@ def test_under_secure_aggregation_the_server_sees_the_sum_alone(tmp_path: Path) 
     averaged = start(strategy, clients, 1).to_torch_state_dict()
     (total,) = seen
     assert (total.clients, total.nodes, total.num_examples) == ((0, 2), (101, 100), 8)
+    assert total.examples == (6, 2)
     assert [facts[:2] for facts in skipped] == [(1, 102)]
     for name, value in averaged.items():
         torch.testing.assert_close(total.w1[name], value)  # as FedAvg makes it
@@ -427,7 +428,8 @@ def test_under_secure_aggregation_the_server_sees_the_sum_alone(tmp_path: Path) 
     store = ObservationStore(tmp_path)
     store.save(total)
     again = store.load(total.id)
-    assert (again.clients, again.nodes, again.client) == ((0, 2), (101, 100), -1)
+    assert (again.clients, again.nodes, again.examples) == ((0, 2), (101, 100), (6, 2))
+    assert again.client == -1
 
 
 def test_a_sums_truth_is_that_of_its_clients_one_after_another(tmp_path: Path) -> None:
