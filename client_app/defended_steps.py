@@ -98,7 +98,8 @@ def epsilon(defense: Defense, training: LocalTraining, num_local: int, rounds: i
     """
     accountant = RDPAccountant()
     share = min(1.0, training.batch_size / num_local)
-    steps = training.local_steps or training.local_epochs * math.ceil(1 / share)
+    a_pass = math.ceil(num_local / training.batch_size)
+    steps = training.local_steps or training.local_epochs * a_pass
     accountant.history = [(defense.dp_noise, share, steps * rounds)]
     return accountant.get_epsilon(delta=defense.delta)
 

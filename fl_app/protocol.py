@@ -307,8 +307,8 @@ class Observation:
         The partition that the client says it holds; `node` where it says none.
         For people to read: nothing relies on it. -1 for a sum.
     nodes, clients, examples : tuple of int
-        Of a sum: the nodes whose updates are in it, their `client` and their
-        `num_examples` each, in the order of `clients`. Empty for a single client.
+        Of a sum: the node, the `client` and the `num_examples` of each update in it,
+        in the order of `clients`. Empty for a single client.
     """
 
     w0: Mapping[str, Tensor]

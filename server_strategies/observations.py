@@ -66,7 +66,7 @@ class ObservationStore:
                 side, _, name = key.partition(".")
                 weights[side][name] = file.get_tensor(key)
             facts = json.loads(file.metadata()["observation"])
-        # Older files have none of a sum's facts.
+        # Older files hold no sums.
         facts |= {name: tuple(facts.get(name, ())) for name in ("nodes", "clients", "examples")}
         return Observation(w0=weights["w0"], w1=weights["w1"], **facts)
 

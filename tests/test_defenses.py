@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from test_bench_and_cli import flowleak
 from test_flower import (
+    LocalGrid,
     _identity,  # noqa: F401 - a fixture of every test here
     average,
     real_client,
@@ -43,7 +44,7 @@ from fl_app.data import dataset_info
 from fl_app.files import project_file
 from fl_app.models import create_model
 from fl_app.protocol import Defense, LocalTraining, Observation
-from fl_app.server_app import _prepare
+from fl_app.server_app import _prepare, create_strategy
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 
@@ -390,6 +391,17 @@ def test_dp_reports_its_epsilon_and_nothing_else_does() -> None:
     assert "epsilon" not in asked("").content["metrics"]
 
 
+def test_the_server_takes_a_dp_clients_reply_and_averages_its_epsilon() -> None:
+    overrides = f"{SETTINGS} defense.dp_clip=0.1 defense.dp_noise=1"
+    config = load_config({"overrides": f"{overrides} strategy.fraction_evaluate=0"})
+    info = dataset_info(config.dataset)
+    model = create_model("convnet", info.num_classes, info.image_shape, seed=0)
+    grid = LocalGrid([real_client(client, overrides) for client in range(2)])
+    result = create_strategy(config).start(grid, ArrayRecord(model.state_dict()), num_rounds=2)
+    first, second = (result.train_metrics_clientapp[r]["epsilon"] for r in (1, 2))
+    assert isinstance(first, float) and isinstance(second, float) and 0 < first < second
+
+
 # --- secure aggregation ---------------------------------------------------------------
 
 
@@ -407,6 +419,7 @@ def test_under_secure_aggregation_the_server_sees_the_sum_alone(tmp_path: Path) 
     averaged = start(strategy, clients, 1).to_torch_state_dict()
     (total,) = seen
     assert (total.clients, total.nodes, total.num_examples) == ((0, 2), (101, 100), 8)
+    assert total.examples == (6, 2)
     assert [facts[:2] for facts in skipped] == [(1, 102)]
     for name, value in averaged.items():
         torch.testing.assert_close(total.w1[name], value)  # as FedAvg makes it
@@ -415,7 +428,8 @@ def test_under_secure_aggregation_the_server_sees_the_sum_alone(tmp_path: Path) 
     store = ObservationStore(tmp_path)
     store.save(total)
     again = store.load(total.id)
-    assert (again.clients, again.nodes, again.client) == ((0, 2), (101, 100), -1)
+    assert (again.clients, again.nodes, again.examples) == ((0, 2), (101, 100), (6, 2))
+    assert again.client == -1
 
 
 def test_a_sums_truth_is_that_of_its_clients_one_after_another(tmp_path: Path) -> None:
@@ -442,7 +456,9 @@ def run_with(folder: Path, name: str, defense: str, psnr: float, accuracy: float
     config = load_config({"defense": defense, "overrides": f"runs_dir={folder} name={name}"})
     run = create_run(config)
     score = {"mean": psnr, "low": None, "high": None, "baseline": 12}
-    line = LogLine(1, 5, 0, "sme", "ok", "given", metrics={"psnr": score})
+    line = LogLine(
+        1, 5, 0, "sme", "ok", "given", metrics={"psnr": score}, defense=str(config.defense)
+    )
     append_line(run / "leakage.jsonl", line)
     rounds = [{"round": 1, "train": {}, "evaluate": {"accuracy": accuracy}}]
     (run / "training.json").write_text(json.dumps(rounds))
@@ -462,7 +478,9 @@ def test_advice_says_what_a_defence_bought_and_cost(tmp_path: Path) -> None:
     )
     useless = run_with(tmp_path, "clipped", "clip", 21.0, 0.41)
     assert "it bought nothing; it cost no accuracy" in defense_advice(useless)
-    assert "it bought 6.5 dB" in flowleak("show", "noisy", "--runs-dir", str(tmp_path))
+    shown = flowleak("show", "noisy", "--runs-dir", str(tmp_path))
+    assert "Defence: noise=gaussian sigma=0.005, known to the attacker." in shown
+    assert "it bought 6.5 dB" in shown
 
 
 # --- what is refused ------------------------------------------------------------------

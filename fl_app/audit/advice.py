@@ -21,8 +21,8 @@ def defense_advice(run_dir: Path) -> str:
 
     Beside it stand the grey image and, where there is one, the latest undefended
     run of the same setting: the same attacks on the same clients in the same
-    rounds. Accuracy is that of the last round's global model. Sums over clients
-    are set against single clients' updates, as mean over each.
+    rounds; a sum over clients is set against the mean over single ones. Accuracy
+    is that of the last round's global model.
 
     Parameters
     ----------
@@ -41,10 +41,12 @@ def defense_advice(run_dir: Path) -> str:
     known = "known" if config.audit.defense == "given" else "unknown"
     words = f"Defence {config.defense} ({known} to the attacker): mean PSNR "
     other = _undefended(run_dir, config)
-    ours, theirs = _by_attack(lines), _by_attack(_scored(other)) if other else {}
-    both = sorted(ours.keys() & theirs.keys(), key=str)
+    summed = config.defense.secagg
+    ours = _by_key(lines, summed)
+    theirs = _by_key(_scored(other), summed) if other else {}
+    both = ours.keys() & theirs.keys()
     if other and both:
-        kept = [line for line in lines if _key(line) in both]
+        kept = [line for line in lines if _key(line, summed) in both]
         defended, plain = (_mean([scores[key] for key in both]) for scores in (ours, theirs))
         words += f"{defended:.1f} dB, undefended {plain:.1f} dB (run {other.name}), "
         words += f"a grey image {_grey(kept):.1f} dB: {_bought(plain - defended)}"
@@ -80,15 +82,16 @@ def _scored(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in lines if (line["metrics"].get("psnr") or {}).get("mean") is not None]
 
 
-def _key(line: dict[str, Any]) -> tuple[object, ...]:
-    """Return what makes two lines comparable; a sum's clients are compared as a whole."""
-    return line["attack"], json.dumps(line["options"], sort_keys=True), line["round"]
+def _key(line: dict[str, Any], summed: bool) -> tuple[object, ...]:
+    """Return what makes two lines comparable."""
+    options = json.dumps(line["options"], sort_keys=True)
+    return line["attack"], options, line["round"], None if summed else line["client"]
 
 
-def _by_attack(lines: Sequence[dict[str, Any]]) -> _Scores:
+def _by_key(lines: Sequence[dict[str, Any]], summed: bool) -> _Scores:
     scores: dict[tuple[object, ...], list[float]] = {}
     for line in lines:
-        scores.setdefault(_key(line), []).append(line["metrics"]["psnr"]["mean"])
+        scores.setdefault(_key(line, summed), []).append(line["metrics"]["psnr"]["mean"])
     return {key: _mean(values) for key, values in scores.items()}
 
 

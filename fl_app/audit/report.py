@@ -135,8 +135,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
     A reconstruction that is no better than a grey image is said to be so;
     failed attacks are red, with their error below the table, as is what the
-    diagnosis of the others found, the scores of those without a truth, and that
-    a run holds private images.
+    diagnosis of the others found, the scores of those without a truth, that a run
+    holds private images, and the clients' defence.
     """
     table = Table(
         title="Leakage: mean over a client's images, PSNR with its 95% interval",
@@ -181,6 +181,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             below.append(f"{where}, no truth: {_alone(line['reference_free'])}\n")
     if any(line.get("truth") for line in lines):
         below.append("With Truth: the clients' private batches were there to score with.\n")
+    for words in dict.fromkeys(_defence(line) for line in lines):
+        below.append(words)
     table.caption = below if below else None
     table.caption_style = "none"
     return table
@@ -191,6 +193,14 @@ def _client(line: Mapping[str, Any]) -> str:
     if line.get("clients"):
         return f"sum of {len(line['clients'])}"
     return "-" if line["client"] is None else str(line["client"])
+
+
+def _defence(line: Mapping[str, Any]) -> str:
+    """Say what the client did against being seen; nothing where it did nothing."""
+    if line.get("defense", "none") == "none":  # logs from before there were defences have none
+        return ""
+    known = "known" if line["defense_known"] else "unknown"
+    return f"Defence: {line['defense']}, {known} to the attacker.\n"
 
 
 def _note(line: Mapping[str, Any]) -> tuple[str, str]:
