@@ -137,7 +137,10 @@ def optimise(
         with counter.watch(progress >= explanation.restart):
             x = decode(variable) if decode else variable
             matching = explanation(x, progress)
-            slope, *slopes = torch.autograd.grad(matching, [x, *unknowns])
+            # Fingerprints are matched without what a model draws behind them: a slope of zero.
+            slope, *slopes = torch.autograd.grad(
+                matching, [x, *unknowns], allow_unused=True, materialize_grads=True
+            )
             pull = _pull(priors, x, mean, std, progress)
             if balance:
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
