@@ -425,3 +425,12 @@ def test_who_knows_the_defence_gets_nearer_to_the_images(share: str) -> None:
         found = run_attack(observation, knowledge, config, PriorConfig(), seed=0)
         errors.append(float((found.images - (seen[2] * std + mean)).square().mean()))
     assert errors[1] < 0.8 * errors[0], errors
+
+
+def test_noise_that_fingerprints_do_not_show_is_fitted_beside_them() -> None:
+    observation, knowledge, _, _ = randomised(replace(ADAM, batch_size=2), dropout=0.5)
+    w0, w1 = ({n: w.float() for n, w in side.items()} for side in (observation.w0, observation.w1))
+    observation = replace(observation, w0=w0, w1=w1)
+    config = AttackConfig("sme", 5, options={"explain": "fingerprints"})
+    found = run_attack(observation, knowledge, config, PriorConfig(), seed=0)
+    assert found.iterations == 5 and math.isfinite(found.losses[-1])

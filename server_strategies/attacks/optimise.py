@@ -133,7 +133,10 @@ def optimise(
             x = decode(variable) if decode else variable
             matching = explanation(x, progress)
             told = sum((tells(x * std + mean, progress) for tells in evidence), start=matching)
-            slope, *slopes = torch.autograd.grad(told, [x, *unknowns])
+            # Fingerprints are matched without what a model draws behind them: a slope of zero.
+            slope, *slopes = torch.autograd.grad(
+                told, [x, *unknowns], allow_unused=True, materialize_grads=True
+            )
             pull = _pull(priors, x, mean, std, progress)
             if balance:
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)

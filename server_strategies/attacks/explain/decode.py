@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -291,7 +292,12 @@ def legible_fingerprints(
     known = consistent(list(update.values()), knowledge.defense)
     if known:
         exact = dict(zip(update, known.exact(), strict=True))
-        found = [replace(seen, known=seen.known & exact[seen.name][seen.rows]) for seen in found]
+        left = [replace(seen, known=seen.known & exact[seen.name][seen.rows]) for seen in found]
+        # With less than half left, rows mislead more than they tell.
+        kept = (
+            now.known.sum() > seen.known.sum() / 2 for now, seen in zip(left, found, strict=True)
+        )
+        found = list(compress(left, kept))
     first_pass = math.ceil(count / training.batch_size)
     # Rows without a gradient that is known, as a defence may leave them, tell nothing.
     return [s for s in found if s.step < first_pass and (s.gradient * s.known).any()]
