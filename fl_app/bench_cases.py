@@ -285,7 +285,10 @@ _PAPERS_DEFENSES = (
 )
 # One curve each: the gaussian ones are the paper's table 1.
 _CURVES = (
-    *(Defense(noise="gaussian", sigma=s) for s in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)),
+    *(
+        Defense(noise="gaussian", sigma=s)
+        for s in (0.0005, 0.001, 0.005, 0.02, 0.05, 0.08, 0.1, 0.2)
+    ),
     *(
         Defense(noise=kind, sigma=sigma, relative=True)
         for kind in ("gaussian", "laplace")
@@ -304,9 +307,9 @@ def _defenses() -> tuple[Case, ...]:
     """Return the cases of `defenses`: each attacked by who knows it and by who does not.
 
     Table 4 of the paper, every attack on two clients; then curves over each
-    defence's parameter, with flow_matching. One draw of all is 124 attacks; with
-    8 draws about 16 hours of one thread, and the federations 6 more. ``--cases``
-    runs a part, for example ``--cases noise=gaussian``.
+    defence's parameter, with flow_matching. 126 attacks a draw; by estimate
+    18 hours of one thread for 8 draws, and 6 for the federations. ``--cases`` runs a
+    part, for example ``--cases noise=gaussian``.
     """
     attacks = (
         _flow(200),

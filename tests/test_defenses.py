@@ -472,14 +472,14 @@ def test_advice_says_what_a_defence_bought_and_cost(tmp_path: Path) -> None:
     plain = run_with(tmp_path, "plain", "none", 21.0, 0.4)
     assert defense_advice(plain) == ""
     assert defense_advice(run) == (
-        "Defence noise=gaussian sigma=0.005 (known to the attacker): mean PSNR 14.5 dB, "
+        "Defence noise=gaussian sigma=0.08 (known to the attacker): mean PSNR 14.5 dB, "
         "undefended 21.0 dB (run plain), a grey image 12.0 dB: it bought 6.5 dB; "
         "it cost 2.0 points of accuracy (38.0% for 40.0%)."
     )
     useless = run_with(tmp_path, "clipped", "clip", 21.0, 0.41)
     assert "it bought nothing; it cost no accuracy" in defense_advice(useless)
     shown = flowleak("show", "noisy", "--runs-dir", str(tmp_path))
-    assert "Defence: noise=gaussian sigma=0.005, known to the attacker." in shown
+    assert "Defence: noise=gaussian sigma=0.08, known to the attacker." in shown
     assert "it bought 6.5 dB" in shown
 
 
