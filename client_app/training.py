@@ -198,9 +198,11 @@ def evaluate(
         image_set.labels.split(_EVALUATION_BATCH),
         strict=True,
     )
-    for images, labels in batches:
-        labels = labels.to(device)
-        logits = model(normalise(images.to(device), mean, std))
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        right += int((logits.argmax(1) == labels).sum())
+    with torch.random.fork_rng():  # PRECODE samples here too: the same in every evaluation
+        torch.manual_seed(0)
+        for images, labels in batches:
+            labels = labels.to(device)
+            logits = model(normalise(images.to(device), mean, std))
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(1) == labels).sum())
     return loss / len(image_set.labels), right / len(image_set.labels)
