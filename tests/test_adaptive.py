@@ -10,8 +10,9 @@ import torch
 from test_explain import MEAN, SHAPE, STD, client
 from torch import Tensor
 
-from client_app.training import normalise, train
+from client_app.training import evaluate, normalise, train
 from fl_app.config import AttackConfig, PriorConfig
+from fl_app.data import ImageSet
 from fl_app.models import create_model, known_model
 from fl_app.models.extensions import RandomLayer, given_noise, local_loss, random_layers
 from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
@@ -197,6 +198,17 @@ def test_the_bottlenecks_loss_is_the_papers() -> None:
         logits = classifier(bottleneck.decode(torch.tensor(z, dtype=torch.float64)))
         total += float((logits.exp().sum().log() - logits[y[row]]).detach())
     assert float(found.detach()) == pytest.approx(total / 4 + 1e-3 * divergence / 4 / math.log(2))
+
+
+def test_a_model_that_samples_is_evaluated_alike_every_time() -> None:
+    model = create_model("mlp", 10, SHAPE, 1, precode=3)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (20, *SHAPE), dtype=torch.uint8, generator=generator)
+    images = ImageSet(pixels, torch.arange(20) % 10)
+    torch.manual_seed(1)
+    first = evaluate(model, images, MEAN, STD)
+    torch.manual_seed(2)
+    assert evaluate(model, images, MEAN, STD) == first
 
 
 def test_dropout_is_torchs() -> None:
