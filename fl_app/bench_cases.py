@@ -66,7 +66,7 @@ def _explained() -> tuple[Case, ...]:
 def _ablation() -> tuple[Case, ...]:
     """Return the cases of `ablation`: how the flow prior is best used.
 
-    One change at a time to the defaults, which come first. 18 cases of each
+    One change at a time to the defaults, which come first. 19 cases of each
     client at B=1, the 8 that tell most at B=4 and B=8. With 16 draws, 7 to 8
     hours of one thread, 2.5 for each B; ``--cases B=4,`` runs a part.
     """
@@ -84,7 +84,8 @@ def _ablation() -> tuple[Case, ...]:
     others: list[Options] = [
         {**literal, "flow": 0.001},
         {"tv": 0},
-        {"balance": 0.75, "last_balance": 0.1},
+        {"balance": 0.4, "last_balance": 0.1},
+        {"balance": 1.5, "last_balance": 0.2},
         {"balance": 3.0, "last_balance": 0.4},
         {"draws": 2},
         {"t_start": 0.8, "t_end": 0.8},

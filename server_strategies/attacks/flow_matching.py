@@ -20,6 +20,10 @@ from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
 from server_strategies.priors.flow import FlowPrior
 from server_strategies.priors.total_variation import TotalVariation
 
+BALANCE = {"sgd": (0.4, 0.1), "adam": (1.5, 0.2)}
+"""The default `balance` and `last_balance`. A smoothed Adam needs more of the priors: its late
+batches are all but open to the match. Chosen on draws 1000 to 1003 of K=5, B=4."""
+
 
 def flow_matching(
     observation: Observation,
@@ -34,8 +38,8 @@ def flow_matching(
     lr: float = 0.8,
     flow: float = 1.0,
     tv: float = 0.03,
-    balance: float = 1.5,
-    last_balance: float = 0.2,
+    balance: float | None = None,
+    last_balance: float | None = None,
     t_start: float = 0.8,
     t_end: float = 0.95,
     every: int = 1,
@@ -72,8 +76,8 @@ def flow_matching(
         How strongly the priors pull, as a multiple of the explanation's pull on
         each image, at the first and the last iteration; it falls
         geometrically, and less where the update is known to carry noise, by the
-        noise's share of it: what fits the noise is not to be believed. 0: by their
-        weights alone, as eq. 18 has it.
+        noise's share of it: what fits the noise is not to be believed. None: see
+        `BALANCE`. A balance of 0: by their weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.
     every, draws : int
@@ -95,11 +99,14 @@ def flow_matching(
     AttackError
         If the optimisation diverges.
     """
-    if balance < 0 or last_balance <= 0:
-        raise ValueError(
-            f"balance is {balance}, last_balance {last_balance}; allowed: 0 or more, more than 0"
-        )
     knowledge = infer(observation, knowledge, budget.device)
+    usual = BALANCE["sgd" if knowledge.client.optimizer == "sgd" else "adam"]
+    first = usual[0] if balance is None else balance
+    last = usual[1] if last_balance is None else last_balance
+    if first < 0 or last <= 0:
+        raise ValueError(
+            f"balance is {first}, last_balance {last}; allowed: 0 or more, more than 0"
+        )
     update = [observation.w0[name] - observation.w1[name] for name in observation.trained]
     told = 1 - noise_share(update, knowledge.defense)
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
@@ -115,9 +122,7 @@ def flow_matching(
         budget,
         lr=lr,
         schedule=cosine_schedule,
-        balance=(lambda progress: balance * (last_balance / balance) ** (told * progress))
-        if balance
-        else None,
+        balance=(lambda progress: first * (last / first) ** (told * progress)) if first else None,
         evidence=statistics_of(statistics, observation, knowledge, budget.device),
         report=report,
         options={
@@ -126,8 +131,8 @@ def flow_matching(
             "lr": lr,
             "flow": flow,
             "tv": tv,
-            "balance": balance,
-            "last_balance": last_balance,
+            "balance": first,
+            "last_balance": last,
             "t_start": t_start,
             "t_end": t_end,
             "every": every,
