@@ -226,7 +226,7 @@ def test_statistics_that_were_not_sent_tell_nothing() -> None:
     assert statistics_of(1.0, observation, knowledge) == []
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"resnet18"}))  # resnet8, only larger
 def test_an_attack_chooses_for_itself(name: str) -> None:
     observation, knowledge, x = client(name, replace(SGD, batch_size=1))
     assert diagnose(observation, knowledge, [0.6, 0.05], None) == ()
