@@ -13,6 +13,7 @@ from client_app.training import NO_DEFENSE, choose_batches, evaluate, local_seed
 from fl_app.data import ImageSet
 from fl_app.models import create_model
 from fl_app.protocol import DatasetInfo, Defense, LocalTraining
+from server_strategies.updates import weighted_mean
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,7 @@ def federated_accuracy(
             own = ImageSet(train_set.images[share], train_set.labels[share])
             place = (seed, client, round_)
             sent.append(_train_client(federation, model, weights, own, info, place))
-        total = sum(count for _, count in sent)
-        weights = {
-            name: torch.stack([w1[name].double() * (n / total) for w1, n in sent]).sum(0).to(value)
-            for name, value in weights.items()
-        }
+        weights = weighted_mean([w1 for w1, _ in sent], [count for _, count in sent])
     model.load_state_dict(weights)
     return evaluate(model, test_set, info.mean, info.std)[1]
 

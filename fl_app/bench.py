@@ -44,6 +44,7 @@ from fl_app.models import chosen_norm, create_model
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import ATTACKS, run_attack
 from server_strategies.attacks.explain import explain
+from server_strategies.updates import weighted_mean
 
 
 @dataclass(frozen=True)
@@ -264,10 +265,7 @@ def global_model(
             network.load_state_dict(weights)
             _train_on_draw(network, training, count, images, info, generator)
             returned.append({name: w.clone() for name, w in network.state_dict().items()})
-        weights = {
-            name: torch.stack([one[name] for one in returned]).double().mean(0).to(w.dtype)
-            for name, w in weights.items()
-        }
+        weights = weighted_mean(returned, [count] * _CLIENTS)
     return weights
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fl_app.config import WatchConfig
 from fl_app.protocol import Observation
 from fl_app.words import reason
-from server_strategies.updates import num_examples, returned_weights, sent_weights
+from server_strategies.updates import num_examples, returned_weights, sent_weights, weighted_mean
 from server_strategies.wrapper import Wrapper
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
@@ -172,17 +172,12 @@ def sum_of(observations: Sequence[Observation]) -> Observation:
         One a client, at least one, all of one round and one sent model.
     """
     each = sorted(observations, key=lambda seen: (seen.client, seen.node))
-    total = sum(seen.num_examples for seen in each)
-    w0 = each[0].w0
-    w1 = {}
-    for name, sent in w0.items():
-        mean = sum(seen.w1[name].double() * (seen.num_examples / total) for seen in each)
-        assert isinstance(mean, Tensor)
-        w1[name] = mean.to(sent.dtype)
+    examples = tuple(seen.num_examples for seen in each)
+    w1 = weighted_mean([seen.w1 for seen in each], examples)
     return Observation(
-        w0, w1, total, each[0].round, node=0, client=-1,
+        each[0].w0, w1, sum(examples), each[0].round, node=0, client=-1,
         nodes=tuple(seen.node for seen in each), clients=tuple(seen.client for seen in each),
-        examples=tuple(seen.num_examples for seen in each),
+        examples=examples,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from flwr.app import Array, Message
@@ -93,3 +93,31 @@ def _arrays(message: Message) -> Mapping[str, Array]:
     if len(records) != 1:
         raise ValueError(f"the message holds {len(records)} ArrayRecords; expected one")
     return records[0]
+
+
+def weighted_mean(
+    weights: Sequence[Mapping[str, Tensor]], counts: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return FedAvg's aggregate, ``sum_c n_c w_c / sum_c n_c`` (McMahan et al., 2017).
+
+    Taken in float64. Whole numbers, such as BatchNorm's count of batches, are rounded.
+
+    Parameters
+    ----------
+    weights : sequence of mapping of str to Tensor
+        w_c by name, one a client, at least one.
+    counts : sequence of int
+        n_c.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Of the first client's names and types.
+    """
+    total = sum(counts)
+    mean = {}
+    for name, like in weights[0].items():
+        parts = [w[name].double() * (n / total) for w, n in zip(weights, counts, strict=True)]
+        value = torch.stack(parts).sum(0)
+        mean[name] = (value if like.is_floating_point() else value.round()).to(like.dtype)
+    return mean
