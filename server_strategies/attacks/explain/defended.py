@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,6 +64,8 @@ class Consistent:
         if self.rescale:
             scale = self._length(self.seen) / self._length(candidate)
             candidate = [a * scale for a in candidate]
+        if not self.hidden:  # then P(a) is b
+            return list(candidate)
         nearest = self.nearest(candidate)
         found = []
         for a, p, b, low, high in zip(
@@ -78,8 +81,9 @@ class Consistent:
         """Return where the observed update is the true one, of bool, in the pieces of `seen`."""
         return [low == high for low, high in zip(self.low, self.high, strict=True)]
 
+    @cached_property
     def hidden(self) -> bool:
-        """Say whether the observed update is not the true one anywhere, but for its length."""
+        """Whether the observed update is not the true one anywhere, but for its length."""
         return not all(exact.all() for exact in self.exact())
 
     def in_units(self, unit: float, zero: Sequence[Tensor]) -> Consistent:

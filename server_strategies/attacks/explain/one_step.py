@@ -100,7 +100,7 @@ class GradientMatch(Explanation):
             unit, decay = step_units(self.training, self.num_steps)
             known = known.in_units(unit, [decay * before for before in w0])
         self.distance = self.measure(target, known=known)
-        whole = known is None or not (known.sigma or known.hidden())
+        whole = known is None or not (known.sigma or known.hidden)
         if self.training.optimizer == "sgd" and whole:
             self.start = self._closed_form(target, knowledge.image_shape)
 
