@@ -27,7 +27,7 @@ from client_app.training import choose_batches, evaluate, in_training_order, loc
 from fl_app.audit.truth import Truth, write_truth
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import ImageSet, dataset_info, load_partition, load_split
-from fl_app.models import agreed_model
+from fl_app.models import known_model
 from fl_app.protocol import DatasetInfo
 
 app = ClientApp()
@@ -78,7 +78,7 @@ def _received_model(
     msg: Message, config: Config, info: DatasetInfo, device: torch.device
 ) -> nn.Module:
     """Return the global model that the server sent."""
-    model = agreed_model(config, info)
+    model = known_model(config.knowledge(info))
     arrays = msg.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     model.load_state_dict(arrays.to_torch_state_dict())

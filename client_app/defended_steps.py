@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from opacus import GradSampleModule
-from opacus.accountants import RDPAccountant
-from opacus.optimizers import DPOptimizer
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from fl_app.protocol import Defense, LocalTraining
@@ -56,6 +52,10 @@ def _private(
     ``z = dp_noise``; the client's optimiser steps with it, be it SGD or Adam. The
     noise is torch's global one.
     """
+    # Opacus is slow to import, and few runs need it.
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
     wrapped = GradSampleModule(model)
     private = DPOptimizer(
         optimizer,
@@ -96,6 +96,8 @@ def epsilon(defense: Defense, training: LocalTraining, num_local: int, rounds: i
     rounds : int
         Rounds so far, >= 1.
     """
+    from opacus.accountants import RDPAccountant
+
     accountant = RDPAccountant()
     share = min(1.0, training.batch_size / num_local)
     a_pass = math.ceil(num_local / training.batch_size)
@@ -181,6 +183,8 @@ def check_defense(defense: Defense, training: LocalTraining, model: nn.Module) -
                 f"dp_clip is {defense.dp_clip}; allowed with client.max_grad_norm "
                 f"{training.max_grad_norm}: 0, for DP-SGD clips the gradients itself"
             )
+        from opacus.validators import ModuleValidator
+
         errors = ModuleValidator.validate(model.train(), strict=False)
         if errors:
             advice = " (use model norm group)" if normalised else ""

@@ -19,7 +19,7 @@ from rich.table import Table
 from client_app.app import app as client_app
 from fl_app.config import Config, WatchConfig, load_config
 from fl_app.data import dataset_info
-from fl_app.models import agreed_model
+from fl_app.models import known_model
 from fl_app.protocol import Observation
 from fl_app.server_app import create_strategy
 from server_strategies.attack_pool import Job, enqueue
@@ -150,14 +150,14 @@ def audit_cost(rounds: int, clients: int, local_steps: int, folder: Path) -> Aud
 def _round(config: Config, overrides: str, store: ObservationStore | None, run: Path) -> float:
     """Return the seconds of one round; the record may go on after it, as in a training."""
     info = dataset_info(config.dataset)
-    model = agreed_model(config, info, config.seed)
+    knowledge = config.knowledge(info)
+    model = known_model(knowledge, config.seed)
     arrays, grid = ArrayRecord(model.state_dict()), _Clients(config, overrides)
     strategy = create_strategy(config)
     if store is None:
         began = time.perf_counter()
         strategy.start(grid, arrays, 1)
         return time.perf_counter() - began
-    knowledge = config.knowledge(info)
 
     def record(observation: Observation) -> None:
         store.save(observation)

@@ -40,7 +40,7 @@ from fl_app.bench_processes import in_processes, shares
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.files import write_text
-from fl_app.models import chosen_norm, create_model
+from fl_app.models import chosen_norm, known_model
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import ATTACKS, run_attack
 from server_strategies.attacks.explain import explain
@@ -173,81 +173,49 @@ def draw_client(
         If there are fewer than N images.
     """
     generator = torch.Generator().manual_seed(seed)
-    architecture = _Architecture(case.model, case.norm, case.defense.precode, case.defense.dropout)
-    trained = (case.training, case.count, case.rounds)
-    earlier = global_model(architecture, *trained, seed, info, train_images)
-    model = architecture.create(info, seed)
-    model.load_state_dict(dict(earlier))
-    with torch.random.fork_rng():  # a defence may draw noise of its own in every step
-        torch.manual_seed(seed)
-        private, labels, batches = _train_on_draw(
-            model, case.training, case.count, images, info, generator, case.defense
-        )
-    known, round_ = tuple(labels.tolist()), case.rounds + 1
-    noise = noise_generator(seed, 0, round_)
-    weights = defended_weights(earlier, model.state_dict(), case.defense, noise)
-    observation = Observation(earlier, weights, case.count, round_, node=seed, client=seed)
-    knowledge = Knowledge(
+    agreed = Knowledge(
         case.model,
         info.num_classes,
         info.image_shape,
         info.mean,
         info.std,
         case.training,
-        known,
-        defense=case.defense.plain(),
         norm=case.norm,
         precode=case.defense.precode,
         dropout=case.defense.dropout,
     )
-    return observation, knowledge, Truth(private, known, batches, round_, node=seed)
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    """What `create_model` takes of a case."""
-
-    name: str
-    norm: str
-    precode: int
-    dropout: float
-
-    def create(self, info: DatasetInfo, seed: int) -> nn.Module:
-        return create_model(
-            self.name,
-            info.num_classes,
-            info.image_shape,
-            seed,
-            self.norm,
-            precode=self.precode,
-            dropout=self.dropout,
+    earlier = global_model(agreed, case.count, case.rounds, seed, train_images)
+    model = known_model(agreed, seed)
+    model.load_state_dict(dict(earlier))
+    with torch.random.fork_rng():  # a defence may draw noise of its own in every step
+        torch.manual_seed(seed)
+        private, labels, batches = _train_on_draw(
+            model, agreed, case.count, images, generator, case.defense
         )
+    known, round_ = tuple(labels.tolist()), case.rounds + 1
+    noise = noise_generator(seed, 0, round_)
+    weights = defended_weights(earlier, model.state_dict(), case.defense, noise)
+    observation = Observation(earlier, weights, case.count, round_, node=seed, client=seed)
+    knowledge = replace(agreed, labels=known, defense=case.defense.plain())
+    return observation, knowledge, Truth(private, known, batches, round_, node=seed)
 
 
 @lru_cache(maxsize=8)
 def global_model(
-    architecture: _Architecture,
-    training: LocalTraining,
-    count: int,
-    rounds: int,
-    seed: int,
-    info: DatasetInfo,
-    images: ImageSet | None,
+    agreed: Knowledge, count: int, rounds: int, seed: int, images: ImageSet | None
 ) -> Mapping[str, Tensor]:
     """Return a model's weights after rounds of federated averaging over four clients.
 
     Parameters
     ----------
-    architecture : _Architecture
-    training : LocalTraining
-        Of every client; none defends its update.
+    agreed : Knowledge
+        The model and the training of every client; none defends its update.
     count : int
         Images of a client, drawn anew in every round.
     rounds : int
         0: as it is initialised.
     seed : int
         Decides the initial model and the images.
-    info : DatasetInfo
     images : ImageSet or None
         To draw from; not needed for no rounds.
 
@@ -256,14 +224,14 @@ def global_model(
     ValueError
         If there are fewer than `count` images.
     """
-    network = architecture.create(info, seed)
+    network = known_model(agreed, seed)
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
         returned = []
         for _ in range(_CLIENTS):
             network.load_state_dict(weights)
-            _train_on_draw(network, training, count, images, info, generator)
+            _train_on_draw(network, agreed, count, images, generator)
             returned.append({name: w.clone() for name, w in network.state_dict().items()})
         weights = weighted_mean(returned, [count] * _CLIENTS)
     return weights
@@ -271,10 +239,9 @@ def global_model(
 
 def _train_on_draw(
     model: nn.Module,
-    training: LocalTraining,
+    agreed: Knowledge,
     count: int,
     images: ImageSet | None,
-    info: DatasetInfo,
     generator: torch.Generator,
     defense: Defense = NO_DEFENSE,
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
@@ -284,9 +251,9 @@ def _train_on_draw(
         raise ValueError(f"a client needs {count} images, the split holds {held}")
     picks = torch.randperm(held, generator=generator)[:count]
     private, labels = images.images[picks].float() / 255, images.labels[picks]
-    _, batches = in_training_order(choose_batches(count, training, generator))
+    _, batches = in_training_order(choose_batches(count, agreed.client, generator))
     steps = [torch.tensor(batch) for batch in batches]
-    train(model, private, labels, steps, training, info.mean, info.std, defense)
+    train(model, private, labels, steps, agreed.client, agreed.mean, agreed.std, defense)
     return private, labels, batches
 
 
@@ -330,15 +297,11 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
         "fmse": feature_mse(target_features(observation, knowledge)),
     }
     leakage = score(found, truth, knowledge.mean, measures, reasons, knowledge.num_classes)
-    update = _update(observation)
-    # Of the same model: what is in it is no step on the update.
-    bare = replace(NO_DEFENSE, precode=case.defense.precode, dropout=case.defense.dropout)
-    undefended = setting.draw(replace(case, defense=bare), seed)[0]
-    size, encoding = update_bytes(update, case.defense.quantize)
+    size, encoding = update_bytes(observation.update, case.defense.quantize)
     return {
         "case": case.name,
         "seed": seed,
-        "distortion": distortion(_update(undefended), update),
+        "distortion": _distortion(setting, case, seed, observation),
         "update_bytes": size,
         "update_encoding": encoding,
         "explanation": found.explanation,
@@ -357,8 +320,14 @@ def _measure(setting: _Setting, case: Case, seed: int) -> dict[str, Any]:
     }
 
 
-def _update(observation: Observation) -> dict[str, Tensor]:
-    return {name: observation.w1[name] - observation.w0[name] for name in observation.trained}
+def _distortion(setting: _Setting, case: Case, seed: int, observation: Observation) -> float:
+    """Return how far the case's defence moved the update, see `distortion`."""
+    # Of the same model: what is in it is no step on the update.
+    bare = replace(NO_DEFENSE, precode=case.defense.precode, dropout=case.defense.dropout)
+    if case.defense == bare:
+        return 0.0
+    undefended = setting.draw(replace(case, defense=bare), seed)[0]
+    return distortion(undefended.update, observation.update)
 
 
 @dataclass

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from client_app.training import NO_DEFENSE
@@ -21,6 +19,9 @@ from fl_app.bench_processes import in_processes
 from fl_app.data import ImageSet
 from fl_app.files import whole_file, write_text
 from fl_app.protocol import DatasetInfo, Defense
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SEEDS = 2  # federations trained for each setting
 _METRICS = {"psnr": ("PSNR dB", 1), "ssim": ("SSIM", 3), "lpips_vgg": ("LPIPS VGG", 3)}
@@ -240,6 +241,9 @@ def save_defense_plot(path: Path, benchmark: Benchmark, accuracies: Accuracies) 
     accuracies : mapping
         See `measure_accuracies`.
     """
+    # Slow to import, and only a plot needs it.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(16, 6), layout="constrained")
     panels = figure.subplots(1, len(_METRICS))
     points = _points(benchmark, accuracies)

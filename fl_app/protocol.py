@@ -331,6 +331,11 @@ class Observation:
         """Names of the weights that an optimiser steps: all but BatchNorm's running statistics."""
         return trained_names(self.w0)
 
+    @property
+    def update(self) -> dict[str, Tensor]:
+        """The update, w1 - w0, of the weights in `trained`."""
+        return {name: self.w1[name] - self.w0[name] for name in self.trained}
+
 
 @dataclass(frozen=True)
 class Knowledge:

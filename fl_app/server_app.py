@@ -23,7 +23,7 @@ from fl_app.audit.runs import create_run
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, dataset_info
 from fl_app.files import user_path, write_text
-from fl_app.models import agreed_model
+from fl_app.models import known_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
 from fl_app.states import ModelStore, find_state, load_state
@@ -80,7 +80,7 @@ def _prepare(
     check_attack(config.attack)
     info = dataset_info(config.dataset)
     try:
-        model = agreed_model(config, info, config.seed)
+        model = known_model(config.knowledge(info), config.seed)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
     try:

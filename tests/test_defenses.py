@@ -337,7 +337,8 @@ def test_a_machine_may_keep_the_noises_seed_to_itself() -> None:
         "config": ConfigRecord({"server-round": 1}),
     }
     message = Message(RecordDict(content), dst_node_id=7, message_type="train")  # type: ignore
-    noisy = {"defense": "gaussian"}
+    # Relative noise of an update that did not move would be none.
+    noisy = {"defense": "gaussian", "overrides": "defense.relative=false"}
     noises = []
     for own in ({}, {"noise-seed": 0}, {"noise-seed": 12}, {"noise-seed": "x"}):
         context = Context(1, 7, {"partition-id": 0, **own}, RecordDict(), noisy)  # type: ignore
@@ -472,14 +473,14 @@ def test_advice_says_what_a_defence_bought_and_cost(tmp_path: Path) -> None:
     plain = run_with(tmp_path, "plain", "none", 21.0, 0.4)
     assert defense_advice(plain) == ""
     assert defense_advice(run) == (
-        "Defence noise=gaussian sigma=0.08 (known to the attacker): mean PSNR 14.5 dB, "
+        "Defence noise=gaussian sigma=1 relative=true (known to the attacker): mean PSNR 14.5 dB, "
         "undefended 21.0 dB (run plain), a grey image 12.0 dB: it bought 6.5 dB; "
         "it cost 2.0 points of accuracy (38.0% for 40.0%)."
     )
     useless = run_with(tmp_path, "clipped", "clip", 21.0, 0.41)
     assert "it bought nothing; it cost no accuracy" in defense_advice(useless)
     shown = flowleak("show", "noisy", "--runs-dir", str(tmp_path))
-    assert "Defence: noise=gaussian sigma=0.08, known to the attacker." in shown
+    assert "Defence: noise=gaussian sigma=1 relative=true, known to the attacker." in shown
     assert "it bought 6.5 dB" in shown
 
 

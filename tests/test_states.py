@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_bench_and_cli import flowleak
-from test_flower import LocalGrid, average, toy_client, watch
+from test_flower import LocalGrid, _identity, average, real_client, toy_client, watch  # noqa: F401 - a fixture
 from test_flower import start as start_toy
 
-from client_app.app import app as client_app
 from fl_app import server_app
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import LogLine, append_line
@@ -31,29 +29,9 @@ from server_strategies.checkpointing import Checkpointing
 NODES = 2
 
 
-@pytest.fixture(autouse=True)
-def _identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
-
-
 def federation(overrides: str) -> LocalGrid:
     """Return real clients in this process, on the embedded photos."""
-
-    def client(partition: int) -> Any:
-        def call(message: Message) -> Message:
-            context = Context(
-                run_id=1,
-                node_id=message.metadata.dst_node_id,
-                node_config={"partition-id": partition, "num-partitions": NODES},
-                state=RecordDict(),
-                run_config={"overrides": overrides},
-            )
-            return client_app(message, context)
-
-        return call
-
-    return LocalGrid([client(partition) for partition in range(NODES)])
+    return LocalGrid([real_client(partition, overrides) for partition in range(NODES)])
 
 
 def run(tmp_path: Path, settings: str) -> tuple[Path, list[Observation], ArrayRecord]:

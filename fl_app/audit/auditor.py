@@ -227,8 +227,7 @@ class Auditor:
             why = "of a sum: masked numbers are sent, and no single update is seen"
             fields["reasons"] = {**fields["reasons"], "update_bytes": why}
         else:
-            update = {n: observation.w1[n] - observation.w0[n] for n in observation.trained}
-            size, encoding = update_bytes(update, self.config.defense.quantize)
+            size, encoding = update_bytes(observation.update, self.config.defense.quantize)
         line = LogLine(
             round=observation.round,
             node=observation.node,

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.metrics import mean_interval
 from fl_app.files import whole_file
@@ -110,6 +107,8 @@ def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
 
     The note says where the mean PSNR is no better than a grey image's.
     """
+    # Slow to import, and only a plot needs it.
+
     there = [name for name in METRICS if any(name in line.scores for line in lines)]
     head = ["round", "accuracy %", "attack", "updates"]
     for name in there:
@@ -146,6 +145,10 @@ def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:
         One or more.
     title : str
     """
+    # Slow to import, and only a plot needs it.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     there = [name for name in METRICS if any(name in line.scores for line in lines)]
     figure = Figure(figsize=(7, 2 + 2 * len(there)), layout="constrained")
     panels = figure.subplots(1 + len(there), 1, sharex=True, squeeze=False)[:, 0]

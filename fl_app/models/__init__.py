@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fl_app.config import Config
 from fl_app.models.convnet import ConvNet
 from fl_app.models.extensions import extend
 from fl_app.models.mlp import MLP
@@ -18,7 +17,7 @@ from fl_app.models.norms import batch_norms, set_batch_norm
 from fl_app.models.resnet import ResNet
 from fl_app.models.vgg import VGG11
 from fl_app.models.vit import ViT
-from fl_app.protocol import DatasetInfo, Knowledge
+from fl_app.protocol import Knowledge
 
 
 @dataclass(frozen=True)
@@ -122,21 +121,14 @@ def chosen_norm(name: str, norm: str = "") -> str:
     return norm or family.norms[0]
 
 
-def agreed_model(config: Config, info: DatasetInfo, seed: int | None = None) -> nn.Module:
-    """Return the model that the clients of a run train, see `create_model`."""
-    return create_model(
-        config.model.name,
-        info.num_classes,
-        info.image_shape,
-        seed,
-        config.model.norm,
-        precode=config.defense.precode,
-        dropout=config.defense.dropout,
-    )
+def known_model(knowledge: Knowledge, seed: int | None = None) -> nn.Module:
+    """Return the model that server and clients have agreed on, with weights of its own.
 
-
-def known_model(knowledge: Knowledge) -> nn.Module:
-    """Return the model that a server knows its clients to train, with weights of its own.
+    Parameters
+    ----------
+    knowledge : Knowledge
+    seed : int, optional
+        See `create_model`.
 
     Raises
     ------
@@ -147,7 +139,8 @@ def known_model(knowledge: Knowledge) -> nn.Module:
         knowledge.model,
         knowledge.num_classes,
         knowledge.image_shape,
-        norm=knowledge.norm,
+        seed,
+        knowledge.norm,
         precode=knowledge.precode,
         dropout=knowledge.dropout,
     )

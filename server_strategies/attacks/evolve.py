@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import cma
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,6 +48,8 @@ def evolve(
     AttackError
         If the loss is not finite.
     """
+    import cma  # slow to import, and few attacks need it
+
     if population % 1 or population < 2:
         raise ValueError(f"population is {population}; allowed: a whole number from 2")
     if explanation.unknowns:

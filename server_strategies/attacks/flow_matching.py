@@ -107,8 +107,7 @@ def flow_matching(
         raise ValueError(
             f"balance is {first}, last_balance {last}; allowed: 0 or more, more than 0"
         )
-    update = [observation.w0[name] - observation.w1[name] for name in observation.trained]
-    told = 1 - noise_share(update, knowledge.defense)
+    told = 1 - noise_share(list(observation.update.values()), knowledge.defense)
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
     beliefs: list[TotalVariation | FlowPrior] = [
         TotalVariation(tv, knowledge.std),

@@ -112,8 +112,8 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     optimizer, steps = training.optimizer, len(training.batches(count))
     if steps == 1 and optimizer == "sgd":
         return "gradient", "one step of sgd is its gradient"
-    update = [observation.w0[name] - observation.w1[name] for name in observation.trained]
-    hidden = hidden_size(update, knowledge.defense) if optimizer != "sgd" else ""
+    moves = list(observation.update.values())
+    hidden = hidden_size(moves, knowledge.defense) if optimizer != "sgd" else ""
     if steps == 1 and hidden:
         return "trajectory", f"one step of {optimizer}, but {hidden}"
     if steps == 1:

@@ -288,7 +288,7 @@ def legible_fingerprints(
     names = [n for n, given in inputs.items() if given.dim() == 2 and n in observation.trained]
     w0, w1 = ({name: w[name] for name in names} for w in (observation.w0, observation.w1))
     found = find_fingerprints(w0, w1, training, len(training.batches(count)))
-    update = {name: observation.w0[name] - observation.w1[name] for name in observation.trained}
+    update = observation.update
     known = consistent(list(update.values()), knowledge.defense)
     if known:
         exact = dict(zip(update, known.exact(), strict=True))

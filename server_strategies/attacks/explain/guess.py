@@ -63,7 +63,7 @@ def guess_training(observation: Observation, batch_size: int | None = None) -> G
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more, or None (unknown)")
-    update = {n: (observation.w0[n] - observation.w1[n]).detach() for n in observation.trained}
+    update = {name: move.detach() for name, move in observation.update.items()}
     size = torch.cat([u.flatten().abs() for u in update.values()])
     size = size[size > 0]
     if not len(size):
@@ -175,7 +175,7 @@ def _guess_sgd(update: dict[str, Tensor], num_examples: int, batch_size: int | N
             "this model has none: set client.lr"
         )
     steps = math.ceil(num_examples / batch_size) if batch_size else 1
-    product = len(bias) * bias.max().item()
+    product = len(bias) * -bias.min().item()
     told = (
         f"sgd by the heavy tail of its moves; lr K = {product:.2g} by the classifier's bias, as of "
         "an untrained model (low where the client holds every class); lr, K and momentum are not "
