@@ -64,8 +64,8 @@ def flow_matching(
         See `explain.explain`.
     distance : str
         See `explain.explain`. In deep models the classifier can hold most of an update's
-        squared norm, which is all that the cosine sees; `layered` weighs layers by their
-        norm.
+        squared norm, which is all that the cosine sees; with `even` each parameter
+        counts alike.
     mode : {"denoiser", "velocity"}
         See `FlowPrior`; `velocity` is eq. 17 to the letter.
     lr : float

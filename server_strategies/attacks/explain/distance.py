@@ -134,8 +134,37 @@ class DecayingDistance(SquaredDistance):
         return torch.stack(parts).sum()
 
 
+class EvenDistance(SquaredDistance):
+    """``sum_l w_l |a_l - b_l|^2 / sum_l w_l |b_l|^2``, ``w_l = 1 / (|b_l|^2 + 1e-6 |b|^2)``.
+
+    Each parameter counts alike, however far it moved. Of a deep model's update the
+    layers next to the pixels are a few percent, which the other distances hardly see.
+    The floor leaves out what has no gradient but rounding, such as a bias that a
+    LayerNorm takes away again.
+
+    Parameters are `Distance`'s.
+    """
+
+    name = "even"
+
+    def __init__(
+        self,
+        seen: Sequence[Tensor],
+        masks: Sequence[Tensor] | None = None,
+        known: Consistent | None = None,
+    ) -> None:
+        super().__init__(seen, masks, known)
+        squares = torch.stack([part.detach().square().sum() for part in self._seen])
+        self._weights = 1 / (squares + 1e-6 * squares.sum())
+
+    def _size(self, vector: Sequence[Tensor]) -> Tensor:
+        squares = torch.stack([part.square().sum() for part in vector])
+        return (self._weights * squares).sum()
+
+
 DISTANCES: dict[str, type[Distance]] = {
-    kind.name: kind for kind in (CosineDistance, SquaredDistance, LayeredDistance, DecayingDistance)
+    kind.name: kind
+    for kind in (CosineDistance, SquaredDistance, LayeredDistance, DecayingDistance, EvenDistance)
 }
 
 
