@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,10 @@ EXPLANATIONS = {
         SignMatch,
     )
 }
+
+ENOUGH_ROWS = 4
+"""Rows of fingerprints a step of the first pass, below which the trajectory alone finds more: with
+1.2 it found 20.5 dB for 12.9, with 6.8 only 21.3 for 23.0 (sparsified updates, Adam, K=5, B=1)."""
 
 SMOOTHED = (Trajectory.name, Decoded.name)
 """What `choose` may choose that simulates Adam, smoothed."""
@@ -125,8 +130,11 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     if hidden:
         return "trajectory", f"{why}; no fingerprints: {hidden}"
     found = legible_fingerprints(model, observation, knowledge)
-    if found and knowledge.labels is not None:
-        told = len({seen.step for seen in found})
-        rows = sum(len(seen.rows) for seen in found)
-        return "fingerprints", f"{why}; {told} of them show {rows} rows of their gradients"
-    return "trajectory", why
+    if not found or knowledge.labels is None:
+        return "trajectory", why
+    told = len({seen.step for seen in found})
+    rows = sum(len(seen.rows) for seen in found)
+    why += f"; {told} of them show {rows} rows of their gradients"
+    if rows < ENOUGH_ROWS * math.ceil(count / training.batch_size):
+        return "trajectory", f"{why}, too few"
+    return "fingerprints", why
