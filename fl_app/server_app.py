@@ -21,7 +21,7 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.report import leakage_table
 from fl_app.audit.runs import create_run
 from fl_app.config import Config, ConfigError, load_config
-from fl_app.data import DataError, dataset_info
+from fl_app.data import DataError, dataset_info, load_partition
 from fl_app.files import user_path, write_text
 from fl_app.models import known_model
 from fl_app.models.norms import batch_norms
@@ -88,6 +88,8 @@ def _prepare(
     except ValueError as error:
         raise ConfigError(f"defense.{error}") from error
     _check_statistics(model, config)
+    if simulated:  # every client would find the same fault
+        load_partition(config.dataset, 0, config.num_clients, config.seed)
     weights = model.state_dict()
     if config.start_from:
         path = find_state(config.start_from, user_path(config.runs_dir))

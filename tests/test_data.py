@@ -20,6 +20,7 @@ from fl_app.config import DatasetConfig, load_config
 from fl_app.data import DataError, dataset_info, hub, load_partition, load_split, photos
 from fl_app.data.base import channel_statistics
 from fl_app.models import create_model
+from fl_app.server_app import _prepare
 
 PHOTOS = DatasetConfig(name="photos")
 SHARED = Path(
@@ -141,6 +142,13 @@ def test_impossible_partitions(partition: int, clients: int, alpha: float, words
     config = replace(PHOTOS, partitioner="dirichlet", dirichlet_alpha=alpha)
     with pytest.raises(DataError, match=words):
         load_partition(config, partition, clients, seed=0)
+
+
+def test_a_simulation_cuts_the_data_before_it_starts() -> None:
+    with pytest.raises(DataError, match="num_clients is 10000; allowed for photos: 1 to"):
+        _prepare({"overrides": "num_clients=10000"}, simulated=True)
+    # On real machines the server holds no data.
+    _prepare({"overrides": "num_clients=10000"}, simulated=False)
 
 
 def test_unknown_split() -> None:
