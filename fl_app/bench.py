@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
@@ -390,19 +391,14 @@ class Benchmark:
         workers : int
             See `in_processes`.
         only : str
-            Run the cases whose name contains it.
+            See `chosen`.
 
         Raises
         ------
         ValueError
-            If there is no such case.
+            As `chosen`.
         """
-        chosen = [case for case in self.cases if only in case.name]
-        if not chosen:
-            raise ValueError(
-                f"cases is {only!r}: no case of {self.name} has it in its name; a name is like "
-                f"{self.cases[0].name!r}"
-            )
+        chosen = self.chosen(only)
         done = {(row["case"], row["seed"]) for row in self.rows}
         todo = [
             (case, number)
@@ -419,6 +415,25 @@ class Benchmark:
         for row in in_processes(_measure, setting, todo, workers, self.name, console):
             self.rows.append(row)
             self.save()
+
+    def chosen(self, only: str = "") -> list[Case]:
+        """Return the cases in whose name the regular expression `only` is found.
+
+        Raises
+        ------
+        ValueError
+            If there is no such case, or it is no regular expression.
+        """
+        try:
+            found = [case for case in self.cases if re.search(only, case.name)]
+        except re.error as error:
+            raise ValueError(f"cases is {only!r}: no regular expression, {error}") from error
+        if not found:
+            raise ValueError(
+                f"cases is {only!r}: no case of {self.name} has it in its name; a name is like "
+                f"{self.cases[0].name!r}"
+            )
+        return found
 
     def save(self) -> None:
         """Write facts, machine, summary and rows, whole or not at all."""

@@ -249,7 +249,7 @@ def bench(
         int, typer.Option(help="Processes that share the cores; times in the table are theirs.")
     ] = 1,
     cases: Annotated[
-        str, typer.Option(help="Run only cases whose name contains this, e.g. 'B=1,' or every=.")
+        str, typer.Option(help="Run only cases in whose name this regular expression is found.")
     ] = "",
     bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
 ) -> None:
@@ -301,11 +301,10 @@ def bench(
                 )
         if name == "defenses":
             data_sets = (load_split(data, "train"), images, info)
-            chosen = [case for case in benchmark.cases if cases in case.name]
             kept = out.with_suffix(".accuracy.json") if out else None
             reached = measure_accuracies(
-                chosen, data_sets, {**facts, "images": len(data_sets[0])}, seed, console,
-                workers, kept,
+                benchmark.chosen(cases), data_sets, {**facts, "images": len(data_sets[0])}, seed,
+                console, workers, kept,
             )  # fmt: skip
             notes += markdown_table(defense_cells(benchmark, reached))
             notes += ["", *compare_with_sme(benchmark)]

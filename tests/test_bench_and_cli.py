@@ -194,13 +194,15 @@ def test_a_part_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(bench_cases.BENCHMARKS, "prior", (CASE, other))
     out = tmp_path / "prior.json"
     command = ["bench", "prior", "--dataset", "photos", "--out", str(out), "--draws", "1"]
-    flowleak(*command, "--cases", "tv=0.5 x")
+    flowleak(*command, "--cases", "^sgd.*tv=0.5 x")
     assert [row["case"] for row in json.loads(out.read_text())["rows"]] == [other.name]
     table = out.with_suffix(".md").read_text()
-    assert "--cases 'tv=0.5 x'`" in table
+    assert "--cases '^sgd.*tv=0.5 x'`" in table
     assert "(sgd, B=2; at most 0.5 was asked for)" in table
     with pytest.raises(ValueError, match=r"no case of prior .* like 'sgd 0\.01 K=2 B=2, sme x2'"):
         flowleak(*command, "--cases", "tv=7")
+    with pytest.raises(ValueError, match=r"cases is '\(': no regular expression, missing \)"):
+        flowleak(*command, "--cases", "(")
     with pytest.raises(ValueError, match="labels has none"):
         flowleak("bench", "labels", "--cases", "sgd")
 
