@@ -66,7 +66,7 @@ def _explained() -> tuple[Case, ...]:
 def _ablation() -> tuple[Case, ...]:
     """Return the cases of `ablation`: how the flow prior is best used.
 
-    One change at a time to the defaults, which come first. 19 cases of each
+    One change at a time to the defaults, which come first. 20 cases of each
     client at B=1, the 8 that tell most at B=4 and B=8. With 16 draws, 7 to 8
     hours of one thread, 2.5 for each B; ``--cases B=4,`` runs a part.
     """

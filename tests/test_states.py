@@ -45,6 +45,16 @@ def run(tmp_path: Path, settings: str) -> tuple[Path, list[Observation], ArrayRe
     return folder, seen, model
 
 
+def test_clients_that_all_fail_leave_their_reasons(tmp_path: Path) -> None:
+    overrides = f"runs_dir={tmp_path} num_clients={NODES} rounds=1"
+    config, knowledge, model = server_app._prepare({"overrides": overrides}, simulated=True)
+    auditor = Auditor(create_run(config), config, knowledge)
+    grid = LocalGrid([toy_client(0.0, node, raises="no disk") for node in range(NODES)])
+    assert not server_app._train(grid, auditor, model, lambda _: None)
+    failed = [(line["status"], "no disk" in line["error"]) for line in auditor.lines()]
+    assert failed == [("skipped", True)] * NODES
+
+
 def test_a_run_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     settings = "watch.rounds=[1] watch.every=2 watch.clients=[0]"
     folder, seen, _ = run(tmp_path, f"name=first rounds=4 checkpoints=2 {settings}")
