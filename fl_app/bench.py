@@ -141,6 +141,9 @@ _COLUMNS = [
     "client", "attack", "draws", "PSNR dB", "bar", "grey dB", "PSNR by local step",
     "SSIM", "LPIPS VGG", "vs first dB", "vs first LPIPS", "loss", "at truth", "s", "it/s", "MB",
 ]  # fmt: skip
+_ON_SCREEN = (
+    "client", "attack", "draws", "PSNR dB", "bar", "grey dB", "LPIPS VGG", "vs first dB", "s",
+)  # fmt: skip
 _MEANS = (
     "loss", "loss_at_truth", "seconds", "iterations_per_second", "peak_memory",
     "gflop_per_iteration",
@@ -496,12 +499,15 @@ class Benchmark:
         return {"mean": mean, "low": low, "high": high}
 
     def table(self) -> Table:
-        """Return the summary as a table, means with 95% intervals over draws."""
+        """Return the summary's main columns for a screen: means with 95% intervals."""
         table = Table(title=f"{self.name}: mean over draws, 95% interval")
-        for name in _COLUMNS:
-            table.add_column(name, overflow="fold")
+        shown = [place for place, name in enumerate(_COLUMNS) if name in _ON_SCREEN]
+        for place in shown:
+            words = _COLUMNS[place] in ("client", "attack")
+            width = 18 if words else None
+            table.add_column(_COLUMNS[place], min_width=width, overflow="fold", no_wrap=not words)
         for cells in self._cells():
-            table.add_row(*cells)
+            table.add_row(*(cells[place] for place in shown))
         return table
 
     def markdown(self, command: str, notes: Sequence[str] = ()) -> str:

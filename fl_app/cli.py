@@ -283,7 +283,9 @@ def bench(
             benchmark.train_images = draw_images(data, "train", _TRAIN_IMAGES, seed)
         command += f" --cases {shlex.quote(cases)}" if cases else ""
         benchmark.run(draws, seed, console, workers, cases)
-        console.print(benchmark.table())
+        # Into a file rich would print for a screen of 80 columns.
+        width = None if console.is_terminal else max(console.width, 140)
+        console.print(benchmark.table(), width=width)
         notes = []
         if name == "explain":
             for size in (1, 4):
