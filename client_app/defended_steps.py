@@ -100,8 +100,7 @@ def epsilon(defense: Defense, training: LocalTraining, num_local: int, rounds: i
 
     accountant = RDPAccountant()
     share = min(1.0, training.batch_size / num_local)
-    a_pass = math.ceil(num_local / training.batch_size)
-    steps = training.local_steps or training.local_epochs * a_pass
+    steps = training.local_steps or training.local_epochs * training.steps_a_pass(num_local)
     accountant.history = [(defense.dp_noise, share, steps * rounds)]
     return accountant.get_epsilon(delta=defense.delta)
 

@@ -110,6 +110,10 @@ class LocalTraining:
             return self.local_epochs
         return math.ceil(self.local_steps * self.batch_size / num_examples)
 
+    def steps_a_pass(self, num_examples: int) -> int:
+        """Return how many local steps take a client with N examples once through its data."""
+        return math.ceil(num_examples / self.batch_size)
+
     def batches(self, num_examples: int) -> tuple[tuple[int, ...], ...]:
         """Return which images each local step trains on, as the server assumes it.
 

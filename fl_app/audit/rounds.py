@@ -107,8 +107,6 @@ def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
 
     The note says where the mean PSNR is no better than a grey image's.
     """
-    # Slow to import, and only a plot needs it.
-
     there = [name for name in METRICS if any(name in line.scores for line in lines)]
     head = ["round", "accuracy %", "attack", "updates"]
     for name in there:

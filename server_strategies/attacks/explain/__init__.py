@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
@@ -115,8 +114,9 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     optimizer, steps = training.optimizer, len(training.batches(count))
     if steps == 1 and optimizer == "sgd":
         return "gradient", "one step of sgd is its gradient"
-    moves = list(observation.update.values())
-    hidden = hidden_size(moves, knowledge.defense) if optimizer != "sgd" else ""
+    hidden = ""
+    if optimizer != "sgd":
+        hidden = hidden_size(list(observation.update.values()), knowledge.defense)
     if steps == 1 and hidden:
         return "trajectory", f"one step of {optimizer}, but {hidden}"
     if steps == 1:
@@ -135,6 +135,6 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     told = len({seen.step for seen in found})
     rows = sum(len(seen.rows) for seen in found)
     why += f"; {told} of them show {rows} rows of their gradients"
-    if rows < ENOUGH_ROWS * math.ceil(count / training.batch_size):
+    if rows < ENOUGH_ROWS * training.steps_a_pass(count):
         return "trajectory", f"{why}, too few"
     return "fingerprints", why

@@ -8,7 +8,6 @@ fingerprints do not show follow from the trajectory, in which the others stand s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -298,6 +297,6 @@ def legible_fingerprints(
             now.known.sum() > seen.known.sum() / 2 for now, seen in zip(left, found, strict=True)
         )
         found = list(compress(left, kept))
-    first_pass = math.ceil(count / training.batch_size)
+    first_pass = training.steps_a_pass(count)
     # Rows without a gradient that is known, as a defence may leave them, tell nothing.
     return [s for s in found if s.step < first_pass and (s.gradient * s.known).any()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,15 +78,13 @@ class CosineDistance(Distance):
 
     name = "cosine"
 
-    def __init__(
-        self,
-        seen: Sequence[Tensor],
-        masks: Sequence[Tensor] | None = None,
-        known: Consistent | None = None,
-    ) -> None:
-        super().__init__(seen, masks, known)
-        self._norm = norm(self._seen)
-        self._at_truth = 1 - known.noise_floor() if known and known.sigma else 1
+    @cached_property
+    def _norm(self) -> Tensor:
+        return norm(self._seen)
+
+    @cached_property
+    def _at_truth(self) -> Tensor | int:
+        return 1 - self._known.noise_floor() if self._known and self._known.sigma else 1
 
     def _from(self, candidate: Sequence[Tensor]) -> Tensor:
         dots = [(a * b).sum() for a, b in zip(candidate, self._seen, strict=True)]
@@ -106,7 +105,7 @@ class SquaredDistance(Distance):
 
     def _size(self, vector: Sequence[Tensor]) -> Tensor:
         """Return the size, shape (), that the distance is a ratio of."""
-        return torch.stack([part.square().sum() for part in vector]).sum()
+        return _squares(vector).sum()
 
 
 class LayeredDistance(SquaredDistance):
@@ -147,19 +146,13 @@ class EvenDistance(SquaredDistance):
 
     name = "even"
 
-    def __init__(
-        self,
-        seen: Sequence[Tensor],
-        masks: Sequence[Tensor] | None = None,
-        known: Consistent | None = None,
-    ) -> None:
-        super().__init__(seen, masks, known)
-        squares = torch.stack([part.detach().square().sum() for part in self._seen])
-        self._weights = 1 / (squares + 1e-6 * squares.sum())
+    @cached_property
+    def _weights(self) -> Tensor:
+        squares = _squares(self._seen).detach()
+        return 1 / (squares + 1e-6 * squares.sum())
 
     def _size(self, vector: Sequence[Tensor]) -> Tensor:
-        squares = torch.stack([part.square().sum() for part in vector])
-        return (self._weights * squares).sum()
+        return (self._weights * _squares(vector)).sum()
 
 
 DISTANCES: dict[str, type[Distance]] = {
@@ -171,4 +164,9 @@ DISTANCES: dict[str, type[Distance]] = {
 def norm(vector: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm, shape (), of a vector in pieces; its slope is finite at zero too."""
     # The floor keeps the slope finite for a candidate that explains nothing.
-    return (torch.stack([part.square().sum() for part in vector]).sum() + 1e-30).sqrt()
+    return (_squares(vector).sum() + 1e-30).sqrt()
+
+
+def _squares(vector: Sequence[Tensor]) -> Tensor:
+    """Return the squared L2 norm of each piece, shape (pieces,)."""
+    return torch.stack([part.square().sum() for part in vector])

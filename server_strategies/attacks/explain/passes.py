@@ -43,7 +43,7 @@ class Passes(Trajectory):
     ) -> None:
         super().__init__(model, observation, knowledge, reason, distance=distance)
         self.count = observation.num_examples
-        steps = math.ceil(self.count / self.training.batch_size)  # of one pass
+        steps = self.training.steps_a_pass(self.count)
         self.complete = max(1, len(self.batches) // steps)
         self.copies = math.ceil(len(self.batches) / steps)
         self.indices = [
