@@ -12,6 +12,7 @@ from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.decode import Decoded, legible_fingerprints
 from server_strategies.attacks.explain.defended import hidden_size
 from server_strategies.attacks.explain.distance import DISTANCES
+from server_strategies.attacks.explain.gates import slope_gates
 from server_strategies.attacks.explain.one_step import EpsInversion, GradientMatch, SignMatch
 from server_strategies.attacks.explain.passes import Passes
 from server_strategies.attacks.explain.summed import Summed
@@ -47,6 +48,7 @@ def explain(
     device: str = "cpu",
     alpha: float | None = None,
     distance: str = "cosine",
+    gate_width: float = 0.0,
 ) -> Explanation:
     """Return an explanation of an observation.
 
@@ -67,12 +69,15 @@ def explain(
         ``auto`` a smoothed trajectory is always compared by the cosine: a smoothed
         Adam moves less than the client's, so that a distance which sees lengths is
         least where images make up for that, not at the client's.
+    gate_width : float
+        Of the slope that the gates of ReLU have in second derivatives, see
+        `slope_gates`; 0: none, as autograd has it.
 
     Raises
     ------
     ValueError
         If `kind` or `distance` is unknown, `kind` does not fit the update or the
-        distance, or there are not as many labels as examples.
+        distance, `gate_width` is negative, or there are not as many labels as examples.
     """
     if distance not in DISTANCES:
         raise ValueError(f"distance is {distance!r}; allowed: {', '.join(DISTANCES)}")
@@ -81,6 +86,8 @@ def explain(
     if kind not in allowed:
         raise ValueError(f"explain is {kind!r}; allowed: {', '.join(allowed)}")
     model = clients_model(knowledge, observation.w0).to(device)
+    if gate_width:
+        slope_gates(model, gate_width)
     labels = knowledge.labels
     if labels is not None and len(labels) != observation.num_examples:
         raise ValueError(
