@@ -158,7 +158,7 @@ def _gates() -> tuple[Case, ...]:
     sgd, adam = _PAIR
     before: Options = {"gate_width": 0, "balance": 0.4, "last_balance": 0.3}
     cases = [Case(sgd, _flow(200, **before))]
-    widths = {sgd: (0, 1, 8, 16), adam: (0, 1), replace(adam, local_steps=1): (0, 8)}
+    widths = {sgd: (0, 1, 8, 16, 32), adam: (0, 1), replace(adam, local_steps=1): (0, 16)}
     cases += [
         Case(client, _flow(200, gate_width=width))
         for client, tried in widths.items()

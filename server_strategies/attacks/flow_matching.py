@@ -24,10 +24,6 @@ BALANCE = {"sgd": (0.1, 0.05), "adam": (1.5, 0.2)}
 """The default `balance` and `last_balance`. A smoothed Adam needs more of the priors: its late
 batches are all but open to the match. Chosen on draws 1000 to 1003 of K=5, B=4."""
 
-GATE_WIDTH = {"sgd": 8.0, "adam": 0.0}
-"""The default `gate_width`. It misleads the match of a smoothed Adam, whose steps are largest where
-gradients are least: at the gates. Chosen on draws 1000 and 1001 of K=5, B=4."""
-
 
 def flow_matching(
     observation: Observation,
@@ -97,7 +93,7 @@ def flow_matching(
     tiles : float
         1: images larger than the prior's training images meet it in tiles, see `FlowPrior`.
     gate_width : float, optional
-        See `explain.explain`. None: see `GATE_WIDTH`.
+        See `explain.explain`.
 
     Raises
     ------
@@ -110,7 +106,6 @@ def flow_matching(
     kind = "sgd" if knowledge.client.optimizer == "sgd" else "adam"
     first = BALANCE[kind][0] if balance is None else balance
     last = BALANCE[kind][1] if last_balance is None else last_balance
-    width = GATE_WIDTH[kind] if gate_width is None else gate_width
     if first < 0 or last <= 0:
         raise ValueError(
             f"balance is {first}, last_balance {last}; allowed: 0 or more, more than 0"
@@ -121,11 +116,12 @@ def flow_matching(
         TotalVariation(tv, knowledge.std),
         FlowPrior(prior, flow, mode, t_start, t_end, noise, every, draws, polish, tiles),
     ]
+    explanation = explain_update(
+        explain, observation, knowledge, budget.device, distance=distance, gate_width=gate_width
+    )
     return optimise(
         "flow_matching",
-        explain_update(
-            explain, observation, knowledge, budget.device, distance=distance, gate_width=width
-        ),
+        explanation,
         [belief for belief in beliefs if belief.weight],
         observation,
         budget,
@@ -149,6 +145,6 @@ def flow_matching(
             "polish": polish,
             "statistics": statistics,
             "tiles": tiles,
-            "gate_width": width,
+            "gate_width": explanation.gate_width,
         },
     )

@@ -12,7 +12,7 @@ from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.decode import Decoded, legible_fingerprints
 from server_strategies.attacks.explain.defended import hidden_size
 from server_strategies.attacks.explain.distance import DISTANCES
-from server_strategies.attacks.explain.gates import slope_gates
+from server_strategies.attacks.explain.gates import GATE_WIDTH, slope_gates
 from server_strategies.attacks.explain.one_step import EpsInversion, GradientMatch, SignMatch
 from server_strategies.attacks.explain.passes import Passes
 from server_strategies.attacks.explain.summed import Summed
@@ -37,8 +37,8 @@ ENOUGH_ROWS = 4
 """Rows of fingerprints a step of the first pass, below which the trajectory alone finds more: with
 1.2 it found 20.5 dB for 12.9, with 6.8 only 21.3 for 23.0 (sparsified updates, Adam, K=5, B=1)."""
 
-SMOOTHED = (Trajectory.name, Decoded.name)
-"""What `choose` may choose that simulates Adam, smoothed."""
+SIMULATIONS = (Trajectory.name, Passes.name, Decoded.name, Summed.name)
+"""What simulates the client's optimiser, Adam smoothed."""
 
 
 def explain(
@@ -48,7 +48,7 @@ def explain(
     device: str = "cpu",
     alpha: float | None = None,
     distance: str = "cosine",
-    gate_width: float = 0.0,
+    gate_width: float | None = 0.0,
 ) -> Explanation:
     """Return an explanation of an observation.
 
@@ -69,9 +69,11 @@ def explain(
         ``auto`` a smoothed trajectory is always compared by the cosine: a smoothed
         Adam moves less than the client's, so that a distance which sees lengths is
         least where images make up for that, not at the client's.
-    gate_width : float
+    gate_width : float, optional
         Of the slope that the gates of ReLU have in second derivatives, see
-        `slope_gates`; 0: none, as autograd has it.
+        `slope_gates`; 0: none, as autograd has it. None: `GATE_WIDTH`, but none
+        where Adam is smoothed: its steps are largest where gradients are least, at
+        units that are closed, and the slope leads the search there.
 
     Raises
     ------
@@ -86,8 +88,6 @@ def explain(
     if kind not in allowed:
         raise ValueError(f"explain is {kind!r}; allowed: {', '.join(allowed)}")
     model = clients_model(knowledge, observation.w0).to(device)
-    if gate_width:
-        slope_gates(model, gate_width)
     labels = knowledge.labels
     if labels is not None and len(labels) != observation.num_examples:
         raise ValueError(
@@ -96,13 +96,24 @@ def explain(
     reason = "asked for"
     if kind == "auto":
         kind, reason = choose(model, observation, knowledge)
-        if distance != "cosine" and knowledge.client.optimizer != "sgd" and kind in SMOOTHED:
+        if distance != "cosine" and _smooths(kind, knowledge):
             distance, reason = "cosine", f"{reason}; by the cosine, as Adam is smoothed"
         reason = f"auto, {reason}"
+    if gate_width is None:
+        gate_width = 0.0 if _smooths(kind, knowledge) else GATE_WIDTH
+    if gate_width:
+        slope_gates(model, gate_width)
     options: dict[str, Any] = {"distance": DISTANCES[distance]}
     if kind == Surrogate.name:
         options = {"alpha": alpha}
-    return EXPLANATIONS[kind](model, observation, knowledge, f"{kind}: {reason}", **options)
+    explanation = EXPLANATIONS[kind](model, observation, knowledge, f"{kind}: {reason}", **options)
+    explanation.gate_width = gate_width
+    return explanation
+
+
+def _smooths(kind: str, knowledge: Knowledge) -> bool:
+    """Return whether an explanation simulates Adam, which it smooths."""
+    return kind in SIMULATIONS and knowledge.client.optimizer != "sgd"
 
 
 def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> tuple[str, str]:

@@ -54,6 +54,8 @@ class Explanation(ABC):
     Attributes
     ----------
     name : str
+    gate_width : float
+        Of the slope that the gates of the model's ReLU have, see `slope_gates`; 0: none.
     unknowns : list of Unknown
     noise : list of Unknown or None
         Of each of the model's random layers what it drew for every image of every
@@ -72,6 +74,7 @@ class Explanation(ABC):
     """
 
     name: str
+    gate_width = 0.0
     restart = 0.0
     copies = 1
 
