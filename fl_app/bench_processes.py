@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +49,8 @@ def in_processes(
         What the progress bar says.
     console : Console
         Shows the progress.
+
+    The processes end with this one, also where it is killed.
     """
     threads = shares(workers)["threads"]
     with (
@@ -65,6 +69,15 @@ def _enter(shared: object, threads: int) -> None:
     global _shared
     _shared = shared
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # The pool's queue keeps a worker waiting for ever if its parent is killed.
+    parent = parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def _call(function: Callable[..., _Result], call: tuple[Any, ...]) -> _Result:
