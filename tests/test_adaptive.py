@@ -18,6 +18,7 @@ from fl_app.models.extensions import RandomLayer, given_noise, local_loss, rando
 from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks import run_attack
 from server_strategies.attacks.explain import EXPLANATIONS, choose
+from server_strategies.attacks.explain.decode import legible_fingerprints
 from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import SquaredDistance
 
@@ -375,6 +376,19 @@ def test_adams_sizes_are_not_read_where_the_defence_hides_them(
     observation, _, aware = seen_through(seen, defense)
     kind, reason = choose(known_model(aware), observation, aware)
     assert kind == "trajectory" and why in reason
+
+
+def test_rows_keep_small_moves_that_were_set_to_zero_and_lose_large_ones() -> None:
+    seen = client(replace(ADAM, batch_size=1), count=3)
+    model = known_model(seen[1])
+    for share, whole in ((0.05, True), (0.6, False)):
+        observation, unaware, aware = seen_through(seen, Defense(sparsify=share))
+        all_told, told = (
+            sum(int(row.known.sum()) for row in legible_fingerprints(model, observation, knowledge))
+            for knowledge in (unaware, aware)
+        )
+        assert all_told
+        assert (told == all_told) == whole
 
 
 def test_what_was_set_to_zero_does_not_count_in_an_inversion() -> None:

@@ -24,9 +24,16 @@ from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import CosineDistance, Distance
-from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fingerprints
+from server_strategies.attacks.explain.fingerprints import (
+    Fingerprint,
+    find_fingerprints,
+    single_touch_moves,
+)
 from server_strategies.attacks.explain.trajectory import Trajectory
 
+_SMALL = (
+    0.9  # share of a single step's move, up to which what was set to zero says: hardly a gradient
+)
 _RIDGE = 1e-3  # of the least squares on features of length 1
 _SOFT = 0.005  # residual at which a row gives up being of one image alone
 _SHARE = 0.5  # of a row's length, which an image needs to be shown by it
@@ -267,7 +274,9 @@ def legible_fingerprints(
 
     Those in linear layers with one input an image, of the first pass over the data:
     the weights of later steps are less well known, of a client that reshuffles their
-    images, too. What a known defence set to zero is not known of their rows.
+    images, too. What a known defence set to zero is known of their rows where it can't
+    have been near a single step's move: then the gradient was at most a few times
+    Adam's epsilon.
 
     Parameters
     ----------
@@ -286,12 +295,19 @@ def legible_fingerprints(
         inputs, _, _ = look(model, weights, images, linear)
     names = [n for n, given in inputs.items() if given.dim() == 2 and n in observation.trained]
     w0, w1 = ({name: w[name] for name in names} for w in (observation.w0, observation.w1))
-    found = find_fingerprints(w0, w1, training, len(training.batches(count)))
+    num_steps = len(training.batches(count))
+    found = find_fingerprints(w0, w1, training, num_steps)
     update = observation.update
     known = consistent(list(update.values()), knowledge.defense)
     if known:
+        moves = training.lr * single_touch_moves(num_steps, training.lr * training.weight_decay)
         exact = dict(zip(update, known.exact(), strict=True))
-        left = [replace(seen, known=seen.known & exact[seen.name][seen.rows]) for seen in found]
+        high = dict(zip(update, known.high, strict=True))
+        left = []
+        for seen in found:
+            name, rows = seen.name, seen.rows
+            small = (update[name] == 0) & (high[name] < _SMALL * moves[seen.step].item())
+            left.append(replace(seen, known=seen.known & (exact[name] | small)[rows]))
         # With less than half left, rows mislead more than they tell.
         kept = (
             now.known.sum() > seen.known.sum() / 2 for now, seen in zip(left, found, strict=True)
