@@ -137,7 +137,8 @@ def _tv_weights() -> tuple[Case, ...]:
 def _balances() -> tuple[Case, ...]:
     """Return the cases of `balances`: how strongly priors pull on a client with SGD, K=5, B=4.
 
-    What `BALANCE` was chosen by: ``--seed 1000 --draws 2``, 17 minutes of one thread.
+    The values that `BALANCE` was chosen among: ``--seed 1000 --draws 2``, 17 minutes
+    of one thread.
     """
     pulls = ((0.03, 0.01), (0.1, 0.01), (0.1, 0.05), (0.4, 0.02), (0.4, 0.3))
     beside_flow: list[Options] = [{"tv": 0.01}, {"flow": 0}]
@@ -167,8 +168,8 @@ def _gates() -> tuple[Case, ...]:
     return tuple(cases)
 
 
-# The highest mean PSNR of `flowleak bench tv-weights --seed 1000 --draws 4`; SGD's balance of
-# `flowleak bench balances --seed 1000 --draws 2`.
+# The highest mean PSNR of `flowleak bench tv-weights --seed 1000 --draws 4`; SGD's balance was
+# found by hand (docs/results/README.md), which `balances` is to repeat.
 _BEST_ALONE: dict[str, Options] = {
     "sgd": {"flow": 0, "balance": 0.1, "last_balance": 0.05},
     "adam": {"flow": 0, "balance": 1.5, "last_balance": 0.2},
