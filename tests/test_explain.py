@@ -114,7 +114,8 @@ def test_the_adjoint_is_autograds_gradient(
     monkeypatch.setattr(trajectory._Steps, "_differentiable", counted)
     gradient(simulate)
     assert len(computed) == 5 and computed[-1] > sum(w.nbytes for w in pull.values())
-    monkeypatch.setattr(trajectory, "KEPT_GRAPHS", graphs * computed[-1])
+    # Half a graph more: what is measured varies with the addresses that memory is given.
+    monkeypatch.setattr(trajectory, "KEPT_GRAPHS", (graphs + 0.5) * computed[-1])
     expected = gradient(slow_simulation)
     computed.clear()
     assert (gradient(simulate) - expected).norm() <= 1e-10 * expected.norm()

@@ -68,9 +68,10 @@ class _SlopedRelu(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
         if func in _RELUS:
-            return _Relu.apply(args[0], self.width)
-        return func(*args, **(kwargs or {}))
+            return _Relu.apply(args[0] if args else kwargs["input"], self.width)
+        return func(*args, **kwargs)
 
 
 class _Relu(torch.autograd.Function):
