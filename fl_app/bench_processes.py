@@ -69,11 +69,12 @@ def _enter(shared: object, threads: int) -> None:
     global _shared
     _shared = shared
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_follow_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    # The pool's queue keeps a worker waiting for ever if its parent is killed.
+def _follow_parent() -> None:
+    # The pool's queue keeps a worker waiting for ever if its parent is killed. The kernel's signal
+    # (fl_app/processes.py) is Linux's, and comes when the thread that started a worker ends.
     parent = parent_process()
     if parent:
         parent.join()

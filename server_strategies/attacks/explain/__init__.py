@@ -37,9 +37,6 @@ ENOUGH_ROWS = 4
 """Rows of fingerprints a step of the first pass, below which the trajectory alone finds more: with
 1.2 it found 20.5 dB for 12.9, with 6.8 only 21.3 for 23.0 (sparsified updates, Adam, K=5, B=1)."""
 
-SIMULATIONS = (Trajectory.name, Passes.name, Decoded.name, Summed.name)
-"""What simulates the client's optimiser, Adam smoothed."""
-
 
 def explain(
     kind: str,
@@ -66,7 +63,7 @@ def explain(
         Where a surrogate starts, see `Surrogate`.
     distance : {"cosine", "squared", "layered", "decaying", "even"}
         See `explain.distance`. `surrogate` and `sign` have one of their own. With
-        ``auto`` a smoothed trajectory is always compared by the cosine: a smoothed
+        ``auto`` a smoothed simulation is always compared by the cosine: a smoothed
         Adam moves less than the client's, so that a distance which sees lengths is
         least where images make up for that, not at the client's.
     gate_width : float, optional
@@ -113,7 +110,8 @@ def explain(
 
 def _smooths(kind: str, knowledge: Knowledge) -> bool:
     """Return whether an explanation simulates Adam, which it smooths."""
-    return kind in SIMULATIONS and knowledge.client.optimizer != "sgd"
+    simulates = issubclass(EXPLANATIONS[kind], (Trajectory, Summed))
+    return simulates and knowledge.client.optimizer != "sgd"
 
 
 def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
