@@ -250,10 +250,11 @@ def _train_on_draw(
     defense: Defense = NO_DEFENSE,
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
     """Train a model as a client with drawn images; return these, their labels and the batches."""
-    held = len(images) if images else 0
-    if images is None or count > held:
-        raise ValueError(f"a client needs {count} images, the split holds {held}")
-    picks = torch.randperm(held, generator=generator)[:count]
+    if images is None:
+        raise ValueError("rounds of training before the attack need training images")
+    if count > len(images):
+        raise ValueError(f"a client needs {count} images, the split holds {len(images)}")
+    picks = torch.randperm(len(images), generator=generator)[:count]
     private, labels = images.images[picks].float() / 255, images.labels[picks]
     _, batches = in_training_order(choose_batches(count, agreed.client, generator))
     steps = [torch.tensor(batch) for batch in batches]

@@ -391,6 +391,13 @@ def test_rows_keep_small_moves_that_were_set_to_zero_and_lose_large_ones() -> No
         assert (told == all_told) == whole
 
 
+def test_a_zero_tells_adams_gradient_where_the_least_move_that_was_kept_is_small() -> None:
+    known = consistent([torch.tensor([0.0, 0.5, -1.0])], Defense(sparsify=0.3))
+    assert known is not None
+    assert known.sizes_told(move=1.0)[0].tolist() == [True, True, True]
+    assert known.sizes_told(move=0.5)[0].tolist() == [False, True, True]
+
+
 def test_what_was_set_to_zero_does_not_count_in_an_inversion() -> None:
     seen = client(ONE_STEP, count=1)
     observation, unaware, aware = seen_through(seen, Defense(sparsify=0.6))

@@ -31,9 +31,6 @@ from server_strategies.attacks.explain.fingerprints import (
 )
 from server_strategies.attacks.explain.trajectory import Trajectory
 
-_SMALL = (
-    0.9  # share of a single step's move, up to which what was set to zero says: hardly a gradient
-)
 _RIDGE = 1e-3  # of the least squares on features of length 1
 _SOFT = 0.005  # residual at which a row gives up being of one image alone
 _SHARE = 0.5  # of a row's length, which an image needs to be shown by it
@@ -274,9 +271,8 @@ def legible_fingerprints(
 
     Those in linear layers with one input an image, of the first pass over the data:
     the weights of later steps are less well known, of a client that reshuffles their
-    images, too. What a known defence set to zero is known of their rows where it can't
-    have been near a single step's move: then the gradient was at most a few times
-    Adam's epsilon.
+    images, too. Of their rows those coordinates are known that a known defence leaves
+    so, see `Consistent.sizes_told`.
 
     Parameters
     ----------
@@ -301,13 +297,10 @@ def legible_fingerprints(
     known = consistent(list(update.values()), knowledge.defense)
     if known:
         moves = training.lr * single_touch_moves(num_steps, training.lr * training.weight_decay)
-        exact = dict(zip(update, known.exact(), strict=True))
-        high = dict(zip(update, known.high, strict=True))
         left = []
         for seen in found:
-            name, rows = seen.name, seen.rows
-            small = (update[name] == 0) & (high[name] < _SMALL * moves[seen.step].item())
-            left.append(replace(seen, known=seen.known & (exact[name] | small)[rows]))
+            told = dict(zip(update, known.sizes_told(moves[seen.step].item()), strict=True))
+            left.append(replace(seen, known=seen.known & told[seen.name][seen.rows]))
         # With less than half left, rows mislead more than they tell.
         kept = (
             now.known.sum() > seen.known.sum() / 2 for now, seen in zip(left, found, strict=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fl_app.protocol import Defense
 
 _AT_BOUND = 1e-3  # how near the bound a move counts as clipped, relatively: weights are rounded
+_SMALL = 0.9  # share of a step's move up to which Adam's gradient is at most 9 of its epsilons
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,22 @@ class Consistent:
     def exact(self) -> list[Tensor]:
         """Return where the observed update is the true one, of bool, in the pieces of `seen`."""
         return [low == high for low, high in zip(self.low, self.high, strict=True)]
+
+    def sizes_told(self, move: float) -> list[Tensor]:
+        """Return where Adam's gradient follows from the move, of bool, in the pieces of `seen`.
+
+        Where the observed move is the true one, or set to zero and too small for a
+        single step's: then the gradient was next to nothing.
+
+        Parameters
+        ----------
+        move : float
+            That of one step along a gradient far above Adam's epsilon, > 0.
+        """
+        small = [
+            (b == 0) & (high < _SMALL * move) for b, high in zip(self.seen, self.high, strict=True)
+        ]
+        return [exact | part for exact, part in zip(self.exact(), small, strict=True)]
 
     @cached_property
     def hidden(self) -> bool:

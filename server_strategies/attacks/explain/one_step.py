@@ -132,7 +132,7 @@ class EpsInversion(GradientMatch):
     Adam's first step is ``r = g / (|g| + eps)``, so ``|g| = eps |r| / (1 - |r|)``:
     float32 keeps enough of ``1 - |r|``, about ``eps / |g|``. Coordinates where it
     is under three times its rounding error, see `_tolerance`, are left out on
-    both sides, and those that a known defence set to zero. Noise, rounding and
+    both sides, and those whose size a known defence hides. Noise, rounding and
     clipping of the update destroy it; `usable` says so beforehand.
 
     Parameters and attributes are `GradientMatch`'s.
@@ -154,7 +154,8 @@ class EpsInversion(GradientMatch):
         masks = [1 - r.abs() >= t for r, t in zip(steps, tolerance, strict=True)]
         known = consistent([a - b for a, b in zip(w0, w1, strict=True)], knowledge.defense)
         if known:
-            masks = [m & exact for m, exact in zip(masks, known.exact(), strict=True)]
+            told = known.sizes_told(self.training.lr)
+            masks = [m & size for m, size in zip(masks, told, strict=True)]
         target = [
             torch.where(m, EPS * r / (1 - r.abs()), 0) for r, m in zip(steps, masks, strict=True)
         ]
@@ -234,8 +235,9 @@ class SignMatch(GradientMatch):
     ``1 - sum(r g) / (sum |r| |g| + sum over dead coordinates of |g|)``, in [0, 2],
     with r the mean step. Zero at the truth for one step. A dead coordinate did
     not move at all, so its gradient was zero: a candidate's counts there as if
-    it had the wrong sign half the time; one that a known defence may have set to
-    zero does not count. For several steps of Adam it is a cheap initialiser.
+    it had the wrong sign half the time; one that a known defence set to zero, whose
+    move may have been a step's, does not count. For several steps of Adam it is a
+    cheap initialiser.
 
     Parameters and attributes are `GradientMatch`'s.
     """
@@ -254,8 +256,9 @@ class SignMatch(GradientMatch):
             self.weights.append(torch.where(r.abs() <= t, 1, r.abs()))
         known = consistent([a - b for a, b in zip(w0, w1, strict=True)], knowledge.defense)
         if known:
-            pieces = zip(self.weights, self.steps, known.exact(), strict=True)
-            self.weights = [torch.where(exact, s, r.abs()) for s, r, exact in pieces]
+            unit, _ = step_units(self.training, self.num_steps)
+            pieces = zip(self.weights, self.steps, known.sizes_told(unit), strict=True)
+            self.weights = [torch.where(told, s, r.abs()) for s, r, told in pieces]
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the disagreement, shape (), of normalised images (N, C, H, W)."""
