@@ -67,8 +67,8 @@ def _ablation() -> tuple[Case, ...]:
     """Return the cases of `ablation`: how the flow prior is best used.
 
     One change at a time to the defaults, which come first. 19 cases of each
-    client at B=1, the 8 that tell most at B=4 and B=8. With 16 draws, 7 to 8
-    hours of one thread, 2.5 for each B; ``--cases B=4,`` runs a part.
+    client at B=1, the 5 that tell most at B=4 and B=8. With 16 draws, 3 to 4
+    hours of one thread, about one for each B; ``--cases B=4,`` runs a part.
     """
     # As eq. 17 and 18 have it: absolute weights, here at a constant flow time.
     literal: Options = {"mode": "velocity", "balance": 0, "t_start": 0.95, "t_end": 0.95}
@@ -76,13 +76,13 @@ def _ablation() -> tuple[Case, ...]:
         {},
         {**literal, "flow": 0.01},
         {"flow": 0},
-        {"every": 2},
         {"every": 4},
-        {"polish": 0.1},
         {"polish": 0.25},
     ]
     others: list[Options] = [
         {**literal, "flow": 0.001},
+        {"every": 2},
+        {"polish": 0.1},
         {"tv": 0},
         {"balance": 0.4, "last_balance": 0.1},
         {"balance": 3.0, "last_balance": 0.4},
@@ -100,9 +100,10 @@ def _ablation() -> tuple[Case, ...]:
         for client, flow, first, last in ((_SGD, 0.3, 1.5, 0.2), (_ADAM, 1.0, 0.1, 0.05)):
             absolute: Options = {"balance": 0, "flow": flow}
             swapped: Options = {"balance": first, "last_balance": last}
+            of_one = [*others, absolute, swapped] if size == 1 else []
             cases += [
                 Case(replace(client, batch_size=size), _flow(iterations, **options))
-                for options in (*telling, absolute, *([*others, swapped] if size == 1 else []))
+                for options in (*telling, *of_one)
             ]
     return tuple(cases)
 
@@ -137,16 +138,17 @@ def _tv_weights() -> tuple[Case, ...]:
 def _balances() -> tuple[Case, ...]:
     """Return the cases of `balances`: how strongly priors pull on a client with SGD, K=5, B=4.
 
-    The values that `BALANCE` was chosen among: ``--seed 1000 --draws 2``, 22 minutes
-    of one thread.
+    With the flow prior and with total variation alone; then other weights of total
+    variation beside the flow. ``--seed 1000 --draws 2``, 26 minutes of one thread.
     """
     pulls = ((0.03, 0.01), (0.1, 0.01), (0.1, 0.05), (0.4, 0.02), (0.4, 0.3))
-    beside_flow: list[Options] = [{"tv": 0.01}, {"flow": 0}]
-    return tuple(
-        Case(_PAIR[0], _flow(200, **options, balance=first, last_balance=last))
-        for options in beside_flow
+    tried: list[Options] = [
+        {**prior, "balance": first, "last_balance": last}
+        for prior in ({"tv": 0.01}, {"flow": 0})
         for first, last in pulls
-    )
+    ]
+    tried += [{"tv": 0.03}, {"tv": 0.1}]
+    return tuple(Case(_PAIR[0], _flow(200, **options)) for options in tried)
 
 
 def _gates() -> tuple[Case, ...]:
