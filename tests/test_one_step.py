@@ -6,19 +6,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_explain import SHAPE, client
+from test_explain import MEAN, SHAPE, STD, client
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fl_app.config import AttackConfig, PriorConfig
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
+from server_strategies.attacks import run_attack
+from server_strategies.attacks.explain.closed_form import (
+    first_linear,
+    linear_inputs,
+    patch_embedding,
+    patch_inputs,
+)
 from server_strategies.attacks.explain.distance import CosineDistance
 from server_strategies.attacks.explain.one_step import (
     EpsInversion,
     GradientMatch,
     SignMatch,
-    first_linear,
-    linear_inputs,
     mean_step,
 )
 
@@ -174,21 +180,37 @@ def test_sign_match_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "training", "bound"), [(GradientMatch, SGD, 1e-3), (EpsInversion, ADAM, 0.05)]
+    ("kind", "training", "architecture", "bound"),
+    [
+        (GradientMatch, SGD, "mlp", 1e-3),
+        (GradientMatch, SGD, "vit_tiny", 0.02),
+        (EpsInversion, ADAM, "mlp", 0.05),
+    ],
 )
-def test_a_first_linear_layer_gives_one_image_away(
-    kind: type[GradientMatch], training: LocalTraining, bound: float
+def test_one_image_is_given_away_in_closed_form(
+    kind: type[GradientMatch], training: LocalTraining, architecture: str, bound: float
 ) -> None:
     training = replace(training, batch_size=1)
-    observation, knowledge, x = client(training, architecture="mlp", count=1)
+    observation, knowledge, x = client(training, architecture=architecture, count=1)
     start = explained(kind, observation, knowledge).start
     assert start is not None and start.shape == x.shape
     # Adam: a pixel is lost where rounding leaves no unit's gradient.
     assert (start - x).abs().median() < bound
-    for count, architecture in ((2, "mlp"), (1, "convnet")):
+    for count, other in ((2, architecture), (1, "convnet")):
         mixed = replace(training, batch_size=count)
-        observation, knowledge, _ = client(mixed, architecture=architecture, count=count)
+        observation, knowledge, _ = client(mixed, architecture=other, count=count)
         assert explained(kind, observation, knowledge).start is None
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "vit_tiny"])
+def test_a_search_stays_at_the_closed_form(architecture: str) -> None:
+    observation, knowledge, x = client(
+        replace(SGD, batch_size=1), architecture=architecture, count=1, smooth=True
+    )
+    config = AttackConfig("flow_matching", 10, options={"flow": 0})
+    found = run_attack(observation, knowledge, config, PriorConfig(), seed=0).images
+    private = x * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)
+    assert (found - private).square().mean() < 1e-4  # 40 dB
 
 
 def test_linear_inputs_by_hand() -> None:
@@ -203,6 +225,22 @@ def test_first_linear_layers() -> None:
     assert first_linear(nn.Sequential(nn.Flatten(), nn.Linear(4, 2))) == "1"
     assert first_linear(nn.Sequential(nn.Linear(4, 2, bias=False))) is None
     assert first_linear(nn.ReLU()) is None
+
+
+def test_patches_with_positions() -> None:
+    assert patch_embedding(create_model("vit_tiny", 10, SHAPE), SHAPE) == ("patches", "positions")
+    for other in ("mlp_mixer", "convnet", "mlp"):
+        assert patch_embedding(create_model(other, 10, SHAPE), SHAPE) is None
+
+
+def test_patches_follow_from_the_slopes_of_their_positions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, slopes = (torch.randn(*size, generator=generator) for size in ((4, 3, 2, 2), (4, 9)))
+    gradient = sum(slopes[t, :, None, None, None] * x[t] for t in range(4))
+    slopes[1, 3] = torch.nan  # its equation is left out
+    assert torch.allclose(patch_inputs(gradient, slopes), x, atol=1e-5)
+    slopes[2, :6] = torch.nan
+    assert patch_inputs(gradient, slopes) is None
 
 
 def test_a_masked_cosine_ignores_what_is_masked() -> None:

@@ -8,7 +8,6 @@ sign-like step at least its signs. All three work from the client's mean step
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +15,13 @@ from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.explain.base import Explanation
+from server_strategies.attacks.explain.closed_form import image_of
 from server_strategies.attacks.explain.defended import consistent
 from server_strategies.attacks.explain.distance import CosineDistance, Distance
 from server_strategies.attacks.explain.gradient import constant_gradient_speeds, loss_gradient
 from server_strategies.attacks.explain.trajectory import EPS
+
+_AT_SOLUTION = 0.01  # of an attack's steps, for an image that is known in closed form
 
 
 def mean_step(
@@ -58,8 +60,8 @@ class GradientMatch(Explanation):
     ``1 - cos(r, g(w0, x))`` over all parameters as one vector. Zero at the truth
     for one step of SGD, with momentum or weight decay too; clipping scales the
     gradient, which a cosine does not see. Later steps and Adam's normalisation
-    are ignored, as published attacks that match gradients do. Where a first
-    linear layer gives the image away in closed form, `start` holds it.
+    are ignored, as published attacks that match gradients do. Where the gradient
+    gives the image away in closed form, see `image_of`, `start` holds it.
 
     Parameters
     ----------
@@ -102,20 +104,17 @@ class GradientMatch(Explanation):
         self.distance = self.measure(target, known=known)
         whole = known is None or not (known.sigma or known.hidden)
         if self.training.optimizer == "sgd" and whole:
-            self.start = self._closed_form(target, knowledge.image_shape)
+            self._start_from(target, knowledge.image_shape)
 
-    def _closed_form(self, gradient: list[Tensor], shape: tuple[int, int, int]) -> Tensor | None:
-        """Return the one image, (1, C, H, W), that the first layer's gradient holds, if it does."""
-        prefix = first_linear(self.model)
-        if prefix is None or self.num_steps > 1 or len(self.labels) > 1:
-            return None
-        by_name = dict(zip(self.w0, gradient, strict=True))
-        weight, bias = by_name[f"{prefix}.weight"], by_name[f"{prefix}.bias"]
-        rows = linear_inputs(weight, bias)
-        if rows.shape[1] != math.prod(shape) or not len(rows):
-            return None
-        # All rows are the same image; rounding, and what was masked, is left out by the median.
-        return rows.nanmedian(0).values.nan_to_num().view(1, *shape)
+    def _start_from(self, gradient: list[Tensor], shape: tuple[int, int, int]) -> None:
+        """Start from the one image that a gradient, NaN where it is not known, may hold."""
+        if self.num_steps == 1 and len(self.labels) == 1:
+            by_name = dict(zip(self.w0, gradient, strict=True))
+            self.start = image_of(self.model, by_name, shape)
+
+    def pace(self) -> Tensor | None:
+        """See `Explanation`: a solution is there already, and the first steps would leave it."""
+        return None if self.start is None else torch.full((1,), _AT_SOLUTION).to(self.start)
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
@@ -162,10 +161,8 @@ class EpsInversion(GradientMatch):
         if self.training.optimizer == "adam":
             target = [g - self.training.weight_decay * w for g, w in zip(target, w0, strict=True)]
         self.distance = self.measure(target, masks)
-        self.start = self._closed_form(
-            [torch.where(m, g, torch.nan) for g, m in zip(target, masks, strict=True)],
-            knowledge.image_shape,
-        )
+        masked = [torch.where(m, g, torch.nan) for g, m in zip(target, masks, strict=True)]
+        self._start_from(masked, knowledge.image_shape)
 
     @staticmethod
     def usable(observation: Observation, training: LocalTraining) -> tuple[bool, str]:
@@ -268,37 +265,3 @@ class SignMatch(GradientMatch):
         agreed = [(r * g).sum() for r, g in zip(self.steps, gradient, strict=True)]
         most = [(s * g.abs()).sum() for s, g in zip(self.weights, gradient, strict=True)]
         return 1 - torch.stack(agreed).sum() / (torch.stack(most).sum() + 1e-30)
-
-
-def linear_inputs(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
-    """Return a linear layer's input as each of its units gives it away.
-
-    For one image ``dL/dW_i = (dL/db_i) x``, so ``x = dL/dW_i / dL/db_i`` for
-    every unit i that it activates (Phong et al., 2018). For several images a row
-    is their mean, weighted by their dL/db_i.
-
-    Parameters
-    ----------
-    weight_gradient : Tensor, shape (out, in)
-    bias_gradient : Tensor, shape (out,)
-
-    Returns
-    -------
-    Tensor, shape (units with a gradient, in)
-        One row a unit whose bias has a gradient that is not zero.
-    """
-    alive = bias_gradient.abs() > 0  # drops NaN too
-    return weight_gradient[alive] / bias_gradient[alive, None]
-
-
-def first_linear(model: nn.Module) -> str | None:
-    """Return the name of a model's first layer with parameters if it is linear, with a bias.
-
-    First in the order of registration, which is the order of use in
-    `fl_app.models`.
-    """
-    for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            linear = isinstance(module, nn.Linear) and module.bias is not None
-            return name if linear else None
-    return None
