@@ -114,7 +114,7 @@ class GradientMatch(Explanation):
 
     def pace(self) -> Tensor | None:
         """See `Explanation`: a solution is there already, and the first steps would leave it."""
-        return None if self.start is None else torch.full((1,), _AT_SOLUTION).to(self.start)
+        return None if self.start is None else self.start.new_full((1,), _AT_SOLUTION)
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
