@@ -219,6 +219,7 @@ class AttackPool:
         self._workers: list[Any] = []  # all that are not known to be dead
         self._idle: list[Any] = []
         self._running: list[tuple[Job, Any]] = []  # with its worker
+        self._delivered: list[str] = []  # ids of those whose outcome is being recorded
         self._futures: list[Future[None]] = []
         self._closed = False
         self._started_ray = False
@@ -336,6 +337,7 @@ class AttackPool:
         return result
 
     def _deliver(self, job: Job, outcome: Reconstruction | str) -> None:
+        self._delivered.append(job.id)
         with self._outcome_lock:
             if isinstance(outcome, Reconstruction):
                 try:
@@ -348,6 +350,7 @@ class AttackPool:
                 queue_path(self._folder, job.id).unlink(missing_ok=True)
             except Exception as error:  # the entry stays, for another time
                 _log.error("attack %s has no outcome: %s", job.id, _concise(error))
+        self._delivered.remove(job.id)
 
     def _take_worker(self) -> Any:
         """Return an idle worker, or a new one as soon as there is a place for it."""
@@ -429,7 +432,8 @@ class AttackPool:
 
     def _state(self, coming: int = 0) -> tuple[float, str]:
         """Return the share of all attacks' work that is done, and each running attack's state."""
-        done = float(sum(future.done() for future in self._futures))
+        recorded = len(self._delivered)
+        done = float(sum(future.done() for future in self._futures) + recorded)
         words = []
         for job, worker in list(self._running):
             try:
@@ -443,7 +447,8 @@ class AttackPool:
             seen = job.observation
             words.append(f"round {seen.round} client {seen.client}: {state}")
         if self.unfinished and not words:
-            words.append(f"{self.unfinished} wait for a worker")
+            waiting = self.unfinished - recorded
+            words.append(f"{waiting} wait for a worker" if waiting > 0 else "being scored")
         return min(1.0, done / max(1, len(self._futures) + coming)), "; ".join(words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def test_every_job_gets_one_outcome_whatever_happens_to_its_worker(tmp_path: Pat
     assert len(set(processes["round-0005"])) == 2  # the second try was on a fresh worker
     assert len(processes["round-0007"]) == 1  # it would be refused again
     assert "100%" in shown.getvalue()
+
+
+def test_an_attack_whose_outcome_is_being_recorded_counts_as_done(tmp_path: Path) -> None:
+    shown = io.StringIO()
+
+    def slow(*_: object) -> None:
+        deadline = time.monotonic() + 30
+        while "being scored" not in shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    with AttackPool(tmp_path, PoolConfig(workers=1), slow, slow, obedient) as pool:
+        pool.submit(job(tmp_path, "succeed", 1))
+        pool.drain(Console(file=shown, force_terminal=True, width=120))
+    frames = shown.getvalue().split("attacks")
+    assert any("being scored" in frame and "100%" in frame for frame in frames)
 
 
 def test_jobs_without_outcome_can_be_taken_up_again(tmp_path: Path) -> None:
