@@ -12,6 +12,7 @@ from client_app.training import NO_DEFENSE
 from fl_app.bench import Case
 from fl_app.config import UNBOUNDED, AttackConfig
 from fl_app.protocol import Defense, LocalTraining
+from server_strategies.attacks.flow_matching import BALANCE
 
 Options = dict[str, float | str]
 
@@ -67,8 +68,8 @@ def _ablation() -> tuple[Case, ...]:
     """Return the cases of `ablation`: how the flow prior is best used.
 
     One change at a time to the defaults, which come first. 19 cases of each
-    client at B=1, the 5 that tell most at B=4 and B=8. With 16 draws, 3 to 4
-    hours of one thread, about one for each B; ``--cases B=4,`` runs a part.
+    client at B=1, the 5 that tell most at B=4 and B=8. With 16 draws, 6
+    hours of one thread, two for each B; ``--cases B=4,`` runs a part.
     """
     # As eq. 17 and 18 have it: absolute weights, here at a constant flow time.
     literal: Options = {"mode": "velocity", "balance": 0, "t_start": 0.95, "t_end": 0.95}
@@ -97,7 +98,10 @@ def _ablation() -> tuple[Case, ...]:
     for size, iterations in ((1, 100), (4, 100), (8, 60)):
         # An absolute weight has to fit the client's loss; chosen by hand on one draw of each.
         # Each client also gets the balance that is the other's default.
-        for client, flow, first, last in ((_SGD, 0.3, 1.5, 0.2), (_ADAM, 1.0, 0.1, 0.05)):
+        for client, flow, (first, last) in (
+            (_SGD, 0.3, BALANCE["adam"]),
+            (_ADAM, 1.0, BALANCE["sgd"]),
+        ):
             absolute: Options = {"balance": 0, "flow": flow}
             swapped: Options = {"balance": first, "last_balance": last}
             of_one = [*others, absolute, swapped] if size == 1 else []
@@ -207,6 +211,18 @@ def _models() -> tuple[Case, ...]:
                 cases.append(replace(case, attack=_flow(500, gate_width=0)))
         cases.append(adam)
     return tuple(cases)
+
+
+def _closed_form() -> tuple[Case, ...]:
+    """Return the cases of `closed-form`: one image and one step, of models that give it away.
+
+    With 8 draws, 6 minutes of one thread.
+    """
+    return tuple(
+        Case(replace(client, local_steps=1, batch_size=1), _flow(50), model=model)
+        for model in ("mlp", "vit_tiny")
+        for client in (_SGD, _ADAM)
+    )
 
 
 def _batch_sizes() -> tuple[Case, ...]:
@@ -377,6 +393,7 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "gates": _gates(),
     "prior": _prior(),
     "models": _models(),
+    "closed-form": _closed_form(),
     "batch-sizes": _batch_sizes(),
     "tiny-imagenet": _tiny_imagenet(),
     "family": _family(),

@@ -35,7 +35,7 @@ SLOT = "attack"  # the Ray resource by which a machine of a cluster says how man
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 _MOST_WORKERS = 64  # in a cluster, each with a thread here that waits for it
 # Where there is no GPU: each takes 1 GB or more. Attacks gain more by each other than by threads:
-# on two cores one takes 9.1 s with both of them and 11.3 s with one.
+# on two cores one took 9.1 s with both of them and 11.3 s with one (by hand).
 _MOST_ON_CPU = 4
 _PATIENCE = 2.0  # seconds between looks whether a worker has started, or has a place to
 _log = logging.getLogger("flwr")  # Flower streams it to the user
@@ -219,7 +219,7 @@ class AttackPool:
         self._workers: list[Any] = []  # all that are not known to be dead
         self._idle: list[Any] = []
         self._running: list[tuple[Job, Any]] = []  # with its worker
-        self._delivered: list[str] = []  # ids of those whose outcome is being recorded
+        self._recording: list[str] = []  # ids of those whose outcome is being recorded
         self._futures: list[Future[None]] = []
         self._closed = False
         self._started_ray = False
@@ -337,7 +337,7 @@ class AttackPool:
         return result
 
     def _deliver(self, job: Job, outcome: Reconstruction | str) -> None:
-        self._delivered.append(job.id)
+        self._recording.append(job.id)
         with self._outcome_lock:
             if isinstance(outcome, Reconstruction):
                 try:
@@ -350,7 +350,7 @@ class AttackPool:
                 queue_path(self._folder, job.id).unlink(missing_ok=True)
             except Exception as error:  # the entry stays, for another time
                 _log.error("attack %s has no outcome: %s", job.id, _concise(error))
-        self._delivered.remove(job.id)
+        self._recording.remove(job.id)
 
     def _take_worker(self) -> Any:
         """Return an idle worker, or a new one as soon as there is a place for it."""
@@ -432,8 +432,8 @@ class AttackPool:
 
     def _state(self, coming: int = 0) -> tuple[float, str]:
         """Return the share of all attacks' work that is done, and each running attack's state."""
-        recorded = len(self._delivered)
-        done = float(sum(future.done() for future in self._futures) + recorded)
+        recording = len(self._recording)
+        done = float(sum(future.done() for future in self._futures) + recording)
         words = []
         for job, worker in list(self._running):
             try:
@@ -447,7 +447,7 @@ class AttackPool:
             seen = job.observation
             words.append(f"round {seen.round} client {seen.client}: {state}")
         if self.unfinished and not words:
-            waiting = self.unfinished - recorded
+            waiting = self.unfinished - recording
             words.append(f"{waiting} wait for a worker" if waiting > 0 else "being scored")
         return min(1.0, done / max(1, len(self._futures) + coming)), "; ".join(words)
 

@@ -21,7 +21,7 @@ from fl_app.audit.truth import write_truth
 from fl_app.bench import Benchmark, Case, draw_client
 from fl_app.cli import app
 from fl_app.config import AttackConfig, load_config
-from fl_app.data import dataset_info, load_split
+from fl_app.data import ImageSet, dataset_info, load_split
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
 from server_strategies.attack_pool import pending
@@ -84,8 +84,11 @@ def test_a_draw_after_earlier_rounds_is_federated_averaging() -> None:
     for name, w in observation.w0.items():
         torch.testing.assert_close(w, weights[name])
     assert observation.w0["body.1.num_batches_tracked"] == 4  # two rounds of two steps
-    with pytest.raises(ValueError, match="need training images"):
+    with pytest.raises(ValueError, match="rounds of training before the attack need"):
         draw_client(case, images, info, 4)
+    with pytest.raises(ValueError, match="needs 4 images, the split holds 3"):
+        few = ImageSet(images.images[:3], images.labels[:3])
+        draw_client(replace(case, rounds=0), few, info, 4)
 
 
 def test_a_bar_above_grey() -> None:

@@ -27,6 +27,7 @@ Prior = Callable[[Tensor, float], Tensor]
 Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
 
+_NEAR = 0.01  # of the learning rate, where the start is a solution that first steps would leave
 _COUNTED = 8  # iterations whose floating-point operations are counted
 
 
@@ -64,10 +65,11 @@ def optimise(
 ) -> Reconstruction:
     """Minimise ``explanation(x) + sum of priors`` over images.
 
-    Adam on normalised pixels from N(0, I), or from the explanation's start, boxed
-    to those of images in [0, 1] after every step, with the explanation's own
-    unknowns beside them, boxed to theirs. The result is the explanation's reading
-    of the last iterate: nothing is chosen by its likeness to the truth.
+    Adam on normalised pixels from N(0, I), or from the explanation's start, near
+    which it stays, boxed to those of images in [0, 1] after every step, with the
+    explanation's own unknowns beside them, boxed to theirs. The result is the
+    explanation's reading of the last iterate: nothing is chosen by its likeness to
+    the truth.
 
     Parameters
     ----------
@@ -118,6 +120,8 @@ def optimise(
     if start is None or decode:
         shape = (explanation.copies * observation.num_examples, *knowledge.image_shape)
         start = torch.randn(shape, generator=generator, device=device)
+    else:
+        lr = _NEAR * lr
     variable = (start if decode else start.clamp(low, high)).requires_grad_()
     unknowns = [unknown.value for unknown in explanation.unknowns]
     groups: list[dict[str, object]] = [

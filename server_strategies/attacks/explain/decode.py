@@ -297,10 +297,14 @@ def legible_fingerprints(
     known = consistent(list(update.values()), knowledge.defense)
     if known:
         moves = training.lr * single_touch_moves(num_steps, training.lr * training.weight_decay)
-        left = []
-        for seen in found:
-            told = dict(zip(update, known.sizes_told(moves[seen.step].item()), strict=True))
-            left.append(replace(seen, known=seen.known & told[seen.name][seen.rows]))
+        told = {
+            step: dict(zip(update, known.sizes_told(moves[step].item()), strict=True))
+            for step in {seen.step for seen in found}
+        }
+        left = [
+            replace(seen, known=seen.known & told[seen.step][seen.name][seen.rows])
+            for seen in found
+        ]
         # With less than half left, rows mislead more than they tell.
         kept = (
             now.known.sum() > seen.known.sum() / 2 for now, seen in zip(left, found, strict=True)

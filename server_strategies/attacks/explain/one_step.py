@@ -21,8 +21,6 @@ from server_strategies.attacks.explain.distance import CosineDistance, Distance
 from server_strategies.attacks.explain.gradient import constant_gradient_speeds, loss_gradient
 from server_strategies.attacks.explain.trajectory import EPS
 
-_AT_SOLUTION = 0.01  # of an attack's steps, for an image that is known in closed form
-
 
 def mean_step(
     w0: Sequence[Tensor], w1: Sequence[Tensor], training: LocalTraining, num_steps: int
@@ -111,10 +109,6 @@ class GradientMatch(Explanation):
         if self.num_steps == 1 and len(self.labels) == 1:
             by_name = dict(zip(self.w0, gradient, strict=True))
             self.start = image_of(self.model, by_name, shape)
-
-    def pace(self) -> Tensor | None:
-        """See `Explanation`: a solution is there already, and the first steps would leave it."""
-        return None if self.start is None else self.start.new_full((1,), _AT_SOLUTION)
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
