@@ -11,6 +11,7 @@ import torch
 from test_explain import CLIENTS, MEAN, SHAPE, STD, client
 from torch import Tensor, nn
 
+from client_app.training import train
 from fl_app.audit.metrics import score
 from fl_app.bench import Case, draw_client
 from fl_app.config import AttackConfig, ConfigError, DatasetConfig, PriorConfig
@@ -18,6 +19,7 @@ from fl_app.data import dataset_info, load_split
 from fl_app.models import create_model
 from fl_app.protocol import Budget, Knowledge, LocalTraining, Observation, Reconstruction
 from server_strategies.attacks import ATTACKS, check_attack, run_attack
+from server_strategies.attacks.explain import explain
 from server_strategies.attacks.explain.base import Explanation, Unknown
 from server_strategies.attacks.flow_matching import flow_matching
 from server_strategies.attacks.optimise import AttackError, optimise, step_schedule
@@ -66,6 +68,26 @@ def test_the_loop_starts_where_the_explanation_says() -> None:
     target = Target(observation, knowledge, x)
     target.start = x
     assert loop(target, observation, Budget(1)).losses[0] == pytest.approx(1.5**2)
+
+
+def test_images_of_a_class_that_are_in_each_others_place_change_it() -> None:
+    training = CLIENTS["sgd"]
+    observation, knowledge, x = client(training, count=6)
+    one_class = replace(knowledge, labels=(4, 1, 4, 2, 3, 5))
+    model = create_model("convnet", 10, SHAPE, seed=1)
+    batches = [torch.tensor(batch) for batch in training.batches(6)]
+    train(model, x, torch.tensor(one_class.labels), batches, training, (0, 0, 0), (1, 1, 1))
+    seen = replace(observation, w1=model.state_dict())
+    explanation = explain("trajectory", seen, one_class)
+    assert explanation.exchanges() == [(0, 2)]  # of the first and the second local step
+    assert explain("trajectory", seen, replace(one_class, labels=None)).exchanges() == []
+    explanation.start = x[[2, 1, 0, 3, 4, 5]]
+    found = loop(explanation, seen, Budget(4), lr=1e-3)
+    right = (x * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)).clamp(0, 1)
+    assert torch.allclose(found.images, right, atol=1e-3)
+    # In their own place they stay.
+    explanation.start = x
+    assert torch.allclose(loop(explanation, seen, Budget(4), lr=1e-3).images, right, atol=1e-3)
 
 
 @pytest.mark.parametrize("balance", [0.5, 2.0])

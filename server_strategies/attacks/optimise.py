@@ -28,6 +28,7 @@ Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
 
 _NEAR = 0.01  # of the learning rate, where the start is a solution that first steps would leave
+_LOOK = 3  # iterations from one look whether two images are in each other's place to the next
 _COUNTED = 8  # iterations whose floating-point operations are counted
 
 
@@ -67,9 +68,10 @@ def optimise(
 
     Adam on normalised pixels from N(0, I), or from the explanation's start, near
     which it stays, boxed to those of images in [0, 1] after every step, with the
-    explanation's own unknowns beside them, boxed to theirs. The result is the
-    explanation's reading of the last iterate: nothing is chosen by its likeness to
-    the truth.
+    explanation's own unknowns beside them, boxed to theirs. Now and then two images
+    that the explanation says may have been found in each other's place change it, if
+    that explains the update better. The result is the explanation's reading of the
+    last iterate: nothing is chosen by its likeness to the truth.
 
     Parameters
     ----------
@@ -130,7 +132,8 @@ def optimise(
     ]
     groups += [{"params": [u.value], "lr": u.lr, "peak": u.lr} for u in explanation.unknowns]
     optimizer = torch.optim.Adam(groups)
-    for progress in run.iterations():
+    pairs, order = explanation.exchanges(), None
+    for iteration, progress in enumerate(run.iterations()):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
         with run.counted(progress):
@@ -145,6 +148,9 @@ def optimise(
             if balance:
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
             (gradient,) = torch.autograd.grad(x, variable, slope + pull)
+            if pairs and iteration % _LOOK == 0:
+                pair = pairs[iteration // _LOOK % len(pairs)]
+                order = _better_order(explanation, x.detach(), progress, matching, pair)
         variable.grad = gradient.sign() if signed else gradient
         for fitted, part in zip(explanation.unknowns, slopes, strict=True):
             pulled = fitted.prior and torch.autograd.grad(fitted.prior(fitted.value), fitted.value)
@@ -163,9 +169,29 @@ def optimise(
                 variable.clamp_(low, high)
             for fitted in explanation.unknowns:
                 fitted.value.clamp_(fitted.low, fitted.high)
+            if order is not None:
+                kept = optimizer.state[variable]
+                for rows in (variable, kept["exp_avg"], kept["exp_avg_sq"]):
+                    rows.copy_(rows[order])
+                order = None
         run.note(matching)
     with torch.no_grad():
         return run.found(decode(variable) if decode else variable)
+
+
+@torch.no_grad()
+def _better_order(
+    explanation: Explanation, x: Tensor, progress: float, matching: Tensor, pair: tuple[int, int]
+) -> Tensor:
+    """Return the order of images x, with a pair exchanged if that explains the update better.
+
+    The choice is made on the device, so that nothing waits for it.
+    """
+    order = torch.arange(len(x))
+    other = order.clone()
+    other[list(pair)] = order[list(reversed(pair))]
+    order, other = order.to(x.device), other.to(x.device)
+    return torch.where(explanation(x[other], progress) < matching, other, order)
 
 
 class Run:

@@ -144,6 +144,13 @@ class Explanation(ABC):
         """Return where between w0 and w1 a surrogate's gradient was taken; None: no surrogate."""
         return None
 
+    def exchanges(self) -> list[tuple[int, int]]:
+        """Return the pairs of images that a search may have found in each other's place.
+
+        They explain the update nearly as well there, and no small step leads back.
+        """
+        return []
+
     def pace(self) -> Tensor | None:
         """Return how far each image moves, shape (copies * N,), in units of the attack's steps.
 

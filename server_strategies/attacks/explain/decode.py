@@ -106,6 +106,10 @@ class Decoded(Trajectory):
         residual = self._residual(torch.where(still, x, x.detach()))
         return residual + super().__call__(torch.where(still, x.detach(), x), progress)
 
+    def exchanges(self) -> list[tuple[int, int]]:
+        """See `Explanation`; none: fingerprints tell the step."""
+        return []
+
     def pace(self) -> Tensor | None:
         """See `Explanation`."""
         return None if self.shown is None else torch.where(self.shown, 0.05, 1.0)

@@ -50,6 +50,10 @@ class Passes(Trajectory):
             index + step // steps * self.count for step, index in enumerate(self.indices)
         ]
 
+    def exchanges(self) -> list[tuple[int, int]]:
+        """See `Explanation`; none: a pass does not tell the others' order."""
+        return []
+
     def targets(self) -> Tensor:
         """See `Explanation`; the same in every pass."""
         targets = super().targets()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import Any, Protocol
 
 import torch
@@ -338,6 +338,20 @@ class Trajectory(Explanation):
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
         return self.distance(self.displacement(x, progress))
+
+    def exchanges(self) -> list[tuple[int, int]]:
+        """See `Explanation`: images of one class that different local steps train on."""
+        if self.labels.requires_grad:
+            return []
+        classes, places = self.labels.tolist(), range(len(self.labels))
+        steps = [
+            [step for step, batch in enumerate(self.batches) if place in batch] for place in places
+        ]
+        return [
+            (a, b)
+            for a, b in combinations(places, 2)
+            if classes[a] == classes[b] and steps[a] != steps[b]
+        ]
 
     def displacement(self, x: Tensor, progress: float) -> list[Tensor]:
         """Return ``w_K(x) - w0``, one tensor a parameter, of normalised images (N, C, H, W)."""
