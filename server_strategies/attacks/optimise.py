@@ -132,7 +132,7 @@ def optimise(
     ]
     groups += [{"params": [u.value], "lr": u.lr, "peak": u.lr} for u in explanation.unknowns]
     optimizer = torch.optim.Adam(groups)
-    pairs, order = explanation.exchanges(), None
+    pairs = explanation.exchanges()
     for iteration, progress in enumerate(run.iterations()):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
@@ -148,6 +148,7 @@ def optimise(
             if balance:
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
             (gradient,) = torch.autograd.grad(x, variable, slope + pull)
+            order = None
             if pairs and iteration % _LOOK == 0:
                 pair = pairs[iteration // _LOOK % len(pairs)]
                 order = _better_order(explanation, x.detach(), progress, matching, pair)
@@ -173,7 +174,6 @@ def optimise(
                 kept = optimizer.state[variable]
                 for rows in (variable, kept["exp_avg"], kept["exp_avg_sq"]):
                     rows.copy_(rows[order])
-                order = None
         run.note(matching)
     with torch.no_grad():
         return run.found(decode(variable) if decode else variable)
