@@ -78,6 +78,8 @@ class Case:
         What the client does so that less is seen; without `secagg`.
     defense_known : bool
         Whether the attacker knows it.
+    federations : int
+        Seeds of the federation that is trained to see what the defence costs.
     """
 
     training: LocalTraining
@@ -93,6 +95,7 @@ class Case:
     above_grey: float | None = None
     defense: Defense = NO_DEFENSE
     defense_known: bool = True
+    federations: int = 1
 
     @property
     def count(self) -> int:
@@ -370,14 +373,13 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         if self.path and self.path.exists():
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
-            facts = {k: v for k, v in kept["facts"].items() if k not in ("workers", "threads")}
+            facts = kept_facts(self.path)
             if facts != dict(self.facts):
                 raise ValueError(
-                    f"{self.path} holds results of {kept['facts']}, not of {dict(self.facts)}; "
+                    f"{self.path} holds results of {facts}, not of {dict(self.facts)}; "
                     "choose another --out"
                 )
-            self.rows = kept["rows"]
+            self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
 
     def run(
         self, draws: int, seed: int, console: Console, workers: int = 1, only: str = ""
@@ -387,7 +389,7 @@ class Benchmark:
         Parameters
         ----------
         draws : int
-            Draws of every case.
+            Draws of every case; 0: none, the rows stay as they are.
         seed : int
             Of the first draw.
         console : Console
@@ -576,6 +578,12 @@ class Benchmark:
                     reached = _signed(lpips, 3) or "not measured"
                     short.append(f"{case.name}: LPIPS VGG {reached}, the bar is below 0")
         return short
+
+
+def kept_facts(path: Path) -> dict[str, Any]:
+    """Return what the results in a file depend on, but for how the work was shared out."""
+    facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
+    return {key: value for key, value in facts.items() if key not in ("workers", "threads")}
 
 
 def half_width(interval: Mapping[str, float | None], digits: int) -> str:

@@ -20,7 +20,7 @@ from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
 from fl_app.audit.rounds import read_rounds, rounds_cells, save_plot
 from fl_app.audit.runs import find_run, git_commit, list_runs
-from fl_app.bench import Benchmark, markdown_table, sections_markdown
+from fl_app.bench import Benchmark, kept_facts, markdown_table, sections_markdown
 from fl_app.bench_cases import BENCHMARKS
 from fl_app.bench_processes import shares
 from fl_app.config import (
@@ -234,7 +234,9 @@ def bench(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join((*BENCHMARKS, 'labels'))}")],
     dataset: DatasetChoice = "cifar10",
     split: str = "test",
-    draws: int = 8,
+    draws: Annotated[
+        int, typer.Option(help="Of each case; 0: only the table of the rows that --out holds.")
+    ] = 8,
     seed: int = 0,
     out: Annotated[
         Path | None,
@@ -256,8 +258,10 @@ def bench(
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
     if name not in (*BENCHMARKS, "labels"):
         raise ConfigError(f"benchmark is {name!r}; allowed: {', '.join((*BENCHMARKS, 'labels'))}")
-    if draws < 1:
-        raise ConfigError(f"draws is {draws}; allowed: 1 or more")
+    if draws < 0 or (draws == 0 and (name == "labels" or not out)):
+        raise ConfigError(
+            f"draws is {draws}; allowed: 1 or more, or 0 where --out holds rows of attacks"
+        )
     if workers < 1:
         raise ConfigError(f"workers is {workers}; allowed: 1 or more")
     if lpips_weights not in ("", "download"):
@@ -267,6 +271,8 @@ def bench(
     data = _dataset_config(dataset)
     info, images = dataset_info(data), load_split(data, split)
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
+    if draws == 0 and out:
+        facts = kept_facts(out)
     command = f"flowleak bench {name} --dataset {data.name} --split {split} --draws {draws}"
     command += f" --seed {seed}" + (f" --workers {workers}" if workers > 1 else "")
     if name == "labels":
@@ -306,7 +312,7 @@ def bench(
             kept = out.with_suffix(".accuracy.json") if out else None
             reached = measure_accuracies(
                 benchmark.chosen(cases), data_sets, {**facts, "images": len(data_sets[0])}, seed,
-                console, workers, kept,
+                console, workers, kept, train=draws > 0,
             )  # fmt: skip
             notes += markdown_table(defense_cells(benchmark, reached))
             notes += ["", *compare_with_sme(benchmark)]

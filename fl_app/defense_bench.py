@@ -23,15 +23,15 @@ from fl_app.protocol import DatasetInfo, Defense
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SEEDS = 2  # federations trained for each setting
 _METRICS = {"psnr": ("PSNR dB", 1), "ssim": ("SSIM", 3), "lpips_vgg": ("LPIPS VGG", 3)}
 _LOWER = ("lpips_vgg",)  # better for an attacker
 _COLUMNS = [
     "client", "defence", "attack", "attacker knows", "draws", "PSNR dB", "grey dB", "SSIM",
-    "LPIPS VGG", "accuracy", "cost in points", "update changed by", "bytes",
+    "LPIPS VGG", "accuracy", "cost in points (seeds)", "update changed by", "bytes",
 ]  # fmt: skip
 
-Accuracies = Mapping[str, Sequence[float]]
+Accuracies = Mapping[str, Mapping[int, float]]
+"""By `Federation.name`: the accuracy in [0, 1] by seed."""
 Point = tuple[Case, float, dict[str, Any]]
 
 
@@ -56,8 +56,11 @@ def measure_accuracies(
     console: Console,
     workers: int = 1,
     path: Path | None = None,
-) -> dict[str, list[float]]:
+    train: bool = True,
+) -> Accuracies:
     """Train each defence's federation and its undefended counterpart on the same seeds.
+
+    As many of each as its case says (`Case.federations`).
 
     Parameters
     ----------
@@ -74,11 +77,13 @@ def measure_accuracies(
         See `in_processes`.
     path : Path, optional
         JSON file of all rows, written after each; an existing one is gone on with.
+    train : bool
+        False: what `path` holds is all.
 
     Returns
     -------
-    dict of str to list of float
-        By `Federation.name`: the accuracy in [0, 1] of each seed, in their order.
+    mapping of str to mapping of int to float
+        See `Accuracies`.
 
     Raises
     ------
@@ -88,27 +93,32 @@ def measure_accuracies(
     rows: list[dict[str, Any]] = []
     if path and path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["facts"] != dict(facts):
+        if train and kept["facts"] != dict(facts):
             raise ValueError(f"{path} holds results of {kept['facts']}, not of {dict(facts)}")
         rows = kept["rows"]
-    wanted: dict[str, Federation] = {}
-    for federation in filter(None, map(federation_of, cases)):
-        for each in (replace(federation, defense=NO_DEFENSE), federation):
-            wanted[each.name] = each
+    wanted: dict[tuple[str, int], Federation] = {}
+    for case in cases:
+        federation = federation_of(case)
+        if not federation:
+            continue
+        for number in range(seed, seed + case.federations):
+            for each in (replace(federation, defense=NO_DEFENSE), federation):
+                wanted[each.name, number] = each
     done = {(row["federation"], row["seed"]) for row in rows}
     todo = [
         (federation, number)
-        for number in range(seed, seed + SEEDS)
-        for name, federation in wanted.items()
-        if (name, number) not in done
+        for (name, number), federation in sorted(wanted.items(), key=lambda item: item[0][1])
+        if train and (name, number) not in done
     ]
     if todo:
         for row in in_processes(_measure, data, todo, workers, "accuracy", console):
             rows.append(row)
             if path:
                 write_text(path, json.dumps({"facts": dict(facts), "rows": rows}, indent=1) + "\n")
-    rows.sort(key=lambda row: row["seed"])
-    return {name: [row["accuracy"] for row in rows if row["federation"] == name] for name in wanted}
+    reached: dict[str, dict[int, float]] = {}
+    for row in rows:
+        reached.setdefault(row["federation"], {})[row["seed"]] = row["accuracy"]
+    return reached
 
 
 def _measure(
@@ -122,7 +132,7 @@ def defense_cells(benchmark: Benchmark, accuracies: Accuracies) -> list[list[str
     """Return the lines of the table, its head first: a line a case that was run.
 
     Leakage with its 95% interval over draws; the accuracy of the federation, and
-    the points that it lost to the undefended one of the same seeds.
+    the points that it lost to the undefended one of the same seeds, and their number.
     """
     lines = [list(_COLUMNS)]
     for case in benchmark.cases:
@@ -163,15 +173,16 @@ def _scored(summary: Mapping[str, Any], metric: str) -> str:
 def _cost(case: Case, accuracies: Accuracies) -> tuple[str, str]:
     """Return a case's accuracy and what its defence cost, in words."""
     federation = federation_of(case)
-    ours = accuracies.get(federation.name, []) if federation else []
+    ours = accuracies.get(federation.name, {}) if federation else {}
     if not federation or not ours:
         return "-", "-"
-    accuracy = f"{100 * sum(ours) / len(ours):.1f}%"
-    if case.defense == NO_DEFENSE:
+    accuracy = f"{100 * sum(ours.values()) / len(ours):.1f}%"
+    theirs = accuracies.get(replace(federation, defense=NO_DEFENSE).name, {})
+    lost = [100 * (theirs[number] - ours[number]) for number in ours if number in theirs]
+    if case.defense == NO_DEFENSE or not lost:
         return accuracy, "-"
-    theirs = accuracies[replace(federation, defense=NO_DEFENSE).name]
-    mean, low, high = mean_interval([100 * (b - a) for a, b in zip(ours, theirs, strict=True)])
-    return accuracy, f"{mean:.1f}{half_width({'low': low, 'high': high}, 1)}"
+    mean, low, high = mean_interval(lost)
+    return accuracy, f"{mean:.1f}{half_width({'low': low, 'high': high}, 1)} ({len(lost)})"
 
 
 def compare_with_sme(benchmark: Benchmark) -> list[str]:
@@ -295,7 +306,7 @@ def _points(benchmark: Benchmark, accuracies: Accuracies) -> list[Point]:
         summary = benchmark.summary(case)
         if case.attack.name != "flow_matching" or not reached or not summary["draws"]:
             continue
-        points.append((case, sum(reached) / len(reached), summary))
+        points.append((case, sum(reached.values()) / len(reached), summary))
     most = [case.training for case, *_ in points]
     shown = max(dict.fromkeys(most), key=most.count, default=None)
     points.sort(key=lambda point: astuple(point[0].defense))

@@ -90,7 +90,6 @@ def test_the_benchmark_knows_or_hides_the_defence_and_resumes(
         "federation_of",
         lambda case: Federation(training, case.defense, clients=2, rounds=1, images=8),
     )
-    monkeypatch.setattr(defense_bench, "SEEDS", 1)
     out = tmp_path / "defenses.json"
     command = ["bench", "defenses", "--dataset", "photos", "--draws", "1", "--out", str(out)]
     flowleak(*command, "--cases", "noise")

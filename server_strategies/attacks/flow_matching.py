@@ -34,7 +34,7 @@ def flow_matching(
     report: Report | None = None,
     *,
     explain: str = "auto",
-    distance: str = "cosine",
+    distance: str = "auto",
     mode: str = "denoiser",
     lr: float = 0.8,
     flow: float = 1.0,
@@ -66,7 +66,7 @@ def flow_matching(
         See `explain.explain`.
     distance : str
         See `explain.explain`. In deep models the classifier can hold most of an update's
-        squared norm, which is all that the cosine sees; with `even` each parameter
+        squared norm, which is all that cosine and square see; with `even` each parameter
         counts alike.
     mode : {"denoiser", "velocity"}
         See `FlowPrior`; `velocity` is eq. 17 to the letter.

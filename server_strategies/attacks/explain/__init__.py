@@ -61,11 +61,13 @@ def explain(
         The torch device to work on.
     alpha : float, optional
         Where a surrogate starts, see `Surrogate`.
-    distance : {"cosine", "squared", "layered", "decaying", "even"}
-        See `explain.distance`. `surrogate` and `sign` have one of their own. With
-        ``auto`` a smoothed simulation is always compared by the cosine: a smoothed
-        Adam moves less than the client's, so that a distance which sees lengths is
-        least where images make up for that, not at the client's.
+    distance : {"auto", "cosine", "squared", "layered", "decaying", "even"}
+        See `explain.distance`. ``auto``: `squared` where steps of plain SGD are simulated,
+        whose length tells of the images too, `cosine` elsewhere. `surrogate` and `sign`
+        have one of their own. With ``auto`` as `kind` a smoothed simulation is always
+        compared by the cosine: a smoothed Adam moves less than the client's, so that a
+        distance which sees lengths is least where images make up for that, not at the
+        client's.
     gate_width : float, optional
         Of the slope that the gates of ReLU have in second derivatives, see
         `slope_gates`; 0: none, as autograd has it. None: `GATE_WIDTH`, but none
@@ -78,9 +80,9 @@ def explain(
         If `kind` or `distance` is unknown, `kind` does not fit the update or the
         distance, `gate_width` is negative, or there are not as many labels as examples.
     """
-    if distance not in DISTANCES:
-        raise ValueError(f"distance is {distance!r}; allowed: {', '.join(DISTANCES)}")
-    own = () if distance == "cosine" else (Surrogate.name, SignMatch.name)
+    if distance not in ("auto", *DISTANCES):
+        raise ValueError(f"distance is {distance!r}; allowed: auto, {', '.join(DISTANCES)}")
+    own = () if distance in ("auto", "cosine") else (Surrogate.name, SignMatch.name)
     allowed = [name for name in ("auto", *EXPLANATIONS) if name not in own]
     if kind not in allowed:
         raise ValueError(f"explain is {kind!r}; allowed: {', '.join(allowed)}")
@@ -93,9 +95,13 @@ def explain(
     reason = "asked for"
     if kind == "auto":
         kind, reason = choose(model, observation, knowledge)
-        if distance != "cosine" and _smooths(kind, knowledge):
+        if distance not in ("auto", "cosine") and _smooths(kind, knowledge):
             distance, reason = "cosine", f"{reason}; by the cosine, as Adam is smoothed"
         reason = f"auto, {reason}"
+    if distance == "auto":
+        distance = "cosine"
+        if kind == Trajectory.name and _plain_sgd(knowledge):
+            distance, reason = "squared", f"{reason}; by the squared distance"
     if gate_width is None:
         gate_width = 0.0 if _smooths(kind, knowledge) else GATE_WIDTH
     if gate_width:
@@ -112,6 +118,11 @@ def _smooths(kind: str, knowledge: Knowledge) -> bool:
     """Return whether an explanation simulates Adam, which it smooths."""
     simulates = issubclass(EXPLANATIONS[kind], (Trajectory, Summed))
     return simulates and knowledge.client.optimizer != "sgd"
+
+
+def _plain_sgd(knowledge: Knowledge) -> bool:
+    """Return whether the client's updates are a sum of its gradients."""
+    return knowledge.client.optimizer == "sgd" and not knowledge.client.momentum
 
 
 def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
