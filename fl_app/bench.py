@@ -422,6 +422,11 @@ class Benchmark:
             self.rows.append(row)
             self.save()
 
+    @property
+    def draws(self) -> int:
+        """Draws of the case that has the most of them."""
+        return max((self.summary(case)["draws"] for case in self.cases), default=0)
+
     def chosen(self, only: str = "") -> list[Case]:
         """Return the cases in whose name the regular expression `only` is found.
 

@@ -258,10 +258,9 @@ def bench(
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
     if name not in (*BENCHMARKS, "labels"):
         raise ConfigError(f"benchmark is {name!r}; allowed: {', '.join((*BENCHMARKS, 'labels'))}")
-    if draws < 0 or (draws == 0 and (name == "labels" or not out)):
-        raise ConfigError(
-            f"draws is {draws}; allowed: 1 or more, or 0 where --out holds rows of attacks"
-        )
+    kept = bool(out and out.exists() and name != "labels")
+    if draws < (0 if kept else 1):
+        raise ConfigError(f"draws is {draws}; allowed: 1 or more, or 0 where --out holds attacks")
     if workers < 1:
         raise ConfigError(f"workers is {workers}; allowed: 1 or more")
     if lpips_weights not in ("", "download"):
@@ -273,9 +272,10 @@ def bench(
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
     if draws == 0 and out:
         facts = kept_facts(out)
-    command = f"flowleak bench {name} --dataset {data.name} --split {split} --draws {draws}"
-    command += f" --seed {seed}" + (f" --workers {workers}" if workers > 1 else "")
+    command = f"flowleak bench {name} --dataset {data.name} --split {split}"
+    shared = f" --seed {seed}" + (f" --workers {workers}" if workers > 1 else "")
     if name == "labels":
+        command += f" --draws {draws}{shared}"
         rows = run_label_bench(images, info, draws, seed, console, workers)
         console.print(label_table(rows))
         if out:
@@ -287,6 +287,7 @@ def bench(
         )
         if any(case.rounds for case in benchmark.cases):
             benchmark.train_images = draw_images(data, "train", _TRAIN_IMAGES, seed)
+        command += f" --draws {draws or benchmark.draws}{shared}"
         command += f" --cases {shlex.quote(cases)}" if cases else ""
         benchmark.run(draws, seed, console, workers, cases)
         # Into a file rich would print for a screen of 80 columns.
@@ -309,10 +310,10 @@ def bench(
                 )
         if name == "defenses":
             data_sets = (load_split(data, "train"), images, info)
-            kept = out.with_suffix(".accuracy.json") if out else None
+            federations = out.with_suffix(".accuracy.json") if out else None
             reached = measure_accuracies(
                 benchmark.chosen(cases), data_sets, {**facts, "images": len(data_sets[0])}, seed,
-                console, workers, kept, train=draws > 0,
+                console, workers, federations, train=draws > 0,
             )  # fmt: skip
             notes += markdown_table(defense_cells(benchmark, reached))
             notes += ["", *compare_with_sme(benchmark)]

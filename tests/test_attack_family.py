@@ -19,6 +19,7 @@ from server_strategies.attacks.evolve import evolve
 from server_strategies.attacks.explain import explain
 from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.distance import DISTANCES
+from server_strategies.attacks.explain.one_step import GradientMatch
 from server_strategies.attacks.explain.passes import Passes
 from server_strategies.attacks.explain.seeds import Seeds
 from server_strategies.attacks.explain.trajectory import Trajectory
@@ -185,6 +186,27 @@ def test_gradinversion_returns_its_start_of_least_loss() -> None:
     assert losses.unique().numel() == 3
 
 
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        (replace(SGD, local_steps=2), "squared"),
+        (replace(SGD, local_steps=2, momentum=0.9), "cosine"),
+        (SGD, "cosine"),
+        (replace(ADAM, local_steps=2), "cosine"),
+    ],
+)
+def test_several_steps_of_plain_sgd_are_matched_with_their_length(
+    training: LocalTraining, expected: str
+) -> None:
+    observation, knowledge, _ = client(training, count=training.local_steps)
+    explanation = explain("auto", observation, knowledge, distance="auto")
+    assert isinstance(explanation, Trajectory | GradientMatch)
+    assert type(explanation.distance) is DISTANCES[expected]
+    assert ("squared" in explanation.reason) == (expected == "squared")
+    # The surrogate has a distance of its own, which `auto` leaves it.
+    explain("surrogate", observation, knowledge, distance="auto")
+
+
 def test_distances_by_hand() -> None:
     b = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])]
     a = [torch.tensor([3.0, 1.0]), torch.tensor([4.0, 2.0])]
@@ -227,7 +249,7 @@ def test_auto_compares_a_smoothed_adam_by_the_cosine() -> None:
     observation, knowledge, _ = client(replace(SGD, local_steps=2), count=2)
     exact = explain("auto", observation, knowledge, distance="squared")
     assert isinstance(exact, Trajectory) and isinstance(exact.distance, DISTANCES["squared"])
-    with pytest.raises(ValueError, match="distance is 'l1'; allowed: cosine, squared"):
+    with pytest.raises(ValueError, match="distance is 'l1'; allowed: auto, cosine"):
         explain("auto", observation, knowledge, distance="l1")
 
 

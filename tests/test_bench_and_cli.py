@@ -124,6 +124,15 @@ def test_benchmark_resumes_and_fails_below_its_bar(
     assert failed.exit_code == 1
     with pytest.raises(ValueError, match="choose another --out"):
         flowleak(*command, "--split", "train")
+    # Rows of another version, whatever this one is called: no draw is made, the table is.
+    out.write_text(out.read_text().replace('"commit": ', '"commit": "older", "was": '))
+    out.with_suffix(".md").unlink()
+    assert "sgd 0.01 K=2 B=2" in flowleak(*command, "--draws", "0")
+    assert json.loads(out.read_text())["rows"] == rows
+    table = out.with_suffix(".md").read_text()
+    assert "--draws 2 " in table and "commit older" in table
+    with pytest.raises(ValueError, match="draws is 0; allowed: 1 or more, or 0 where --out"):
+        flowleak("bench", "quick", "--dataset", "photos", "--draws", "0")
     with pytest.raises(ValueError, match="allowed: quick"):
         flowleak("bench", "nonsense")
 
