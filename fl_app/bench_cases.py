@@ -173,6 +173,27 @@ def _gates() -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def _distances() -> tuple[Case, ...]:
+    """Return the cases of `distances`: SGD's moves matched with their length or without.
+
+    What ``distance=auto`` rests on: ``--seed 1000 --draws 2``, 12 minutes of one
+    thread. The default comes first.
+    """
+    one = Case(replace(_SGD, batch_size=1), _flow(100))
+    defaults = (
+        (one, "cosine"),
+        (replace(one, rounds=2), "cosine"),
+        (replace(one, training=_PAIR[0]), "cosine"),
+        (replace(one, training=replace(one.training, momentum=0.9)), "squared"),
+        (replace(one, training=replace(_PAIR[0], local_steps=1)), "squared"),
+    )
+    return tuple(
+        each
+        for case, other in defaults
+        for each in (case, replace(case, attack=_flow(100, distance=other)))
+    )
+
+
 def _prior() -> tuple[Case, ...]:
     """Return the cases of `prior`: what the flow prior gains over the best total variation.
 
@@ -393,6 +414,7 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "tv-weights": _tv_weights(),
     "balances": _balances(),
     "gates": _gates(),
+    "distances": _distances(),
     "prior": _prior(),
     "models": _models(),
     "closed-form": _closed_form(),
