@@ -77,9 +77,10 @@ def flow_matching(
     balance, last_balance : float
         How strongly the priors pull, as a multiple of the explanation's pull on
         each image, at the first and the last iteration; it falls
-        geometrically, and less where the update is known to carry noise, by the
-        noise's share of it: what fits the noise is not to be believed. None: see
-        `BALANCE`. A balance of 0: by their weights alone, as eq. 18 has it.
+        geometrically. Where the update is known to carry noise it falls less, by the
+        noise's share of the update's square, and never below that of its length: what
+        fits the noise is not to be believed. None: see `BALANCE`. A balance of 0: by
+        their weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.
     every, draws : int
@@ -111,7 +112,11 @@ def flow_matching(
         raise ValueError(
             f"balance is {first}, last_balance {last}; allowed: 0 or more, more than 0"
         )
-    told = 1 - noise_share(list(observation.update.values()), knowledge.defense)
+    noisy = noise_share(list(observation.update.values()), knowledge.defense)
+
+    def balanced(progress: float) -> float:
+        return max(noisy**0.5, first * (last / first) ** ((1 - noisy) * progress))
+
     noise = torch.Generator(budget.device).manual_seed(budget.seed)
     beliefs: list[TotalVariation | FlowPrior] = [
         TotalVariation(tv, knowledge.std),
@@ -128,7 +133,7 @@ def flow_matching(
         budget,
         lr=lr,
         schedule=cosine_schedule,
-        balance=(lambda progress: first * (last / first) ** (told * progress)) if first else None,
+        balance=balanced if first else None,
         evidence=statistics_of(statistics, observation, knowledge, budget.device),
         report=report,
         options={
