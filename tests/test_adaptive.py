@@ -460,6 +460,19 @@ def test_who_knows_the_defence_gets_nearer_to_the_images(share: str) -> None:
     assert errors[1] < 0.8 * errors[0], errors
 
 
+def test_who_knows_of_noise_believes_the_match_less() -> None:
+    seen = client(replace(SGD, batch_size=1, local_steps=2), count=2, smooth=True)
+    noisy = Defense(noise="gaussian", sigma=2.0, relative=True)
+    observation, unaware, aware = seen_through(seen, noisy)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+    errors = []
+    for knowledge in (unaware, aware):
+        config = AttackConfig("flow_matching", 80, options={"flow": 0})
+        found = run_attack(observation, knowledge, config, PriorConfig(), seed=0)
+        errors.append(float((found.images - (seen[2] * std + mean)).square().mean()))
+    assert errors[1] < 0.8 * errors[0], errors
+
+
 def test_noise_that_fingerprints_do_not_show_is_fitted_beside_them() -> None:
     observation, knowledge, _, _ = randomised(replace(ADAM, batch_size=2), dropout=0.5)
     w0, w1 = ({n: w.float() for n, w in side.items()} for side in (observation.w0, observation.w1))
