@@ -13,7 +13,8 @@ from torch import Tensor
 from client_app.training import train
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.diagnosis import diagnose, noise_floor, unexplained
+from server_strategies.attacks.diagnosis import diagnose, noise_part, unexplained
+from server_strategies.attacks.explain.distance import CosineDistance, SquaredDistance
 
 EXPLAINED = [0.6, 0.4, 0.05]
 ONE_STEP = {
@@ -141,5 +142,7 @@ def test_noise_leaves_the_distance_of_an_orthogonal_vector() -> None:
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(20_000, generator=generator)
     seen = clean + torch.randn(20_000, generator=generator)
-    cosine = torch.nn.functional.cosine_similarity(clean, seen, dim=0).item()
-    assert noise_floor(seen.abs(), 1.0) == pytest.approx(1 - cosine, abs=0.02)
+    share = noise_part(seen.abs(), 1.0)
+    for distance in (CosineDistance, SquaredDistance):
+        left = distance([seen])([clean]).item()
+        assert distance.at_truth(share) == pytest.approx(left, abs=0.02)

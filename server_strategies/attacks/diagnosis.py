@@ -13,12 +13,13 @@ model under Adam, whose steps hide the gradient's size until it nears eps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
+from server_strategies.attacks.explain.distance import CosineDistance
 from server_strategies.attacks.explain.guess import SIGN_LIKE, spread
 from server_strategies.attacks.explain.surrogate import mean_position
 
@@ -28,6 +29,7 @@ def diagnose(
     knowledge: Knowledge,
     losses: Sequence[float],
     alpha: float | None,
+    at_truth: Callable[[float], float] = CosineDistance.at_truth,
 ) -> tuple[str, ...]:
     """Return sentences on what is likely wrong; none for a healthy update that was explained.
 
@@ -36,9 +38,12 @@ def diagnose(
     observation : Observation
     knowledge : Knowledge
     losses : sequence of float
-        The matching loss by iteration, a cosine distance.
+        The matching loss by iteration.
     alpha : float or None
         A surrogate's alpha at the end; None: the explanation has none.
+    at_truth : callable
+        That loss at the true images, by the noise's share of the update's square; see
+        `Distance.at_truth`.
     """
     training = knowledge.client
     w0 = [observation.w0[name].detach() for name in observation.trained]
@@ -65,7 +70,7 @@ def diagnose(
         None if rounding or sigma or clamp else wrong_optimiser(size, training, steps),
         converged(size, training, steps),
         batch_norm(observation, training),
-        unexplained(losses, noise_floor(size, sigma)),
+        unexplained(losses, at_truth(noise_part(size, sigma))),
         flat(losses),
         edge_alpha(alpha, training, steps),
     )
@@ -81,7 +86,7 @@ def unexplained(losses: Sequence[float], floor: float) -> str | None:
     ----------
     losses : sequence of float
     floor : float
-        What noise explains, see `noise_floor`.
+        What noise explains.
     """
     if not losses or losses[-1] <= floor + 0.3:
         return None
@@ -339,20 +344,16 @@ def noisy(sigma: float) -> str | None:
     return f"the update carries noise with sigma of about {sigma:.1g}" if sigma else None
 
 
-def noise_floor(size: Tensor, sigma: float) -> float:
-    """Return the cosine distance that noise leaves between an update and the same without it.
-
-    ``1 - sqrt(1 - n sigma^2 / |u|^2)`` for n coordinates, as noise is orthogonal
-    to the update.
+def noise_part(size: Tensor, sigma: float) -> float:
+    """Return the share of an update's square that noise makes up, ``n sigma^2 / |u|^2``, at most 1.
 
     Parameters
     ----------
-    size : Tensor
+    size : Tensor, shape (n,)
         |w0 - w1| by coordinate, noise included.
     sigma : float
     """
-    share = size.numel() * sigma**2 / size.square().sum().item()
-    return 1 - max(0.0, 1 - share) ** 0.5
+    return min(1.0, size.numel() * sigma**2 / size.square().sum().item())
 
 
 def rounded(w1: Sequence[Tensor]) -> str | None:

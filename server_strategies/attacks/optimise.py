@@ -291,7 +291,9 @@ class Run:
             flops=self._counter.total(),
             stop_reason=self._stop_reason,
             options=self._options,
-            diagnosis=diagnose(self._observation, knowledge, history, explanation.position()),
+            diagnosis=diagnose(
+                self._observation, knowledge, history, explanation.position(), explanation.at_truth
+            ),
         )
 
     def _check_finite(self, losses: Tensor) -> None:

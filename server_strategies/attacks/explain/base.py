@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fl_app.models.extensions import Bottleneck, MaskDropout, random_layers
 from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.explain.distance import CosineDistance, Distance
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Explanation(ABC):
     Attributes
     ----------
     name : str
+    measure : type of Distance
+        What it compares by.
     gate_width : float
         Of the slope that the gates of the model's ReLU have, see `slope_gates`; 0: none.
     unknowns : list of Unknown
@@ -74,6 +77,7 @@ class Explanation(ABC):
     """
 
     name: str
+    measure: type[Distance] = CosineDistance
     gate_width = 0.0
     restart = 0.0
     copies = 1
@@ -143,6 +147,10 @@ class Explanation(ABC):
     def position(self) -> float | None:
         """Return where between w0 and w1 a surrogate's gradient was taken; None: no surrogate."""
         return None
+
+    def at_truth(self, noise: float) -> float:
+        """Return the loss at the true images, by the share of noise in the update's square."""
+        return self.measure.at_truth(noise)
 
     def exchanges(self) -> list[tuple[int, int]]:
         """Return the pairs of images that a search may have found in each other's place.

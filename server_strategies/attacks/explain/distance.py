@@ -56,6 +56,19 @@ class Distance(ABC):
             candidate = self._known.as_observed(candidate)
         return self._from(self._masked(candidate))
 
+    @classmethod
+    def at_truth(cls, noise: float) -> float:
+        """Return the distance of the true update from b, where noise that is not known is in b.
+
+        About the noise's share of b's square, as noise is orthogonal to the update.
+
+        Parameters
+        ----------
+        noise : float
+            That share, in [0, 1].
+        """
+        return noise
+
     @abstractmethod
     def _from(self, candidate: Sequence[Tensor]) -> Tensor:
         """Return the distance of a candidate that is masked already."""
@@ -77,6 +90,11 @@ class CosineDistance(Distance):
     """
 
     name = "cosine"
+
+    @classmethod
+    def at_truth(cls, noise: float) -> float:
+        """See `Distance`; ``1 - sqrt(1 - noise)``."""
+        return 1 - (1 - noise) ** 0.5
 
     @cached_property
     def _norm(self) -> Tensor:

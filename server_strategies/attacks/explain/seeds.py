@@ -36,7 +36,7 @@ class Seeds(Explanation):
         self.best = self.each[0]
         self.name, self.reason = self.best.name, self.best.reason
         self.knowledge = self.best.knowledge
-        self.restart = self.best.restart
+        self.restart, self.measure = self.best.restart, self.best.measure
         self.copies = len(self.each) * self.best.copies
         self.unknowns = [unknown for one in self.each for unknown in one.unknowns]
         starts = [one.start for one in self.each if one.start is not None]

@@ -62,6 +62,7 @@ class Summed(Explanation):
         self.masks = [mask for one in self.each for mask in one.masks]
         self.unknowns = [unknown for one in self.each for unknown in one.unknowns]
         first_one = self.each[0]
+        self.measure = distance
         self.distance = distance([first_one.w1[n] - w for n, w in first_one.w0.items()])
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:

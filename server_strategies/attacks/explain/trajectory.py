@@ -331,6 +331,7 @@ class Trajectory(Explanation):
         super().__init__(model, observation, knowledge, reason)
         self.smoothing, self.fall = smoothing, last_smoothing / smoothing
         seen = [self.w1[name] - w for name, w in self.w0.items()]
+        self.measure = distance
         self.distance = distance(seen, known=consistent(seen, knowledge.defense))
         self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
         self.taken = list(accumulate((len(batch) for batch in self.batches), initial=0))
