@@ -481,7 +481,7 @@ class Benchmark:
         if reference:
             entry["compared_with"] = reference.name
             entry["gain"] = {
-                metric: self._gain(case, reference, metric) for metric in ("psnr", "lpips_vgg")
+                metric: self.gain(case, reference, metric) for metric in ("psnr", "lpips_vgg")
             }
         return entry
 
@@ -493,8 +493,11 @@ class Benchmark:
         first = next(other for other in self.cases if other.arena == case.arena)
         return None if first.name == case.name else first
 
-    def _gain(self, case: Case, reference: Case, metric: str) -> dict[str, float | None] | None:
-        """Return mean and 95% interval of a metric's difference on the draws that both have."""
+    def gain(self, case: Case, reference: Case, metric: str) -> dict[str, float | None] | None:
+        """Return mean and 95% interval of a metric's difference on the draws that both have.
+
+        None: they have none in common.
+        """
         scores: list[dict[int, float]] = [{}, {}]
         for kept, name in zip(scores, (case.name, reference.name), strict=True):
             for row in self.rows:
@@ -542,8 +545,8 @@ class Benchmark:
                     " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
                     f"{line['ssim']['mean']:.3f}",
                     f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
-                    _signed(gain.get("psnr"), 2),
-                    _signed(gain.get("lpips_vgg"), 3),
+                    signed(gain.get("psnr"), 2),
+                    signed(gain.get("lpips_vgg"), 3),
                     f"{line['loss']:.3f}",
                     f"{line['loss_at_truth']:.3f}",
                     f"{line['seconds']:.0f}",
@@ -577,10 +580,10 @@ class Benchmark:
             if case.gain is not None:
                 psnr, lpips = line["gain"]["psnr"], line["gain"]["lpips_vgg"]
                 if not psnr or psnr["mean"] < case.gain:
-                    reached = _signed(psnr, 2) or "no draws in common"
+                    reached = signed(psnr, 2) or "no draws in common"
                     short.append(f"{case.name}: {reached}, the bar is {case.gain:+g} dB")
                 if not lpips or lpips["mean"] >= 0:
-                    reached = _signed(lpips, 3) or "not measured"
+                    reached = signed(lpips, 3) or "not measured"
                     short.append(f"{case.name}: LPIPS VGG {reached}, the bar is below 0")
         return short
 
@@ -597,7 +600,7 @@ def half_width(interval: Mapping[str, float | None], digits: int) -> str:
     return "" if low is None or high is None else f" ± {(high - low) / 2:.{digits}f}"
 
 
-def _signed(gain: Mapping[str, float | None] | None, digits: int) -> str:
+def signed(gain: Mapping[str, float | None] | None, digits: int) -> str:
     """Return a paired difference in words; nothing where there is none."""
     return f"{gain['mean']:+.{digits}f}{half_width(gain, digits)}" if gain else ""
 

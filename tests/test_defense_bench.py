@@ -145,6 +145,14 @@ def test_above_sme_means_intervals_apart_on_the_better_side(
     monkeypatch.setattr(benchmark, "summary", lambda c: {"draws": 8, **scores[c.attack.name]})
     (line,) = compare_with_sme(benchmark)
     assert line.endswith("intervals apart, on PSNR dB, LPIPS VGG.")
+    # What both draws share is no difference between the attacks: +3 and +5 dB.
+    benchmark.rows = [
+        {"case": case.name, "seed": seed, "metrics": {"psnr": {"mean": psnr}}}
+        for case, scores in zip(cases, ((10.0, 20.0), (13.0, 25.0)), strict=True)
+        for seed, psnr in enumerate(scores)
+    ]
+    (line,) = compare_with_sme(benchmark)
+    assert line.endswith("LPIPS VGG; draw by draw PSNR dB +4.0 ± 12.7.")
 
 
 def test_an_undefended_draw_is_untouched_and_a_known_defence_is_told() -> None:
