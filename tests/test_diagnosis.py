@@ -13,7 +13,8 @@ from torch import Tensor
 from client_app.training import train
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.diagnosis import diagnose, noise_part, unexplained
+from server_strategies.attacks.diagnosis import diagnose, unexplained
+from server_strategies.attacks.explain.defended import noise_part
 from server_strategies.attacks.explain.distance import CosineDistance, SquaredDistance
 
 EXPLAINED = [0.6, 0.4, 0.05]

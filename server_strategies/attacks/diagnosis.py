@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
+from server_strategies.attacks.explain.defended import noise_part
 from server_strategies.attacks.explain.distance import CosineDistance
 from server_strategies.attacks.explain.guess import SIGN_LIKE, spread
 from server_strategies.attacks.explain.surrogate import mean_position
@@ -342,18 +343,6 @@ def _is_noise(rows: Tensor, weights: Tensor) -> bool:
 def noisy(sigma: float) -> str | None:
     """Say that the update carries noise, see `noise_sigma`."""
     return f"the update carries noise with sigma of about {sigma:.1g}" if sigma else None
-
-
-def noise_part(size: Tensor, sigma: float) -> float:
-    """Return the share of an update's square that noise makes up, ``n sigma^2 / |u|^2``, at most 1.
-
-    Parameters
-    ----------
-    size : Tensor, shape (n,)
-        |w0 - w1| by coordinate, noise included.
-    sigma : float
-    """
-    return min(1.0, size.numel() * sigma**2 / size.square().sum().item())
 
 
 def rounded(w1: Sequence[Tensor]) -> str | None:

@@ -243,8 +243,19 @@ def noise_share(update: Sequence[Tensor], defense: Defense) -> float:
     defense : Defense
     """
     size = torch.cat([b.detach().flatten() for b in update]).abs()
-    mean_square = size.square().mean().item()
-    return min(1.0, noise_sigma(size, defense) ** 2 / mean_square) if mean_square else 0.0
+    return noise_part(size, noise_sigma(size, defense)) if size.any() else 0.0
+
+
+def noise_part(size: Tensor, sigma: float) -> float:
+    """Return the share of an update's square that noise makes up, ``n sigma^2 / |u|^2``, at most 1.
+
+    Parameters
+    ----------
+    size : Tensor, shape (n,)
+        |w0 - w1| by coordinate, noise included.
+    sigma : float
+    """
+    return min(1.0, size.numel() * sigma**2 / size.square().sum().item())
 
 
 def _threshold(size: Tensor, defense: Defense) -> float:
