@@ -33,6 +33,8 @@ EXPLANATIONS = {
     )
 }
 
+_OWN_DISTANCE = (Surrogate.name, SignMatch.name)
+
 ENOUGH_ROWS = 4
 """Rows of fingerprints a step of the first pass, below which the trajectory alone finds more: with
 1.2 it found 20.5 dB for 12.9, with 6.8 only 21.3 for 23.0 (sparsified updates, Adam, K=5, B=1)."""
@@ -62,9 +64,9 @@ def explain(
     alpha : float, optional
         Where a surrogate starts, see `Surrogate`.
     distance : {"auto", "cosine", "squared", "layered", "decaying", "even"}
-        See `explain.distance`. ``auto``: `squared` where steps of plain SGD are simulated,
-        whose length tells of the images too, `cosine` elsewhere. `surrogate` and `sign`
-        have one of their own. With ``auto`` as `kind` a smoothed simulation is always
+        See `explain.distance`. ``auto``: `squared` of a client with SGD, whose moves'
+        length tells of the images too, `cosine` of others. `surrogate` and `sign` have
+        one of their own. With ``auto`` as `kind` a smoothed simulation is always
         compared by the cosine: a smoothed Adam moves less than the client's, so that a
         distance which sees lengths is least where images make up for that, not at the
         client's.
@@ -82,7 +84,7 @@ def explain(
     """
     if distance not in ("auto", *DISTANCES):
         raise ValueError(f"distance is {distance!r}; allowed: auto, {', '.join(DISTANCES)}")
-    own = () if distance in ("auto", "cosine") else (Surrogate.name, SignMatch.name)
+    own = () if distance in ("auto", "cosine") else _OWN_DISTANCE
     allowed = [name for name in ("auto", *EXPLANATIONS) if name not in own]
     if kind not in allowed:
         raise ValueError(f"explain is {kind!r}; allowed: {', '.join(allowed)}")
@@ -99,9 +101,9 @@ def explain(
             distance, reason = "cosine", f"{reason}; by the cosine, as Adam is smoothed"
         reason = f"auto, {reason}"
     if distance == "auto":
-        distance = "cosine"
-        if kind == Trajectory.name and _plain_sgd(knowledge):
-            distance, reason = "squared", f"{reason}; by the squared distance"
+        lengths = knowledge.client.optimizer == "sgd" and kind not in _OWN_DISTANCE
+        distance = "squared" if lengths else "cosine"
+        reason += "; by the squared distance" * lengths
     if gate_width is None:
         gate_width = 0.0 if _smooths(kind, knowledge) else GATE_WIDTH
     if gate_width:
@@ -118,11 +120,6 @@ def _smooths(kind: str, knowledge: Knowledge) -> bool:
     """Return whether an explanation simulates Adam, which it smooths."""
     simulates = issubclass(EXPLANATIONS[kind], (Trajectory, Summed))
     return simulates and knowledge.client.optimizer != "sgd"
-
-
-def _plain_sgd(knowledge: Knowledge) -> bool:
-    """Return whether the client's updates are a sum of its gradients."""
-    return knowledge.client.optimizer == "sgd" and not knowledge.client.momentum
 
 
 def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
