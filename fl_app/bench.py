@@ -349,8 +349,8 @@ class Benchmark:
     info : DatasetInfo
     images : ImageSet
     facts : mapping
-        What the results depend on beside the cases; a file with other facts is
-        not resumed.
+        What the results depend on beside the cases, the commit among them; a file
+        with other facts is not resumed, see `kept_rows`.
     path : Path or None
         Where the rows are kept; None: nowhere.
     prior : PriorConfig
@@ -373,13 +373,7 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         if self.path and self.path.exists():
-            facts = kept_facts(self.path)
-            if facts != dict(self.facts):
-                raise ValueError(
-                    f"{self.path} holds results of {facts}, not of {dict(self.facts)}; "
-                    "choose another --out"
-                )
-            self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+            self.rows = kept_rows(self.path, self.facts)
 
     def run(
         self, draws: int, seed: int, console: Console, workers: int = 1, only: str = ""
@@ -419,7 +413,7 @@ class Benchmark:
         )
         self.facts = {**self.facts, **shares(workers)}
         for row in in_processes(_measure, setting, todo, workers, self.name, console):
-            self.rows.append(row)
+            self.rows.append({**row, "commit": self.facts.get("commit", "unknown")})
             self.save()
 
     @property
@@ -451,7 +445,7 @@ class Benchmark:
         if self.path:
             content = {
                 "benchmark": self.name,
-                "facts": dict(self.facts),
+                "facts": self._all_facts(),
                 "machine": machine(),
                 "summary": [self.summary(case) for case in self.cases],
                 "rows": self.rows,
@@ -523,7 +517,11 @@ class Benchmark:
 
     def markdown(self, command: str, notes: Sequence[str] = ()) -> str:
         """Return the summary in Markdown, with the command that makes it and notes below."""
-        return results_markdown(self.name, command, [_COLUMNS, *self._cells()], self.facts, notes)
+        cells = [_COLUMNS, *self._cells()]
+        return results_markdown(self.name, command, cells, self._all_facts(), notes)
+
+    def _all_facts(self) -> dict[str, Any]:
+        return {**self.facts, "commit": commits(self.rows)}
 
     def _cells(self) -> list[list[str]]:
         rows = []
@@ -588,10 +586,41 @@ class Benchmark:
         return short
 
 
-def kept_facts(path: Path) -> dict[str, Any]:
-    """Return what the results in a file depend on, but for how the work was shared out."""
-    facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
-    return {key: value for key, value in facts.items() if key not in ("workers", "threads")}
+def kept_rows(path: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a results file, each with the commit that made it.
+
+    Parameters
+    ----------
+    path : Path
+    facts : mapping
+        What the results that are wanted depend on. How the work was shared out, and the
+        commit, may be others: what is measured in parts, over several versions, says so.
+
+    Raises
+    ------
+    ValueError
+        If the file's facts are others.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    theirs, ours = (
+        {k: v for k, v in of.items() if k not in ("workers", "threads", "commit")}
+        for of in (kept["facts"], facts)
+    )
+    if theirs != ours:
+        raise ValueError(f"{path} holds results of {theirs}, not of {ours}; choose another --out")
+    return [
+        {**row, "commit": row.get("commit", kept["facts"].get("commit", "unknown"))}
+        for row in kept["rows"]
+    ]
+
+
+def commits(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the commits that rows are of, in words."""
+    made = [row.get("commit", "unknown") for row in rows]
+    return ", ".join(
+        f"{commit} ({made.count(commit)} of {len(made)} rows)" if len(set(made)) > 1 else commit
+        for commit in dict.fromkeys(made)
+    )
 
 
 def half_width(interval: Mapping[str, float | None], digits: int) -> str:

@@ -20,7 +20,7 @@ from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.report import leakage_table
 from fl_app.audit.rounds import read_rounds, rounds_cells, save_plot
 from fl_app.audit.runs import find_run, git_commit, list_runs
-from fl_app.bench import Benchmark, kept_facts, markdown_table, sections_markdown
+from fl_app.bench import Benchmark, markdown_table, sections_markdown
 from fl_app.bench_cases import BENCHMARKS
 from fl_app.bench_processes import shares
 from fl_app.config import (
@@ -270,8 +270,6 @@ def bench(
     data = _dataset_config(dataset)
     info, images = dataset_info(data), load_split(data, split)
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
-    if draws == 0 and out:
-        facts = kept_facts(out)
     command = f"flowleak bench {name} --dataset {data.name} --split {split}"
     shared = f" --seed {seed}" + (f" --workers {workers}" if workers > 1 else "")
     if name == "labels":

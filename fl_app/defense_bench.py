@@ -14,7 +14,7 @@ from rich.console import Console
 from client_app.training import NO_DEFENSE
 from fl_app.accuracy import Federation, federated_accuracy
 from fl_app.audit.metrics import mean_interval
-from fl_app.bench import Benchmark, Case, half_width, signed
+from fl_app.bench import Benchmark, Case, commits, half_width, kept_rows, signed
 from fl_app.bench_processes import in_processes
 from fl_app.data import ImageSet
 from fl_app.files import whole_file, write_text
@@ -92,10 +92,7 @@ def measure_accuracies(
     """
     rows: list[dict[str, Any]] = []
     if path and path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if train and kept["facts"] != dict(facts):
-            raise ValueError(f"{path} holds results of {kept['facts']}, not of {dict(facts)}")
-        rows = kept["rows"]
+        rows = kept_rows(path, facts)
     wanted: dict[tuple[str, int], Federation] = {}
     for case in cases:
         federation = federation_of(case)
@@ -112,9 +109,10 @@ def measure_accuracies(
     ]
     if todo:
         for row in in_processes(_measure, data, todo, workers, "accuracy", console):
-            rows.append(row)
+            rows.append({**row, "commit": facts.get("commit", "unknown")})
             if path:
-                write_text(path, json.dumps({"facts": dict(facts), "rows": rows}, indent=1) + "\n")
+                content = {"facts": {**facts, "commit": commits(rows)}, "rows": rows}
+                write_text(path, json.dumps(content, indent=1) + "\n")
     reached: dict[str, dict[int, float]] = {}
     for row in rows:
         reached.setdefault(row["federation"], {})[row["seed"]] = row["accuracy"]

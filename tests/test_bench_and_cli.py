@@ -124,13 +124,18 @@ def test_benchmark_resumes_and_fails_below_its_bar(
     assert failed.exit_code == 1
     with pytest.raises(ValueError, match="choose another --out"):
         flowleak(*command, "--split", "train")
-    # Rows of another version, whatever this one is called: no draw is made, the table is.
-    out.write_text(out.read_text().replace('"commit": ', '"commit": "older", "was": '))
+    # No draw is made, the table is; of rows of another version it says so.
+    kept = json.loads(out.read_text())
+    kept["rows"][0]["commit"] = "older"
+    out.write_text(json.dumps(kept))
     out.with_suffix(".md").unlink()
     assert "sgd 0.01 K=2 B=2" in flowleak(*command, "--draws", "0")
-    assert json.loads(out.read_text())["rows"] == rows
     table = out.with_suffix(".md").read_text()
-    assert "--draws 2 " in table and "commit older" in table
+    assert "--draws 2 " in table and "commit older (1 of 2 rows), " in table
+    # Gone on with, each row keeps the version that made it.
+    flowleak(*command, "--draws", "3")
+    made = [row["commit"] for row in json.loads(out.read_text())["rows"]]
+    assert made[0] == "older" and made[1] == made[2] != "older"
     with pytest.raises(ValueError, match="draws is 0; allowed: 1 or more, or 0 where --out"):
         flowleak("bench", "quick", "--dataset", "photos", "--draws", "0")
     with pytest.raises(ValueError, match="allowed: quick"):
