@@ -112,7 +112,8 @@ class Explanation(ABC):
             defense = self.knowledge.defense
             known = defense.precode if isinstance(layer, Bottleneck) else defense.dropout
             start = like.new_full((rows, layer.size), layer.mean).requires_grad_()
-            found.append(Unknown(start, 0.05, layer.low, layer.high) if known else None)
+            lr = 0.2 if isinstance(layer, Bottleneck) else 0.05  # of numbers in N(0, 1), in [0, 1]
+            found.append(Unknown(start, lr, layer.low, layer.high) if known else None)
         return found
 
     def noise_of(self, first: int, x: Tensor) -> list[Tensor]:
