@@ -73,7 +73,7 @@ def test_an_image_is_recovered(
 def test_ggl_searches_a_latent_whose_image_explains_the_update() -> None:
     seen = client(SGD, count=1)
     found = attack("ggl", 30, seen, kl=0.0)
-    assert found.losses[-1] < 0.7 * found.losses[0]
+    assert found.losses[-1] < 0.8 * found.losses[0]
     shrunk = attack("ggl", 30, seen, kl=1e6)
     assert shrunk.losses[-1] > found.losses[-1]
     with pytest.raises(ValueError, match=r"steps is 0; allowed"):
