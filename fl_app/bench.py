@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
@@ -413,13 +414,13 @@ class Benchmark:
         )
         self.facts = {**self.facts, **shares(workers)}
         for row in in_processes(_measure, setting, todo, workers, self.name, console):
-            self.rows.append({**row, "commit": self.facts.get("commit", "unknown")})
+            self.rows.append(with_commit(row, self.facts))
             self.save()
 
     @property
     def draws(self) -> int:
         """Draws of the case that has the most of them."""
-        return max((self.summary(case)["draws"] for case in self.cases), default=0)
+        return max(Counter(row["case"] for row in self.rows).values(), default=0)
 
     def chosen(self, only: str = "") -> list[Case]:
         """Return the cases in whose name the regular expression `only` is found.
@@ -608,10 +609,12 @@ def kept_rows(path: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     )
     if theirs != ours:
         raise ValueError(f"{path} holds results of {theirs}, not of {ours}; choose another --out")
-    return [
-        {**row, "commit": row.get("commit", kept["facts"].get("commit", "unknown"))}
-        for row in kept["rows"]
-    ]
+    return [with_commit(row, kept["facts"]) for row in kept["rows"]]
+
+
+def with_commit(row: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with the commit that made it: its own, or that of the facts."""
+    return {"commit": facts.get("commit", "unknown"), **row}
 
 
 def commits(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from client_app.training import NO_DEFENSE
 from fl_app.accuracy import Federation, federated_accuracy
 from fl_app.audit.metrics import mean_interval
-from fl_app.bench import Benchmark, Case, commits, half_width, kept_rows, signed
+from fl_app.bench import Benchmark, Case, commits, half_width, kept_rows, signed, with_commit
 from fl_app.bench_processes import in_processes
 from fl_app.data import ImageSet
 from fl_app.files import whole_file, write_text
@@ -109,7 +109,7 @@ def measure_accuracies(
     ]
     if todo:
         for row in in_processes(_measure, data, todo, workers, "accuracy", console):
-            rows.append({**row, "commit": facts.get("commit", "unknown")})
+            rows.append(with_commit(row, facts))
             if path:
                 content = {"facts": {**facts, "commit": commits(rows)}, "rows": rows}
                 write_text(path, json.dumps(content, indent=1) + "\n")

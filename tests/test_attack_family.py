@@ -248,7 +248,7 @@ def test_auto_compares_a_smoothed_adam_by_the_cosine() -> None:
     observation, knowledge, _ = client(replace(SGD, local_steps=2), count=2)
     exact = explain("auto", observation, knowledge, distance="squared")
     assert isinstance(exact, Trajectory) and isinstance(exact.distance, DISTANCES["squared"])
-    with pytest.raises(ValueError, match="distance is 'l1'; allowed: auto, cosine"):
+    with pytest.raises(ValueError, match="distance is 'l1'; allowed: auto, cosine, squared"):
         explain("auto", observation, knowledge, distance="l1")
 
 

@@ -246,7 +246,8 @@ def test_wrong_labels_and_kinds_are_refused() -> None:
         explain("auto", observation, replace(knowledge, labels=(1, 2, 3)))
     with pytest.raises(ValueError, match="allowed: auto, surrogate, trajectory"):
         explain("magic", observation, knowledge)
-    with pytest.raises(ValueError, match="distance is 'magic'; allowed: auto, cosine, squared"):
+    allowed = "allowed: auto, cosine, squared, layered"
+    with pytest.raises(ValueError, match=f"distance is 'magic'; {allowed}"):
         explain("auto", observation, knowledge, distance="magic")
     with pytest.raises(ValueError, match="the client's training is unknown"):
         explain("auto", observation, replace(knowledge, training=None))

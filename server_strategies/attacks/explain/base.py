@@ -110,9 +110,10 @@ class Explanation(ABC):
         found: list[Unknown | None] = []
         for layer in random_layers(self.model):
             defense = self.knowledge.defense
-            known = defense.precode if isinstance(layer, Bottleneck) else defense.dropout
+            # Numbers from N(0, 1) have further to go than masks in [0, 1].
+            precode = isinstance(layer, Bottleneck)
+            known, lr = (defense.precode, 0.2) if precode else (defense.dropout, 0.05)
             start = like.new_full((rows, layer.size), layer.mean).requires_grad_()
-            lr = 0.2 if isinstance(layer, Bottleneck) else 0.05  # of numbers in N(0, 1), in [0, 1]
             found.append(Unknown(start, lr, layer.low, layer.high) if known else None)
         return found
 

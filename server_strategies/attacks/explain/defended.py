@@ -118,16 +118,6 @@ class Consistent:
         )
         return replace(self, seen=seen, low=low, high=high, sigma=self.sigma / unit)
 
-    def noise_floor(self) -> Tensor:
-        """Return the cosine distance, shape (), of the true update from b, which noise makes.
-
-        ``1 - sqrt(1 - n sigma^2 / |b|^2)`` for n coordinates, as noise is orthogonal
-        to the update.
-        """
-        square = torch.stack([b.square().sum() for b in self.seen]).sum()
-        noise = sum(b.numel() for b in self.seen) * self.sigma**2
-        return 1 - (1 - noise / square).clamp_min(0).sqrt()
-
     def _length(self, update: Sequence[Tensor]) -> Tensor:
         """Return an update's length where b tells the size of a move; 1 where it does nowhere."""
         squares = [

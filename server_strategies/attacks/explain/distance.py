@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from server_strategies.attacks.explain.defended import Consistent
+from server_strategies.attacks.explain.defended import Consistent, noise_part
 
 
 class Distance(ABC):
@@ -101,12 +101,16 @@ class CosineDistance(Distance):
         return norm(self._seen)
 
     @cached_property
-    def _at_truth(self) -> Tensor | int:
-        return 1 - self._known.noise_floor() if self._known and self._known.sigma else 1
+    def _best(self) -> float:
+        """The cosine of the truth and b."""
+        if not self._known or not self._known.sigma:
+            return 1.0
+        size = torch.cat([part.flatten() for part in self._known.seen])
+        return 1 - self.at_truth(noise_part(size, self._known.sigma))
 
     def _from(self, candidate: Sequence[Tensor]) -> Tensor:
         dots = [(a * b).sum() for a, b in zip(candidate, self._seen, strict=True)]
-        return self._at_truth - torch.stack(dots).sum() / (norm(candidate) * self._norm)
+        return self._best - torch.stack(dots).sum() / (norm(candidate) * self._norm)
 
 
 class SquaredDistance(Distance):
@@ -119,7 +123,11 @@ class SquaredDistance(Distance):
 
     def _from(self, candidate: Sequence[Tensor]) -> Tensor:
         apart = [a - b for a, b in zip(candidate, self._seen, strict=True)]
-        return self._size(apart) / self._size(self._seen)
+        return self._size(apart) / self._seen_size
+
+    @cached_property
+    def _seen_size(self) -> Tensor:
+        return self._size(self._seen)
 
     def _size(self, vector: Sequence[Tensor]) -> Tensor:
         """Return the size, shape (), that the distance is a ratio of."""
