@@ -211,11 +211,12 @@ def test_training_and_attacks_outlive_what_is_killed(lan: Deployment) -> None:
 
     # A client's machine dies in round 2; the server hears of it by a missing heartbeat.
     kill("client-1/node.key")
-    # A worker dies in the middle of an attack: the attack goes to another.
-    wait_until(lambda: find("ray::_Worker.run"), "an attack runs")
-    os.kill(find("ray::_Worker.run")[0], signal.SIGKILL)
+    # A worker dies in the middle of an attack: the attack goes to another. (Its process is called
+    # after the method that it began last, which is seldom the attack.)
+    wait_until(lambda: find("ray::_Worker"), "an attack runs")
+    os.kill(find("ray::_Worker")[0], signal.SIGKILL)
     # The Ray head dies, and with it the process that drives the attacks.
-    wait_until(lambda: find("ray::_Worker.run"), "the attack goes on")
+    wait_until(lambda: find("ray::_Worker"), "the attack goes on")
     kill("gcs_server")
     wait_until(lambda: (run / "training.json").exists(), "the training is done")
     print(f"trained after {time.monotonic() - began:.0f} s")
