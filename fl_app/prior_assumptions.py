@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from scipy.ndimage import gaussian_filter
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 from torch.nn import functional as F
@@ -87,6 +86,8 @@ class Alignment:
 
     def rank_correlation(self, value: str) -> list[list[float]]:
         """Return Spearman's rho of a value with the distance, by flow time and image."""
+        from scipy.stats import spearmanr  # half a second, which every command would wait
+
         columns = self.values[value].unbind(1)
         return [
             [

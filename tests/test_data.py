@@ -17,7 +17,7 @@ from PIL import Image
 
 from fl_app.cli import _named_after
 from fl_app.config import DatasetConfig, load_config
-from fl_app.data import DataError, dataset_info, hub, load_partition, load_split, photos
+from fl_app.data import DataError, dataset_info, load_partition, load_split, photos
 from fl_app.data.base import channel_statistics
 from fl_app.models import create_model
 from fl_app.server_app import _prepare
@@ -384,7 +384,7 @@ def test_wrong_layout(hub_folder: Path) -> None:
 def test_missing_folder_is_not_looked_for_on_the_hub(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "FederatedDataset", lambda **_: pytest.fail("tried the hub"))
+    monkeypatch.setattr("flwr_datasets.FederatedDataset", lambda **_: pytest.fail("tried the hub"))
     with pytest.raises(DataError, match=r"dataset\.source is .*set"):
         load_split(DatasetConfig(name="cifar10", source=source), "train")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from scipy import stats
 from scipy.optimize import linear_sum_assignment
+from scipy.special import stdtrit
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -199,7 +199,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     if count == 1:
         return mean, None, None
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    half = float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
     return mean, mean - half, mean + half
 
 

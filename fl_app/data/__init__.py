@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 
 from fl_app.config import DatasetConfig
 from fl_app.data import hub, imagefolder, photos
 from fl_app.data.base import DataError, ImageSet, read_images
 from fl_app.protocol import DatasetInfo
+
+if TYPE_CHECKING:
+    import datasets
+    from flwr_datasets.partitioner import Partitioner
 
 __all__ = [
     "DataError",
@@ -57,6 +60,8 @@ def _encoded_split(config: DatasetConfig, split: str) -> datasets.Dataset:
 @lru_cache(maxsize=2)
 def _partitioner(config: DatasetConfig, num_partitions: int, seed: int) -> Partitioner:
     """Return flwr-datasets' partitioner over the train split, shuffled as FederatedDataset does."""
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+
     train = _encoded_split(config, "train")
     if not 1 <= num_partitions <= len(train):
         raise DataError(

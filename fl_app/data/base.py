@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -17,9 +18,14 @@ from fl_app.config import DatasetConfig
 from fl_app.files import user_path
 from fl_app.protocol import DatasetInfo
 
-# Client processes share one console with Flower's own log.
-datasets.disable_progress_bars()
-datasets.logging.set_verbosity_error()
+if TYPE_CHECKING:
+    import datasets
+
+# `datasets` and flwr-datasets take three seconds to import, plotting libraries and all, and
+# commands and attack workers seldom need them: in this package functions import them. Client
+# processes share one console with Flower's own log, so they are to be quiet.
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("DATASETS_VERBOSITY", "error")
 
 
 class DataError(ValueError):
@@ -82,6 +88,8 @@ def find_folder(source: str) -> Path:
 
 def encoded(dataset: datasets.Dataset) -> datasets.Dataset:
     """Return a `datasets.Dataset` whose column ``image`` is left encoded when it is read."""
+    import datasets
+
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import datasets
-from flwr_datasets import FederatedDataset
+from typing import TYPE_CHECKING
 
 from fl_app.config import DatasetConfig
 from fl_app.data.base import DataError, Source, encoded, find_folder
 from fl_app.protocol import DatasetInfo
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def _location(source: str) -> str:
 
 
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
+    from flwr_datasets import FederatedDataset
+
     layout = LAYOUTS[config.name]
     location = _location(config.source)
     try:

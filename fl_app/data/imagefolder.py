@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
 from fl_app.config import DatasetConfig
@@ -19,6 +19,9 @@ from fl_app.data.base import (
     read_images,
 )
 from fl_app.protocol import DatasetInfo
+
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Images that the mean and standard deviation are taken from, evenly spaced.
@@ -37,6 +40,8 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
+    import datasets
+
     root = find_folder(config.source)
     known = _classes(root / "train")
     paths: list[str] = []

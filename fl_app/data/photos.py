@@ -10,14 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 from PIL import Image
 
 from fl_app.config import DatasetConfig
 from fl_app.data.base import DataError, Source, encoded
 from fl_app.protocol import DatasetInfo
+
+if TYPE_CHECKING:
+    import datasets
 
 # The label is the place in this list. All are in the wheel itself; scikit-image
 # fetches most of its other pictures from the network.
@@ -107,6 +110,8 @@ def crops(split: str) -> tuple[Crop, ...]:
 
 
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
+    import datasets
+
     chosen = crops(split)
     columns = {"image": [crop.image for crop in chosen], "label": [crop.label for crop in chosen]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})

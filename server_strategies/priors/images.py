@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -99,6 +98,8 @@ def _dataset(location: str) -> Iterator[tuple[BytesIO | str, str]]:
 
     `location` is a folder or a name on the hub.
     """
+    import datasets  # three seconds, which no other user of priors has to wait
+
     try:
         loaded = datasets.load_dataset(location, split="train")
     except Exception as error:  # from the network, the hub, pyarrow or the disk
