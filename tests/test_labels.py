@@ -229,7 +229,7 @@ def test_the_benchmark_from_the_command_line(
     out = tmp_path / "labels.json"
     command = ["bench", "labels", "--dataset", "photos", "--draws", "2", "--out", str(out)]
     command += ["--workers", "2"]
-    shown = CliRunner().invoke(app, [*command, "--bars"], env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(app, [*command, "--bars"])
     assert shown.exit_code == 1 and "the bar is 101%" in shown.output
     kept = json.loads(out.read_text())
     assert kept["facts"]["workers"] == 2

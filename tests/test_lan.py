@@ -47,7 +47,7 @@ def test_in_a_namespace_of_its_own() -> None:
     ):
         pytest.skip("this system makes no namespaces for its users")
     network = f"ip link set lo up && ip addr add {HOST}/32 dev lo && exec"
-    tests = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    tests = [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*unshare, "sh", "-c", f'{network} "$@"', "sh", *tests],
         env=os.environ | {INSIDE: "1"}, cwd=PROJECT, capture_output=True, text=True, timeout=600,
