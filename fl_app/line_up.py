@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -39,6 +40,8 @@ _METRICS = {
     "prior_residual": ("prior residual", 3),
     "label_accuracy": ("labels right", 2),
 }
+# By pixels, by looks, and what needs no truth.
+_ON_SCREEN = ("", "done", "PSNR dB", "LPIPS VGG", "TV", "s", "note")
 
 
 @dataclass(frozen=True)
@@ -252,9 +255,16 @@ def _notes(summary: Mapping[str, Any], budget: str) -> list[str]:
 
 
 def _table(cells: Sequence[Sequence[str]]) -> Table:
-    table = Table(title="Line-up: mean over observations, 95% interval")
-    for name in cells[0]:
-        table.add_column(name, overflow="fold")
+    """Return what of the table fits 80 columns; line-up.md has all of it."""
+    table = Table(
+        title="Line-up: mean over observations, 95% interval",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    shown = [column for column, name in enumerate(cells[0]) if name in _ON_SCREEN]
+    for column in shown:
+        table.add_column(cells[0][column], overflow="fold")
     for row in cells[1:]:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(row[column]) for column in shown))
     return table
