@@ -380,8 +380,9 @@ def _defenses() -> tuple[Case, ...]:
     Table 4 of the paper, on a client with SGD with the constants of `_family`; then,
     on one with Adam, its defences against flow_matching and SME, and curves over
     each defence's parameter, with flow_matching. 45, 22 and 28 attacks a draw: with 8
-    draws 1.6, 2 and 3 hours of one thread, and 2.5 for the federations. ``--cases``
-    runs a part, for example ``--cases noise=gaussian``.
+    draws 1.6, 2 and 4 hours of one thread, and 5 for the federations, of which those
+    with DP-SGD take half an hour each. ``--cases`` runs a part, for example
+    ``--cases noise=gaussian``.
     """
     sgd, adam = replace(_SGD, batch_size=1), replace(_ADAM, batch_size=1)
     adams = _flow(200), AttackConfig("sme", 1000, options={"tv": 0.03})
