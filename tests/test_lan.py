@@ -214,9 +214,10 @@ def test_training_and_attacks_outlive_what_is_killed(lan: Deployment) -> None:
     # A worker dies in the middle of an attack: the attack goes to another. (Its process is called
     # after the method that it began last, which is seldom the attack.)
     wait_until(lambda: find("ray::_Worker"), "an attack runs")
-    os.kill(find("ray::_Worker")[0], signal.SIGKILL)
+    killed = find("ray::_Worker")[0]
+    os.kill(killed, signal.SIGKILL)
     # The Ray head dies, and with it the process that drives the attacks.
-    wait_until(lambda: find("ray::_Worker"), "the attack goes on")
+    wait_until(lambda: set(find("ray::_Worker")) - {killed}, "the attack goes on")
     kill("gcs_server")
     wait_until(lambda: (run / "training.json").exists(), "the training is done")
     print(f"trained after {time.monotonic() - began:.0f} s")
