@@ -263,8 +263,11 @@ def _tiny_imagenet() -> tuple[Case, ...]:
     Take ``--dataset tiny_imagenet``, or a folder of it.
     """
     return tuple(
-        Case(replace(client, batch_size=1), _flow(500, **options))
-        for client in (_SGD, _ADAM)
+        Case(client, _flow(500, **options), rounds=2, above_grey=bar)
+        for client, bar in (
+            (replace(_SGD, batch_size=1), 5.0),
+            (replace(_ADAM, batch_size=1), None),
+        )
         for options in ({}, {"tiles": 1})
     )
 

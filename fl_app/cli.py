@@ -40,8 +40,9 @@ from fl_app.defense_bench import (
     save_defense_plot,
 )
 from fl_app.files import user_path, write_text
-from fl_app.label_bench import label_shortfalls, label_table, run_label_bench, save_label_bench
+from fl_app.label_bench import LABELS
 from fl_app.lan import lan_app
+from fl_app.landscape_bench import LANDSCAPE
 from fl_app.line_up import LineUp
 from fl_app.prior_assumptions import assumption_tables
 from fl_app.prior_bench import denoising_table, evaluate_denoising, write_card
@@ -65,6 +66,8 @@ app.add_typer(lan_app, name="lan")
 console = Console()
 
 _TRAIN_IMAGES = 2000  # that earlier rounds of a benchmark draw from
+_WITHOUT_ATTACKS = {each.name: each for each in (LABELS, LANDSCAPE)}
+_BENCHMARKS = (*BENCHMARKS, *_WITHOUT_ATTACKS)
 
 RunsDir = Annotated[Path, typer.Option(help="Where the runs are; as the setting runs_dir.")]
 DatasetChoice = Annotated[
@@ -231,7 +234,7 @@ def _attack_config(name: str, settings: list[str]) -> AttackConfig:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join((*BENCHMARKS, 'labels'))}")],
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(_BENCHMARKS)}")],
     dataset: DatasetChoice = "cifar10",
     split: str = "test",
     draws: Annotated[
@@ -256,35 +259,39 @@ def bench(
     bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
 ) -> None:
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
-    if name not in (*BENCHMARKS, "labels"):
-        raise ConfigError(f"benchmark is {name!r}; allowed: {', '.join((*BENCHMARKS, 'labels'))}")
-    kept = bool(out and out.exists() and name != "labels")
+    if name not in _BENCHMARKS:
+        raise ConfigError(f"benchmark is {name!r}; allowed: {', '.join(_BENCHMARKS)}")
+    kept = bool(out and out.exists() and name in BENCHMARKS)
     if draws < (0 if kept else 1):
         raise ConfigError(f"draws is {draws}; allowed: 1 or more, or 0 where --out holds attacks")
     if workers < 1:
         raise ConfigError(f"workers is {workers}; allowed: 1 or more")
     if lpips_weights not in ("", "download"):
         lpips_weights = _typed(lpips_weights)
-    if cases and name == "labels":
-        raise ConfigError(f"cases is {cases!r}; labels has none to choose from")
+    if cases and name not in BENCHMARKS:
+        raise ConfigError(f"cases is {cases!r}; {name} has none to choose from")
     data = _dataset_config(dataset)
     info, images = dataset_info(data), load_split(data, split)
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
     command = f"flowleak bench {name} --dataset {data.name} --split {split}"
     shared = f" --seed {seed}" + (f" --workers {workers}" if workers > 1 else "")
-    if name == "labels":
+    run = BENCHMARKS.get(name) or _WITHOUT_ATTACKS[name].clients
+    train_images = None
+    if any(case.rounds for case in run):
+        train_images = draw_images(data, "train", _TRAIN_IMAGES, seed)
+    if name in _WITHOUT_ATTACKS:
+        reading = _WITHOUT_ATTACKS[name]
         command += f" --draws {draws}{shared}"
-        rows = run_label_bench(images, info, draws, seed, console, workers)
-        console.print(label_table(rows))
+        rows = reading.run(images, train_images, info, draws, seed, console, workers)
+        console.print(reading.table(rows))
         if out:
-            save_label_bench(out, rows, command, {**facts, **shares(workers)})
-        short = label_shortfalls(rows)
+            reading.save(out, rows, command, {**facts, **shares(workers)})
+        short = reading.shortfalls(rows)
     else:
         benchmark = Benchmark(
             name, BENCHMARKS[name], info, images, facts, path=out, lpips_weights=lpips_weights
         )
-        if any(case.rounds for case in benchmark.cases):
-            benchmark.train_images = draw_images(data, "train", _TRAIN_IMAGES, seed)
+        benchmark.train_images = train_images
         command += f" --draws {draws or benchmark.draws}{shared}"
         command += f" --cases {shlex.quote(cases)}" if cases else ""
         benchmark.run(draws, seed, console, workers, cases)

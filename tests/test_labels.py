@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from client_app.training import train
-from fl_app import label_bench
+from fl_app import cli, label_bench
 from fl_app.audit.metrics import label_accuracy, label_chance, score
 from fl_app.audit.truth import Truth
 from fl_app.bench import Case
-from fl_app.cli import app
 from fl_app.config import AttackConfig
 from fl_app.models import MODELS, Family, create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
@@ -224,12 +223,14 @@ def test_the_benchmark_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(replace(SGD, lr=0.01, local_steps=2, batch_size=3), AttackConfig())
-    monkeypatch.setattr(label_bench, "CLIENTS", (case,))
+    monkeypatch.setitem(
+        cli._WITHOUT_ATTACKS, "labels", replace(label_bench.LABELS, clients=(case,))
+    )
     monkeypatch.setattr(label_bench, "BARS", {case.client: 1.01})
     out = tmp_path / "labels.json"
     command = ["bench", "labels", "--dataset", "photos", "--draws", "2", "--out", str(out)]
     command += ["--workers", "2"]
-    shown = CliRunner().invoke(app, [*command, "--bars"])
+    shown = CliRunner().invoke(cli.app, [*command, "--bars"])
     assert shown.exit_code == 1 and "the bar is 101%" in shown.output
     kept = json.loads(out.read_text())
     assert kept["facts"]["workers"] == 2
