@@ -289,9 +289,9 @@ def bench(
         short = reading.shortfalls(rows)
     else:
         benchmark = Benchmark(
-            name, BENCHMARKS[name], info, images, facts, path=out, lpips_weights=lpips_weights
-        )
-        benchmark.train_images = train_images
+            name, BENCHMARKS[name], info, images, facts, path=out, lpips_weights=lpips_weights,
+            train_images=train_images,
+        )  # fmt: skip
         command += f" --draws {draws or benchmark.draws}{shared}"
         command += f" --cases {shlex.quote(cases)}" if cases else ""
         benchmark.run(draws, seed, console, workers, cases)

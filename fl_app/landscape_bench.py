@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fl_app.audit.metrics import mean_interval
+from client_app.training import normalise
+from fl_app.audit.metrics import mean_interval, with_interval
 from fl_app.audit.truth import Truth
-from fl_app.bench import Case, normalise
+from fl_app.bench import Case
 from fl_app.bench_cases import BENCHMARKS
 from fl_app.client_bench import ClientBench, Row
 from fl_app.protocol import Knowledge, Observation
@@ -57,10 +58,10 @@ def look_back(observation: Observation, knowledge: Knowledge, truth: Truth) -> l
     noise = torch.randn(private.shape, generator=torch.Generator().manual_seed(observation.node))
     starts = {START: noise}
     starts |= {name: private + size * noise / std for name, size in NOISES.items()}
+    chance = private[0].numel() ** -0.5
     rows: list[Row] = []
     for name, x in starts.items():
         loss, cosine = way_back(explanation, x, private)
-        chance = private[0].numel() ** -0.5
         rows.append({"start": name, "loss": loss, "way_back": cosine, "chance": chance})
     return rows
 
@@ -72,10 +73,7 @@ def landscape_cells(rows: Sequence[Row]) -> list[list[str]]:
     lines[0] += [f"loss at {s}" for s in starts]
     for client in dict.fromkeys(row["client"] for row in rows):
         kept = [[r for r in rows if r["client"] == client and r["start"] == s] for s in starts]
-        ways = []
-        for of_start in kept:
-            mean, low, _ = mean_interval([row["way_back"] for row in of_start])
-            ways.append(f"{mean:.3f}" + ("" if low is None else f" ± {mean - low:.3f}"))
+        ways = [with_interval([row["way_back"] for row in of_start], 3) for of_start in kept]
         losses = [f"{mean_interval([row['loss'] for row in r])[0]:.3f}" for r in kept]
         chance = f"± {kept[0][0]['chance']:.3f}"
         lines.append([client, str(len(kept[0])), *ways, chance, *losses])

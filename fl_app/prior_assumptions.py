@@ -19,7 +19,7 @@ from torch.func import jvp, vjp
 from torch.nn import functional as F
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from fl_app.audit.metrics import assign, mean_interval
+from fl_app.audit.metrics import assign, with_interval
 from fl_app.bench import Case, draw_client, markdown_table
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
@@ -387,5 +387,4 @@ def _cosine(way: Tensor, back: Tensor) -> Tensor:
 def _with_interval(values: Tensor) -> str:
     if not values.isfinite().all():
         return ""
-    mean, low, _ = mean_interval(values.tolist())
-    return f"{mean:.3f}" if low is None else f"{mean:.3f} ± {mean - low:.3f}"
+    return with_interval(values.tolist(), 3)

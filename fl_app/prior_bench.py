@@ -15,7 +15,7 @@ from rich.table import Table
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
-from fl_app.audit.metrics import mean_interval, psnr
+from fl_app.audit.metrics import psnr, with_interval
 from fl_app.files import write_text
 from server_strategies.priors.flow import denoise, load_flow
 from server_strategies.priors.networks import check_shape
@@ -51,7 +51,7 @@ class DenoisingRow:
     def cells(self) -> list[str]:
         """Return the row of the table: each mean with its 95% interval."""
         columns = (self.noisy, self.non_local_means, self.flow, self.tiles)
-        return [f"{self.sigma:g}", *(_with_interval(values) for values in columns if values)]
+        return [f"{self.sigma:g}", *(with_interval(values, 2) for values in columns if values)]
 
 
 def evaluate_denoising(weights: str, images: Tensor, count: int) -> list[DenoisingRow]:
@@ -165,8 +165,3 @@ def _non_local_means(noisy: Tensor, sigma: float, cutoff: float) -> Tensor:
 
 def _scores(images: Tensor, clean: Tensor) -> tuple[float, ...]:
     return tuple(psnr(images.clamp(0, 1), clean).tolist())
-
-
-def _with_interval(values: tuple[float, ...]) -> str:
-    mean, low, high = mean_interval(values)
-    return f"{mean:.2f}" if low is None or high is None else f"{mean:.2f} ± {(high - low) / 2:.2f}"

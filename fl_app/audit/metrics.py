@@ -203,6 +203,13 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     return mean, mean - half, mean + half
 
 
+def with_interval(values: Sequence[float], digits: int) -> str:
+    """Return a mean in words, with half the width of its 95% interval where it has one."""
+    mean, low, high = mean_interval(values)
+    half = "" if low is None or high is None else f" ± {(high - low) / 2:.{digits}f}"
+    return f"{mean:.{digits}f}{half}"
+
+
 def score(
     reconstruction: Reconstruction,
     truth: Truth,
