@@ -191,6 +191,25 @@ def _distances() -> tuple[Case, ...]:
     return tuple(each for case in clients for each in (case, replace(case, attack=cosine)))
 
 
+def _rates() -> tuple[Case, ...]:
+    """Return the cases of `rates`: the search's learning rate, the default first.
+
+    ``--seed 1000 --draws 4``, 70 minutes of one thread, half of them the MLP-Mixer's.
+    """
+    sgd, adam = _PAIR
+    one = Case(replace(sgd, batch_size=1), _flow(200), rounds=2)
+    return tuple(
+        replace(case, attack=_flow(200, **options))
+        for case, rates in (
+            (Case(sgd, _flow(200)), (2.0, 4.0)),
+            (one, (2.0, 4.0)),
+            (replace(one, model="mlp_mixer"), (2.0, 4.0)),
+            (Case(adam, _flow(200)), (0.4, 2.0)),
+        )
+        for options in ({}, *({"lr": rate} for rate in rates))
+    )
+
+
 def _prior() -> tuple[Case, ...]:
     """Return the cases of `prior`: what the flow prior gains over the best total variation.
 
@@ -416,6 +435,7 @@ BENCHMARKS: dict[str, tuple[Case, ...]] = {
     "balances": _balances(),
     "gates": _gates(),
     "distances": _distances(),
+    "rates": _rates(),
     "prior": _prior(),
     "models": _models(),
     "closed-form": _closed_form(),
