@@ -177,10 +177,10 @@ def _distances() -> tuple[Case, ...]:
     """Return the cases of `distances`: SGD's moves matched with their length or without.
 
     What ``distance=auto`` rests on: ``--seed 1000 --draws 2``, 12 minutes of one
-    thread for the ConvNet, 25 for the MLP-Mixer. The default comes first.
+    thread. The default, with it, comes first.
     """
     one = Case(replace(_SGD, batch_size=1), _flow(100))
-    gated = (
+    clients = (
         one,
         replace(one, rounds=2),
         replace(one, training=_PAIR[0]),
@@ -188,14 +188,7 @@ def _distances() -> tuple[Case, ...]:
         replace(one, training=replace(_PAIR[0], local_steps=1)),
     )
     cosine = _flow(100, distance="cosine")
-    cases = [each for case in gated for each in (case, replace(case, attack=cosine))]
-    cases.append(replace(gated[1], attack=_flow(100, distance="even")))
-    smooth = Case(one.training, _flow(500), model="mlp_mixer", rounds=2)
-    few = replace(smooth, training=replace(one.training, local_steps=2), attack=_flow(300))
-    for case in (few, smooth):
-        other = replace(case.attack, options={"distance": "squared"})
-        cases += [case, replace(case, attack=other)]
-    return tuple(cases)
+    return tuple(each for case in clients for each in (case, replace(case, attack=cosine)))
 
 
 def _rates() -> tuple[Case, ...]:

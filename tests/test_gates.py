@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fl_app.models import create_model
-from server_strategies.attacks.explain.gates import has_gates, slope_gates
+from server_strategies.attacks.explain.gates import slope_gates
 from server_strategies.attacks.explain.gradient import loss_gradient
 
 
@@ -66,25 +65,3 @@ def test_values_and_gradients_stay_and_the_slope_in_x_gains_the_gates_part(
 def test_a_slope_of_no_width_is_refused() -> None:
     with pytest.raises(ValueError, match="gate_width is -1"):
         slope_gates(nn.ReLU(), -1.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "gates"),
-    [
-        ("convnet", True),
-        ("mlp", True),
-        ("vgg11", True),
-        ("resnet8", True),
-        ("mlp_mixer", False),
-        ("vit_tiny", False),
-    ],
-)
-def test_gates_are_found_and_finding_them_leaves_no_trace(name: str, gates: bool) -> None:
-    model = create_model(name, 10, (3, 32, 32), precode=8, dropout=0.1)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    drawn = torch.get_rng_state()
-
-    assert has_gates(model, (3, 32, 32)) is gates
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), drawn)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -12,7 +12,7 @@ from server_strategies.attacks.explain.base import Explanation
 from server_strategies.attacks.explain.decode import Decoded, legible_fingerprints
 from server_strategies.attacks.explain.defended import hidden_size
 from server_strategies.attacks.explain.distance import DISTANCES
-from server_strategies.attacks.explain.gates import GATE_WIDTH, has_gates, slope_gates
+from server_strategies.attacks.explain.gates import GATE_WIDTH, slope_gates
 from server_strategies.attacks.explain.one_step import EpsInversion, GradientMatch, SignMatch
 from server_strategies.attacks.explain.passes import Passes
 from server_strategies.attacks.explain.summed import Summed
@@ -64,9 +64,8 @@ def explain(
     alpha : float, optional
         Where a surrogate starts, see `Surrogate`.
     distance : {"auto", "cosine", "squared", "layered", "decaying", "even"}
-        See `explain.distance`. ``auto``: of a client with SGD, whose moves' length tells
-        of the images too, `even` where no unit of the model has a gate and `squared`
-        else, `cosine` of others. `surrogate` and `sign` have
+        See `explain.distance`. ``auto``: `squared` of a client with SGD, whose moves'
+        length tells of the images too, `cosine` of others. `surrogate` and `sign` have
         one of their own. With ``auto`` as `kind` a smoothed simulation is always
         compared by the cosine: a smoothed Adam moves less than the client's, so that a
         distance which sees lengths is least where images make up for that, not at the
@@ -102,10 +101,9 @@ def explain(
             distance, reason = "cosine", f"{reason}; by the cosine, as Adam is smoothed"
         reason = f"auto, {reason}"
     if distance == "auto":
-        distance = "cosine"
-        if knowledge.client.optimizer == "sgd" and kind not in _OWN_DISTANCE:
-            distance = "squared" if has_gates(model, knowledge.image_shape) else "even"
-            reason += f"; by the {distance} distance"
+        lengths = knowledge.client.optimizer == "sgd" and kind not in _OWN_DISTANCE
+        distance = "squared" if lengths else "cosine"
+        reason += "; by the squared distance" * lengths
     if gate_width is None:
         gate_width = 0.0 if _smooths(kind, knowledge) else GATE_WIDTH
     if gate_width:

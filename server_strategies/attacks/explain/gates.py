@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -53,31 +52,6 @@ def slope_gates(model: nn.Module, width: float) -> None:
             return forward(*args, **kwargs)
 
     model.forward = sloped  # type: ignore[method-assign]
-
-
-def has_gates(model: nn.Module, image_shape: Sequence[int]) -> bool:
-    """Return whether a model calls `relu` on images of a shape, (C, H, W)."""
-    calls = _ReluCalls()
-    # On the meta device nothing is computed, drawn, or noted in BatchNorm's buffers.
-    with calls:
-        deepcopy(model).to("meta").eval()(torch.empty(1, *image_shape, device="meta"))
-    return calls.any
-
-
-class _ReluCalls(TorchFunctionMode):
-    """While it is entered, notes whether `relu` is called."""
-
-    any = False
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        self.any = self.any or func in _RELUS
-        return func(*args, **(kwargs or {}))
 
 
 class _SlopedRelu(TorchFunctionMode):
