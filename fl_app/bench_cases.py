@@ -177,7 +177,7 @@ def _distances() -> tuple[Case, ...]:
     """Return the cases of `distances`: SGD's moves matched with their length or without.
 
     What ``distance=auto`` rests on: ``--seed 1000 --draws 2``, 12 minutes of one
-    thread. The default, with it, comes first.
+    thread for the ConvNet, 25 for the MLP-Mixer. The default comes first.
     """
     one = Case(replace(_SGD, batch_size=1), _flow(100))
     clients = (
@@ -188,7 +188,15 @@ def _distances() -> tuple[Case, ...]:
         replace(one, training=replace(_PAIR[0], local_steps=1)),
     )
     cosine = _flow(100, distance="cosine")
-    return tuple(each for case in clients for each in (case, replace(case, attack=cosine)))
+    cases = [each for case in clients for each in (case, replace(case, attack=cosine))]
+    mixer = replace(one, rounds=2, model="mlp_mixer")
+    two_steps = replace(one.training, local_steps=2)
+    for case, iterations in ((replace(mixer, training=two_steps), 300), (mixer, 500)):
+        cases += [
+            replace(case, attack=_flow(iterations)),
+            replace(case, attack=_flow(iterations, distance="even")),
+        ]
+    return tuple(cases)
 
 
 def _rates() -> tuple[Case, ...]:
