@@ -12,7 +12,7 @@ from torch import Tensor
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining, Observation
 from server_strategies.attacks.explain import explain
-from server_strategies.attacks.explain.decode import Decoded, combine
+from server_strategies.attacks.explain.decode import Decoded, combine, needed
 from server_strategies.attacks.explain.fingerprints import Fingerprint, find_fingerprints
 
 ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=4)
@@ -75,6 +75,19 @@ def test_rows_are_combined_from_features_by_least_squares() -> None:
         parts, torch.tensor([[0.0, 1, 0], [half, 0, -half], [0, 0, 0]]), atol=1e-2, rtol=0
     )
     torch.testing.assert_close(together, torch.tensor([0.0, 0, 1]), atol=1e-2, rtol=0)
+
+
+def test_a_copy_of_an_image_is_not_needed_beside_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shown, other, third = torch.rand(3, 50, generator=generator)
+    blend = 0.8 * shown + 0.2 * torch.rand(50, generator=generator)
+    rows = torch.stack([2 * shown - blend, other, torch.randn(50, generator=generator)])
+    seen = Fingerprint(0, "w", torch.arange(3), rows, torch.ones(3, 50, dtype=torch.bool))
+    features = torch.stack([blend, shown, third, other])
+    _, parts, _ = combine(features, seen)
+    assert parts[0, 0].abs() > 0.5
+    # The third row is nobody's: what little of it an image explains does not count.
+    assert needed(features, seen).tolist() == [False, True, False, True]
 
 
 def test_fingerprints_are_explained_by_the_truth_and_not_by_other_images() -> None:

@@ -33,7 +33,7 @@ from server_strategies.attacks.explain.trajectory import Trajectory
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
 _SOFT = 0.005  # residual at which a row gives up being of one image alone
-_SHARE = 0.5  # of a row's length, which an image needs to be shown by it
+_NEEDED = 0.1  # of a row's square, which an image has to explain to be shown by it
 _RESIDUAL = 0.1  # below which a row counts as explained
 _RENEW = 8  # calls after which the weights that features are taken at are simulated anew
 
@@ -90,6 +90,7 @@ class Decoded(Trajectory):
         self.calls = 0
         self.held: dict[int, dict[str, Tensor]] = {}
         self.shown: Tensor | None = None
+        self.all_shown = False
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the loss, shape (), of normalised images (N, C, H, W)."""
@@ -100,7 +101,8 @@ class Decoded(Trajectory):
             return self._residual(x)
         if self.shown is None:
             self.shown = self._find_shown(x.detach())
-        if self.shown.all():
+            self.all_shown = bool(self.shown.all())
+        if self.all_shown:
             return self._residual(x)
         still = self.shown.view(-1, 1, 1, 1)
         residual = self._residual(torch.where(still, x, x.detach()))
@@ -117,25 +119,25 @@ class Decoded(Trajectory):
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
         residuals = []
-        for _, alone, _, together in self._combined(x):
+        for _, features, seen in self._pictured(x):
+            alone, _, together = combine(features, seen)
             best = alone.min(1).values
             residuals.append((together + _SOFT * best / (best + _SOFT)).mean())
         return torch.stack(residuals).mean()
 
     def _find_shown(self, x: Tensor) -> Tensor:
-        """Return which images make up most of a row that is explained, shape (N,) of bool."""
+        """Return which images some fingerprint shows, shape (N,) of bool; see `needed`."""
         shown = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for index, _, parts, together in self._combined(x):
-            large = (parts.abs() > _SHARE) & (together < _RESIDUAL)[:, None]
-            shown[index] |= large.any(0)
+        for index, features, seen in self._pictured(x):
+            shown[index] |= needed(features, seen)
         return shown
 
-    def _combined(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield for each fingerprint which images it is of, and what `combine` makes of them."""
+    def _pictured(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Fingerprint]]:
+        """Yield each fingerprint with the images that it may show and their features (B, D)."""
         for step, index in self._steps():
             inputs = look(self.model, self.held[step], x[index], self.names)[0]
             for seen in self.prints[step]:
-                yield index, *combine(inputs[seen.name], seen)
+                yield index, inputs[seen.name], seen
 
     def _steps(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the local steps with fingerprints, and which images each trains on."""
@@ -259,13 +261,48 @@ def combine(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor, Tensor
     together : Tensor, shape (R,)
         The residual of that.
     """
-    rows = F.normalize(seen.gradient * seen.known, dim=1)
-    a = F.normalize(features[None] * seen.known[:, None], dim=2)
+    rows, a = _of_length_one(features, seen)
     dots = a @ rows[:, :, None]
     gram = a @ a.transpose(1, 2) + _RIDGE * torch.eye(a.shape[1], device=a.device)
     parts = torch.linalg.solve(gram, dots)
     together = (rows - (parts * a).sum(1)).square().sum(1)
     return 1 - dots[:, :, 0].square(), parts[:, :, 0], together
+
+
+def needed(features: Tensor, seen: Fingerprint) -> Tensor:
+    """Return which images it takes to explain a fingerprint, shape (B,) of bool.
+
+    By orthogonal matching pursuit (Pati et al., 1993) of the rows that all images
+    explain together: the image that explains most of a row comes first, its part
+    leaves rows and features, and so on. A copy of an image, or a blend of some, is
+    not needed beside them, however large a part least squares give it.
+
+    Parameters
+    ----------
+    features, seen
+        See `combine`.
+    """
+    explained = combine(features, seen)[2] < _RESIDUAL
+    rows, a = (scaled[explained] for scaled in _of_length_one(features, seen))
+    chosen = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    while len(rows) and not chosen.all():
+        directions = F.normalize(a, dim=2, eps=1e-6)
+        dots = (directions @ rows[:, :, None])[:, :, 0]
+        gains = dots.square().amax(0)
+        image = gains.argmax()
+        if gains[image] < _NEEDED:
+            break
+        chosen[image] = True
+        direction = directions[:, image]
+        rows = rows - dots[:, image, None] * direction
+        a = a - a @ direction[:, :, None] * direction[:, None]
+    return chosen
+
+
+def _of_length_one(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor]:
+    """Return the rows (R, D) and, for each, the features (R, B, D), on what is known of it."""
+    rows = F.normalize(seen.gradient * seen.known, dim=1)
+    return rows, F.normalize(features[None] * seen.known[:, None], dim=2)
 
 
 def legible_fingerprints(
