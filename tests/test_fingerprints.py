@@ -87,7 +87,9 @@ def test_a_copy_of_an_image_is_not_needed_beside_it() -> None:
     _, parts, _ = combine(features, seen)
     assert parts[0, 0].abs() > 0.5
     # The third row is nobody's: what little of it an image explains does not count.
-    assert needed(features, seen).tolist() == [False, True, False, True]
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected[0, 1] = expected[1, 3] = True
+    assert torch.equal(needed(features, seen), expected)
 
 
 def test_fingerprints_are_explained_by_the_truth_and_not_by_other_images() -> None:

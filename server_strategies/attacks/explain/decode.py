@@ -35,6 +35,8 @@ _RIDGE = 1e-3  # of the least squares on features of length 1
 _SOFT = 0.005  # residual at which a row gives up being of one image alone
 _NEEDED = 0.1  # of a row's square, which an image has to explain to be shown by it
 _RESIDUAL = 0.1  # below which a row counts as explained
+_MOVED = 1e-4  # cost of a label that moves, in the misfit's units
+_OPEN = 1e-6  # output of a unit that is just open
 _RENEW = 8  # calls after which the weights that features are taken at are simulated anew
 
 
@@ -129,7 +131,7 @@ class Decoded(Trajectory):
         """Return which images some fingerprint shows, shape (N,) of bool; see `needed`."""
         shown = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for index, features, seen in self._pictured(x):
-            shown[index] |= needed(features, seen)
+            shown[index] |= needed(features, seen).any(0)
         return shown
 
     def _pictured(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Fingerprint]]:
@@ -175,37 +177,46 @@ class Decoded(Trajectory):
     def _deal(self, index: Tensor, misfit: Tensor) -> None:
         """Deal the labels of some images out among them: the linear assignment that fits best."""
         labels = self.labels[index]
-        _, best = linear_sum_assignment(misfit[:, labels].cpu().numpy())
+        # Those that nothing is told of keep theirs.
+        costs = misfit[:, labels] + _MOVED * (labels != labels[:, None])
+        _, best = linear_sum_assignment(costs.cpu().numpy())
         self.labels[index] = labels[torch.from_numpy(best).to(labels.device)]
 
     def _misfit(self, step: int, x: Tensor) -> Tensor:
         """Return how badly each class fits a step's images, shape (B, num_classes).
 
-        An image's part in a row is the slope of its loss in that unit's output,
-        which its label decides.
+        An image's part in a row that needs it is the slope of its loss in that
+        unit's output, which its label decides. 0 for images that no row needs.
         """
         weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
+        units = {seen.name: seen.rows for seen in self.prints[step]}
         with given_noise(self.model, self._noise(step, x)):
-            inputs, outputs, logits = look(self.model, weights, x, self.names)
-        played = []
+            inputs, outputs, logits = look(self.model, weights, x, self.names, units)
+        told = []
         for seen in self.prints[step]:
             features = inputs[seen.name].detach()
-            _, parts, _ = combine(features, seen)
+            chosen = needed(features, seen)
+            _, parts, _ = combine(features, seen, chosen)
             # In units of the slope: undo the lengths that `combine` works with.
             lengths = (features[None] * seen.known[:, None]).norm(dim=2) + 1e-12
-            played.append(parts * seen.gradient.norm(dim=1, keepdim=True) / lengths)
+            slopes = parts * seen.gradient.norm(dim=1, keepdim=True) / lengths
+            told.append((chosen, slopes, slopes.square().sum() + 1e-30))
         misfit = torch.zeros_like(logits)
         for label in self.labels.unique():
             loss = F.cross_entropy(logits, label.expand(len(x)))
-            for seen, parts in zip(self.prints[step], played, strict=True):
+            for seen, (chosen, slopes, size) in zip(self.prints[step], told, strict=True):
                 (slope,) = torch.autograd.grad(loss, outputs[seen.name], retain_graph=True)
-                off = (parts - slope[:, seen.rows].T).square().sum(0)
-                misfit[:, label] += off / parts.square().sum()
+                off = (slopes - slope[:, seen.rows].T) * chosen
+                misfit[:, label] += off.square().sum(0) / size
         return misfit.detach()
 
 
 def look(
-    model: nn.Module, weights: Mapping[str, Tensor], x: Tensor, names: Iterable[str]
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    names: Iterable[str],
+    opened: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Run a model, and look into its layers.
 
@@ -218,6 +229,9 @@ def look(
         Normalised images.
     names : iterable of str
         Weights of the layers to look into.
+    opened : mapping of str to Tensor, optional
+        By weight, units that left a row, so that their ReLU was open: outputs which
+        approximate images and weights have below zero are raised to just above.
 
     Returns
     -------
@@ -227,8 +241,13 @@ def look(
     """
     inputs, outputs = {}, {}
 
-    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if opened and name in opened:
+            units = torch.zeros_like(output, dtype=torch.bool)
+            units[:, opened[name]] = True
+            output = torch.where(units, output.clamp_min(_OPEN), output)
         inputs[name], outputs[name] = args[0], output
+        return output
 
     handles = [
         model.get_submodule(name.removesuffix(".weight")).register_forward_hook(partial(hook, name))
@@ -240,7 +259,9 @@ def look(
     return inputs, outputs, logits
 
 
-def combine(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor, Tensor]:
+def combine(
+    features: Tensor, seen: Fingerprint, chosen: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Explain the rows of a fingerprint by the features of a batch, by least squares.
 
     All on coordinates that are known, with rows and features scaled to length 1.
@@ -251,6 +272,8 @@ def combine(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor, Tensor
         The layer's inputs.
     seen : Fingerprint
         Of R rows.
+    chosen : Tensor of bool, shape (B,) or (R, B), optional
+        Which images may be part of a row; by default all.
 
     Returns
     -------
@@ -262,6 +285,8 @@ def combine(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor, Tensor
         The residual of that.
     """
     rows, a = _of_length_one(features, seen)
+    if chosen is not None:
+        a = a * chosen[..., None]
     dots = a @ rows[:, :, None]
     gram = a @ a.transpose(1, 2) + _RIDGE * torch.eye(a.shape[1], device=a.device)
     parts = torch.linalg.solve(gram, dots)
@@ -270,7 +295,7 @@ def combine(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor, Tensor
 
 
 def needed(features: Tensor, seen: Fingerprint) -> Tensor:
-    """Return which images it takes to explain a fingerprint, shape (B,) of bool.
+    """Return which images it takes to explain each row of a fingerprint, shape (R, B) of bool.
 
     By orthogonal matching pursuit (Pati et al., 1993) of the rows that all images
     explain together: the image that explains most of a row comes first, its part
@@ -282,21 +307,19 @@ def needed(features: Tensor, seen: Fingerprint) -> Tensor:
     features, seen
         See `combine`.
     """
-    explained = combine(features, seen)[2] < _RESIDUAL
-    rows, a = (scaled[explained] for scaled in _of_length_one(features, seen))
+    explained = (combine(features, seen)[2] < _RESIDUAL)[:, None]
+    rows, a = _of_length_one(features, seen)
+    rows = rows * explained
     chosen = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-    while len(rows) and not chosen.all():
+    for _ in range(len(features)):
         directions = F.normalize(a, dim=2, eps=1e-6)
         dots = (directions @ rows[:, :, None])[:, :, 0]
-        gains = dots.square().amax(0)
-        image = gains.argmax()
-        if gains[image] < _NEEDED:
-            break
-        chosen[image] = True
+        gains, image = dots.square().amax(0).max(0)
+        chosen[image] |= gains > _NEEDED
         direction = directions[:, image]
         rows = rows - dots[:, image, None] * direction
         a = a - a @ direction[:, :, None] * direction[:, None]
-    return chosen
+    return (combine(features, seen, chosen)[1].square() > _NEEDED) & explained
 
 
 def _of_length_one(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor]:
