@@ -287,11 +287,10 @@ def combine(
     rows, a = _of_length_one(features, seen)
     if chosen is not None:
         a = a * chosen[..., None]
-    dots = a @ rows[:, :, None]
-    gram = a @ a.transpose(1, 2) + _RIDGE * torch.eye(a.shape[1], device=a.device)
+    dots, gram = _products(rows, a)
     parts = torch.linalg.solve(gram, dots)
-    together = (rows - (parts * a).sum(1)).square().sum(1)
-    return 1 - dots[:, :, 0].square(), parts[:, :, 0], together
+    together = (rows - (parts[:, :, None] * a).sum(1)).square().sum(1)
+    return 1 - dots.square(), parts, together
 
 
 def needed(features: Tensor, seen: Fingerprint) -> Tensor:
@@ -308,17 +307,17 @@ def needed(features: Tensor, seen: Fingerprint) -> Tensor:
         See `combine`.
     """
     explained = (combine(features, seen)[2] < _RESIDUAL)[:, None]
-    rows, a = _of_length_one(features, seen)
-    rows = rows * explained
+    dots, gram = _products(*_of_length_one(features, seen))
+    dots = dots * explained
     chosen = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     for _ in range(len(features)):
-        directions = F.normalize(a, dim=2, eps=1e-6)
-        dots = (directions @ rows[:, :, None])[:, :, 0]
-        gains, image = dots.square().amax(0).max(0)
+        # What is left of an image that was chosen is rounding.
+        left = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-6)
+        gains, image = (dots.square() / left).amax(0).max(0)
         chosen[image] |= gains > _NEEDED
-        direction = directions[:, image]
-        rows = rows - dots[:, image, None] * direction
-        a = a - a @ direction[:, :, None] * direction[:, None]
+        along = gram[:, image] / left[:, image, None]
+        dots = dots - dots[:, image, None] * along
+        gram = gram - gram[:, :, image, None] * along[:, None]
     return (combine(features, seen, chosen)[1].square() > _NEEDED) & explained
 
 
@@ -326,6 +325,12 @@ def _of_length_one(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor]
     """Return the rows (R, D) and, for each, the features (R, B, D), on what is known of it."""
     rows = F.normalize(seen.gradient * seen.known, dim=1)
     return rows, F.normalize(features[None] * seen.known[:, None], dim=2)
+
+
+def _products(rows: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features (R, B, D) times their rows (R, D), and times each other, with the ridge."""
+    gram = a @ a.transpose(1, 2) + _RIDGE * torch.eye(a.shape[1], device=a.device)
+    return (a @ rows[:, :, None])[:, :, 0], gram
 
 
 def legible_fingerprints(
