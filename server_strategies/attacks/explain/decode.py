@@ -103,6 +103,7 @@ class Decoded(Trajectory):
             return self._residual(x)
         if self.shown is None:
             self.shown = self._find_shown(x.detach())
+            # Once: to read it in every call would wait for the device.
             self.all_shown = bool(self.shown.all())
         if self.all_shown:
             return self._residual(x)
