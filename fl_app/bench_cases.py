@@ -140,19 +140,27 @@ def _tv_weights() -> tuple[Case, ...]:
 
 
 def _balances() -> tuple[Case, ...]:
-    """Return the cases of `balances`: how strongly priors pull on a client with SGD, K=5, B=4.
+    """Return the cases of `balances`: how strongly priors pull on clients with SGD.
 
-    With the flow prior and with total variation alone; then other weights of total
-    variation beside the flow. ``--seed 1000 --draws 2``, 26 minutes of one thread.
+    K=5, B=4 with the flow prior and with total variation alone, then other clients
+    with SGD. What `BALANCE` was chosen by: ``--seed 1000 --draws 4``, 80 minutes
+    of one thread.
     """
-    pulls = ((0.03, 0.01), (0.1, 0.01), (0.1, 0.05), (0.4, 0.02), (0.4, 0.3))
-    tried: list[Options] = [
-        {**prior, "balance": first, "last_balance": last}
-        for prior in ({"tv": 0.01}, {"flow": 0})
-        for first, last in pulls
+    batch = Case(_PAIR[0], _flow(200))
+    one = replace(batch, training=replace(_SGD, batch_size=1), rounds=2)
+    pulls = ((0.1, 0.05), (0.4, 0.05), (1.5, 0.05), (0.4, 0.1))
+    tried: list[tuple[Case, Options, int]] = [
+        (batch, {}, 4),
+        (batch, {"flow": 0}, 3),
+        (replace(batch, training=replace(_SGD, local_steps=1, batch_size=16)), {}, 3),
+        (one, {}, 3),
+        (replace(one, model="mlp_mixer"), {}, 3),
     ]
-    tried += [{"tv": 0.03}, {"tv": 0.1}]
-    return tuple(Case(_PAIR[0], _flow(200, **options)) for options in tried)
+    return tuple(
+        replace(case, attack=_flow(200, balance=first, last_balance=last, **options))
+        for case, options, count in tried
+        for first, last in pulls[:count]
+    )
 
 
 def _gates() -> tuple[Case, ...]:

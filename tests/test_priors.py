@@ -274,7 +274,7 @@ def test_flow_prior_refuses_what_it_cannot_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "gigaflops"), [("compact", 1.6e6, 0.34), ("unet64", 8.9e6, 3.20)]
+    ("name", "parameters", "gigaflops"), [("compact", 1.6e6, 0.34), ("unet64", 6.2e6, 3.17)]
 )
 def test_networks_have_their_published_size(name: str, parameters: float, gigaflops: float) -> None:
     network = create_network(name)
@@ -292,9 +292,8 @@ def test_networks_take_any_multiple_and_train_on_no_others(name: str) -> None:
         x = torch.randn((2, 3, side, side))
         assert network(x, torch.rand(2)).shape == x.shape
         assert prior(x, 0.0).isfinite()
-    multiple = {"compact": 4, "unet64": 8}[name]
-    with pytest.raises(ValueError, match=f"divisible by {multiple}, got"):
-        odd = torch.zeros((4, 3, 36 if multiple == 8 else 34, 32), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="divisible by 4, got"):
+        odd = torch.zeros((4, 3, 34, 32), dtype=torch.uint8)
         Trainer(odd, replace(TINY, network=name), Path("nowhere"), "zeros")
 
 

@@ -178,12 +178,15 @@ class Trainer:
         network = create_network(settings.network).to(self.device)
         check_shape(network, images.shape)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.backends.cudnn.benchmark = True  # batches are all of one shape
         self.velocity: Callable[[Tensor, Tensor], Tensor] = (
-            torch.compile(self.network) if self.device.type == "cuda" else self.network
+            torch.compile(self.network) if on_cuda else self.network
         )
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99)
+            self.network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), fused=on_cuda
         )
         self.steps, self.seconds = 0, 0.0
         self.loss = torch.tensor(math.nan, device=self.device)  # of about the last 100 steps
@@ -230,8 +233,8 @@ class Trainer:
         self.steps += 1
         # A young average forgets faster, or it would remember the start.
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
-        for name, value in self.network.state_dict().items():
-            self.average[name].lerp_(value.detach(), 1 - decay)
+        now = self.network.state_dict()
+        torch._foreach_lerp_([self.average[name] for name in now], list(now.values()), 1 - decay)
         loss = loss.detach().float()
         self.loss = torch.where(self.loss.isnan(), loss, self.loss.lerp(loss, 0.01))
 
