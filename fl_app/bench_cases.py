@@ -143,8 +143,8 @@ def _balances() -> tuple[Case, ...]:
     """Return the cases of `balances`: how strongly priors pull on clients with SGD.
 
     K=5, B=4 with the flow prior and with total variation alone, then other clients
-    with SGD. What `BALANCE` was chosen by: ``--seed 1000 --draws 4``, 80 minutes
-    of one thread.
+    with SGD. What `BALANCE` was chosen by: ``--seed 1000 --draws 4``, an hour of
+    one thread.
     """
     batch = Case(_PAIR[0], _flow(200))
     one = replace(batch, training=replace(_SGD, batch_size=1), rounds=2)

@@ -29,6 +29,7 @@ Report = Callable[[int, float], None]
 
 _NEAR = 0.01  # of the learning rate, where the start is a solution that first steps would leave
 _LOOK = 3  # iterations from one look whether two images are in each other's place to the next
+_AS_GOOD = 0.05  # share by which an exchange may raise the loss at first, at the start
 _COUNTED = 8  # iterations whose floating-point operations are counted
 
 
@@ -70,7 +71,7 @@ def optimise(
     which it stays, boxed to those of images in [0, 1] after every step, with the
     explanation's own unknowns beside them, boxed to theirs. Now and then two images
     that the explanation says may have been found in each other's place change it, if
-    that explains the update better. The result is the explanation's reading of the
+    that explains the update as well. The result is the explanation's reading of the
     last iterate: nothing is chosen by its likeness to the truth.
 
     Parameters
@@ -183,15 +184,18 @@ def optimise(
 def _better_order(
     explanation: Explanation, x: Tensor, progress: float, matching: Tensor, pair: tuple[int, int]
 ) -> Tensor:
-    """Return the order of images x, with a pair exchanged if that explains the update better.
+    """Return the order of images x, with a pair exchanged if that explains the update as well.
 
-    The choice is made on the device, so that nothing waits for it.
+    The other images have adapted to where the pair is, so that the right order may look a little
+    worse at first; a wrong one does not last. How much worse falls to 0 by the end. The choice is
+    made on the device, so that nothing waits for it.
     """
     order = torch.arange(len(x))
     other = order.clone()
     other[list(pair)] = order[list(reversed(pair))]
     order, other = order.to(x.device), other.to(x.device)
-    return torch.where(explanation(x[other], progress) < matching, other, order)
+    as_good = (1 + _AS_GOOD * (1 - progress)) * matching
+    return torch.where(explanation(x[other], progress) < as_good, other, order)
 
 
 class Run:
