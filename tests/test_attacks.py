@@ -22,7 +22,12 @@ from server_strategies.attacks import ATTACKS, check_attack, run_attack
 from server_strategies.attacks.explain import explain
 from server_strategies.attacks.explain.base import Explanation, Unknown
 from server_strategies.attacks.flow_matching import flow_matching
-from server_strategies.attacks.optimise import AttackError, optimise, step_schedule
+from server_strategies.attacks.optimise import (
+    AttackError,
+    _better_order,
+    optimise,
+    step_schedule,
+)
 from server_strategies.priors.flow import load_flow
 
 ONE_STEP = replace(CLIENTS["sgd"], batch_size=6, local_steps=1)
@@ -88,6 +93,19 @@ def test_images_of_a_class_that_are_in_each_others_place_change_it() -> None:
     # In their own place they stay.
     explanation.start = x
     assert torch.allclose(loop(explanation, seen, Budget(4), lr=1e-3).images, right, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "progress", "made"),
+    [(1.04, 0.0, True), (1.06, 0.0, False), (1.04, 0.5, False), (0.99, 1.0, True)],
+)
+def test_an_exchange_may_look_a_little_worse_at_first(
+    loss: float, progress: float, made: bool
+) -> None:
+    order = _better_order(
+        lambda *_: torch.tensor(loss), torch.zeros((3, 1)), progress, torch.tensor(1.0), (0, 2)
+    )  # type: ignore[arg-type]
+    assert order.tolist() == ([2, 1, 0] if made else [0, 1, 2])
 
 
 @pytest.mark.parametrize("balance", [0.5, 2.0])
