@@ -104,7 +104,7 @@ def test_an_exchange_may_look_a_little_worse_at_first(
 ) -> None:
     order = _better_order(
         lambda *_: torch.tensor(loss), torch.zeros((3, 1)), progress, torch.tensor(1.0), (0, 2)
-    )  # type: ignore[arg-type]
+    )
     assert order.tolist() == ([2, 1, 0] if made else [0, 1, 2])
 
 

@@ -29,7 +29,7 @@ Report = Callable[[int, float], None]
 
 _NEAR = 0.01  # of the learning rate, where the start is a solution that first steps would leave
 _LOOK = 3  # iterations from one look whether two images are in each other's place to the next
-_AS_GOOD = 0.05  # share by which an exchange may raise the loss at first, at the start
+_AS_GOOD = 0.05  # share by which an exchange may raise the loss, at the start
 _COUNTED = 8  # iterations whose floating-point operations are counted
 
 

@@ -198,6 +198,7 @@ class UNet64(nn.Module):
         self.width = width
         widths = (width, 2 * width, 2 * width)
         attends = (False, True, False)
+        self.stages = len(widths)
         self.time = nn.Sequential(
             nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
@@ -217,7 +218,7 @@ class UNet64(nn.Module):
         self.middle = nn.ModuleList(
             [UNetBlock(now, now, width, attends=choice) for choice in (True, False)]
         )
-        for stage in (2, 1, 0):
+        for stage in reversed(range(self.stages)):
             for _ in range(3):
                 inputs, now = now + skips.pop(), widths[stage]
                 self.up.append(UNetBlock(inputs, now, width, attends[stage]))
@@ -232,7 +233,7 @@ class UNet64(nn.Module):
         time = self.time(time_features(t, self.width).to(x.dtype))
         hidden = self.head(x)
         skips = [hidden]
-        for stage in range(3):
+        for stage in range(self.stages):
             if stage > 0:
                 hidden = self.shrink[stage - 1](hidden)
                 skips.append(hidden)
@@ -241,7 +242,7 @@ class UNet64(nn.Module):
                 skips.append(hidden)
         for block in self.middle:
             hidden = block(hidden, time)
-        for stage in range(3):
+        for stage in range(self.stages):
             if stage > 0:
                 hidden = F.interpolate(hidden, scale_factor=2, mode="nearest")
                 hidden = self.grow[stage - 1](hidden)

@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fl_app.files import whole_file, write_text
 from fl_app.progress import progress_bar
@@ -234,7 +235,7 @@ class Trainer:
         # A young average forgets faster, or it would remember the start.
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
         now = self.network.state_dict()
-        torch._foreach_lerp_([self.average[name] for name in now], list(now.values()), 1 - decay)
+        get_ema_multi_avg_fn(decay)([self.average[name] for name in now], list(now.values()), 0)
         loss = loss.detach().float()
         self.loss = torch.where(self.loss.isnan(), loss, self.loss.lerp(loss, 0.01))
 
