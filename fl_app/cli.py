@@ -27,6 +27,7 @@ from fl_app.config import (
     AttackConfig,
     ConfigError,
     DatasetConfig,
+    PriorConfig,
     from_yaml,
     load_config,
 )
@@ -256,6 +257,9 @@ def bench(
     cases: Annotated[
         str, typer.Option(help="Run only cases in whose name this regular expression is found.")
     ] = "",
+    prior: Annotated[
+        str, typer.Option(help="Of the attacks: a shipped prior's name, or a .safetensors file.")
+    ] = PriorConfig.weights,
     bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
 ) -> None:
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
@@ -270,10 +274,16 @@ def bench(
         lpips_weights = _typed(lpips_weights)
     if cases and name not in BENCHMARKS:
         raise ConfigError(f"cases is {cases!r}; {name} has none to choose from")
+    if prior != PriorConfig.weights and name not in BENCHMARKS:
+        raise ConfigError(f"prior is {prior!r}; {name} attacks with none")
+    stem = find_weights(_weights(prior)).stem
     data = _dataset_config(dataset)
     info, images = dataset_info(data), load_split(data, split)
     facts = {"dataset": data.name, "split": split, "first_seed": seed, "commit": git_commit()}
     command = f"flowleak bench {name} --dataset {data.name} --split {split}"
+    if prior != PriorConfig.weights:
+        facts["prior"] = stem
+        command += f" --prior {stem}"
     shared = f" --seed {seed}" + (f" --workers {workers}" if workers > 1 else "")
     run = BENCHMARKS.get(name) or _WITHOUT_ATTACKS[name].clients
     train_images = None
@@ -289,7 +299,8 @@ def bench(
         short = reading.shortfalls(rows)
     else:
         benchmark = Benchmark(
-            name, BENCHMARKS[name], info, images, facts, path=out, lpips_weights=lpips_weights,
+            name, BENCHMARKS[name], info, images, facts, path=out,
+            prior=PriorConfig(_weights(prior)), lpips_weights=lpips_weights,
             train_images=train_images,
         )  # fmt: skip
         command += f" --draws {draws or benchmark.draws}{shared}"
@@ -342,6 +353,11 @@ def _typed(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
+def _weights(weights: str) -> str:
+    """Return a prior's name as it is, and the path of a file as `_typed` does."""
+    return _typed(weights) if weights.endswith(".safetensors") else weights
+
+
 def _dataset_config(choice: str) -> DatasetConfig:
     """Return the data set that a name or a folder means."""
     if re.fullmatch(r"\w+", choice) and not Path(choice).is_dir():
@@ -384,6 +400,10 @@ def train_prior(
         float, typer.Option(help="Share of flow times in [0.6, 1]; 0.4: uniform.")
     ] = TrainingSettings.focus,
     seed: int = TrainingSettings.seed,
+    start: Annotated[
+        str,
+        typer.Option(help="Weights to begin with: a shipped prior's name, or a .safetensors file."),
+    ] = TrainingSettings.start,
     folder: Annotated[
         Path, typer.Option(help="Checkpoint and progress; one found there is resumed.")
     ] = Path("checkpoints/prior"),
@@ -401,6 +421,7 @@ def train_prior(
         learning_rate=learning_rate,
         focus=focus,
         seed=seed,
+        start=_weights(start),
     )
     loaded, broken = load_images(source, layout)
     skipped = f", {broken} broken ones skipped" if broken else ""
@@ -418,8 +439,7 @@ def evaluate_prior(
     images: Annotated[int, typer.Option(help="Test images to denoise.")] = 64,
 ) -> None:
     """Measure how well a flow prior denoises, and write it into its model card."""
-    if weights.endswith(".safetensors"):
-        weights = _typed(weights)
+    weights = _weights(weights)
     card = find_weights(weights).with_suffix(".md")
     data = _dataset_config(dataset)
     test = load_split(data, "test").images
@@ -440,6 +460,7 @@ def check_assumptions(
     out: Annotated[Path | None, typer.Option(help="Markdown file of the tables.")] = None,
 ) -> None:
     """Measure the paper's assumptions A1 and A2 on a flow prior."""
+    weights = _weights(weights)
     data = _dataset_config(dataset)
     test = load_split(data, "test")
     facts = {"dataset": data.name, "split": "test", "commit": git_commit()}

@@ -272,7 +272,9 @@ def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
         flowleak("show", "y", *runs_dir)
 
 
-def test_prior_training_from_the_command_line(tmp_path: Path) -> None:
+def test_a_prior_is_trained_and_attacks_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), "uint8"))
     out = tmp_path / "own.safetensors"
     flowleak(
@@ -281,3 +283,16 @@ def test_prior_training_from_the_command_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert out.is_file()
     assert "images seen: 8" in out.with_suffix(".md").read_text()
+    attack = AttackConfig("flow_matching", 1)
+    monkeypatch.setitem(bench_cases.BENCHMARKS, "quick", (replace(CASE, attack=attack),))
+    monkeypatch.chdir(tmp_path)
+    bench = ["bench", "quick", "--dataset", "photos", "--draws", "1", "--out", "quick.json"]
+    flowleak(*bench, "--prior", "own.safetensors")
+    assert json.loads(Path("quick.json").read_text())["facts"]["prior"] == "own"
+    assert "--prior own" in Path("quick.md").read_text()
+    with pytest.raises(ValueError, match=r"holds results of .*'prior': 'own'"):
+        flowleak(*bench)
+    with pytest.raises(ValueError, match="prior weights 'nonsense' are not shipped"):
+        flowleak(*bench, "--prior", "nonsense")
+    with pytest.raises(ValueError, match="labels attacks with none"):
+        flowleak("bench", "labels", "--prior", "unet64")

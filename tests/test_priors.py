@@ -418,6 +418,24 @@ def test_a_killed_training_resumes(tmp_path: Path, small_shards: None) -> None:
     assert longer.progress == 24 / 96
 
 
+def test_a_training_begins_with_other_weights(tmp_path: Path) -> None:
+    half_trained(tmp_path / "first").export(tmp_path / "first.safetensors", "abc")
+    start = replace(TINY, start=str(tmp_path / "first.safetensors"))
+    trainer = Trainer(images(), start, tmp_path / "second", "noise")
+    for name, value in load_file(start.start).items():
+        assert torch.equal(trainer.weights[name], value.float()), name
+        assert torch.equal(trainer.average[name], value.float()), name
+    trainer.step()
+    trainer.save()
+    trainer.export(tmp_path / "second.safetensors", "abc")
+    card = (tmp_path / "second.md").read_text()
+    assert "began with: first, which had seen 24 images" in card and "images seen: 8" in card
+    with pytest.raises(ValueError, match=r"trained with start=.*first\.safetensors, not ;"):
+        Trainer(images(), TINY, tmp_path / "second", "noise")
+    with pytest.raises(ValueError, match="are of the network 'compact', not of 'unet64'"):
+        Trainer(images(), replace(start, network="unet64"), tmp_path / "third", "noise")
+
+
 def test_a_checkpoint_of_another_kind_of_device_draws_anew(tmp_path: Path) -> None:
     trainer = half_trained(tmp_path)
     file = tmp_path / "checkpoint" / "checkpoint.json"

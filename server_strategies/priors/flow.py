@@ -54,7 +54,8 @@ def find_weights(weights: str) -> Path:
 def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     """Load a trained velocity network, frozen.
 
-    Its attribute ``size`` is the height and width of its training images.
+    Its attribute ``size`` is the height and width of its training images, ``facts``
+    what the file says of the training, as its model card does.
 
     Parameters
     ----------
@@ -80,7 +81,7 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
         raise ValueError(
             f"{path}: image_size is {size!r}; allowed: a multiple of {network.multiple}"
         )
-    network.size = int(size)  # type: ignore[assignment]
+    network.size, network.facts = int(size), facts  # type: ignore[assignment]
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

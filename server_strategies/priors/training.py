@@ -20,7 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fl_app.files import whole_file, write_text
 from fl_app.progress import progress_bar
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
-from server_strategies.priors.flow import generate
+from server_strategies.priors.flow import find_weights, generate, load_flow
 from server_strategies.priors.networks import check_shape, create_network
 
 VALIDATION_TIMES = (0.2, 0.5, 0.8, 0.9, 0.95)
@@ -53,6 +53,8 @@ class TrainingSettings:
         Share of the flow times drawn from [0.6, 1], where attacks use the
         network; the others come from [0, 0.6].
     seed : int
+    start : str
+        Weights to begin with, as `find_weights` takes them; "": at random.
     """
 
     network: str = "compact"
@@ -64,6 +66,7 @@ class TrainingSettings:
     ema: float = 0.999
     focus: float = 0.8
     seed: int = 0
+    start: str = ""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -160,8 +163,9 @@ class Trainer:
     Raises
     ------
     ValueError
-        If the network can't take such images, or the checkpoint found can't be
-        read or was made with another network, seed or batch size.
+        If the network can't take such images, the weights to start with are not
+        its, or the checkpoint found can't be read or was made with another
+        network, seed, batch size or start.
     """
 
     def __init__(
@@ -176,7 +180,7 @@ class Trainer:
         self.images = images[:-held_out].to(self.device)
         torch.manual_seed(settings.seed)
         self.generator = torch.Generator(self.device).manual_seed(settings.seed)
-        network = create_network(settings.network).to(self.device)
+        network = self._created().to(self.device)
         check_shape(network, images.shape)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         on_cuda = self.device.type == "cuda"
@@ -185,7 +189,9 @@ class Trainer:
         self.velocity: Callable[[Tensor, Tensor], Tensor] = (
             torch.compile(self.network) if on_cuda else self.network
         )
-        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        # The weights themselves, which steps change in place; their average.
+        self.weights = self.network.state_dict()
+        self.average = {k: v.clone() for k, v in self.weights.items()}
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), fused=on_cuda
         )
@@ -234,8 +240,7 @@ class Trainer:
         self.steps += 1
         # A young average forgets faster, or it would remember the start.
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
-        now = self.network.state_dict()
-        get_ema_multi_avg_fn(decay)([self.average[name] for name in now], list(now.values()), 0)
+        get_ema_multi_avg_fn(decay)([*self.average.values()], [*self.weights.values()], 0)
         loss = loss.detach().float()
         self.loss = torch.where(self.loss.isnan(), loss, self.loss.lerp(loss, 0.01))
 
@@ -321,7 +326,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint that a killed training resumes from; after a first step."""
         tensors = {"generator": self.generator.get_state()}
-        tensors |= {f"network/{k}": v.detach() for k, v in self.network.state_dict().items()}
+        tensors |= {f"network/{k}": v for k, v in self.weights.items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
         for name, parameter in self.network.named_parameters():
             kept = self.optimizer.state[parameter]
@@ -335,14 +340,33 @@ class Trainer:
         }
         save_checkpoint(self.folder, tensors, facts)
 
+    def _created(self) -> nn.Module:
+        """Return the network as the training begins; `began` says with what, for the card."""
+        network, start = create_network(self.settings.network), self.settings.start
+        self.began = "random weights"
+        if start:
+            other = load_flow(start)
+            facts: dict[str, str] = other.facts  # type: ignore[assignment]
+            if facts["network"] != self.settings.network:
+                raise ValueError(
+                    f"the weights {start!r} are of the network {facts['network']!r}, "
+                    f"not of {self.settings.network!r}"
+                )
+            network.load_state_dict(other.state_dict())
+            seen = facts.get("images_seen", "an unknown number of")
+            self.began = f"{find_weights(start).stem}, which had seen {seen} images"
+        return network
+
     def _resume(self) -> None:
         """Go on from the folder's checkpoint, if there is one."""
         found = load_checkpoint(self.folder)
         if found is None:
             return
         tensors, facts = found
-        for name in ("network", "seed", "batch_size"):
-            before, now = facts["settings"][name], getattr(self.settings, name)
+        for name in ("network", "seed", "batch_size", "start"):
+            # What a checkpoint does not name was not yet to be chosen.
+            before = facts["settings"].get(name, getattr(TrainingSettings, name))
+            now = getattr(self.settings, name)
             if before != now:
                 raise ValueError(
                     f"the checkpoint in {self.folder} was trained with {name}={before}, not {now}; "
@@ -382,6 +406,7 @@ class Trainer:
             "image size": str(self.images.shape[-1]),
             "data": self.source,
             "training images": f"{len(self.images):,}",
+            "began with": self.began,
             "images seen": f"{self.images_seen:,}",
             "steps": f"{self.steps:,} of batch {self.settings.batch_size}",
             "seconds": f"{self.seconds:.0f} on {self.device.type}",
