@@ -108,17 +108,20 @@ def test_an_exchange_may_look_a_little_worse_at_first(
     assert order.tolist() == ([2, 1, 0] if made else [0, 1, 2])
 
 
-@pytest.mark.parametrize("balance", [0.5, 2.0])
-def test_priors_pull_every_image_in_proportion(balance: float) -> None:
+@pytest.mark.parametrize(("balance", "doubt"), [(0.5, 0.2), (2.0, 0.2), (0.5, 1.1)])
+def test_priors_pull_every_image_in_proportion(balance: float, doubt: float) -> None:
     # The explanation hardly feels some of the images.
     observation, knowledge, x = client(CLIENTS["sgd"])
     target = Target(observation, knowledge, torch.zeros_like(x))
     felt = torch.tensor([1.0, 0.5, 0.1, 0.01, 1e-3, 1e-4]).view(-1, 1, 1, 1)
     target.start = torch.full_like(x, 0.1)
     target.alpha.data.zero_()
-    target.__class__ = type(
-        "Weak", (Target,), {"__call__": lambda self, x, _: (felt * x).sum() + 0 * self.alpha}
-    )
+    weak = {
+        "__call__": lambda self, x, _: (felt * x).sum() + 0 * self.alpha,
+        # No image but the last is doubted.
+        "doubt": lambda _: doubt * torch.eye(6)[5],
+    }
+    target.__class__ = type("Weak", (Target,), weak)
     # The prior wants the other direction: whoever is stronger decides the sign, of every image.
     found = loop(
         target,
@@ -128,21 +131,23 @@ def test_priors_pull_every_image_in_proportion(balance: float) -> None:
         balance=lambda _: balance,
     )
     start = target.start * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)
-    assert torch.equal(found.images > start, torch.full_like(start, balance > 1, dtype=torch.bool))
+    pulled = torch.tensor([balance > 1] * 5 + [max(balance, doubt) > 1]).view(-1, 1, 1, 1)
+    assert torch.equal(found.images > start, pulled.expand(start.shape))
 
 
-def test_learning_rates_start_anew_where_the_explanation_says_and_images_may_stand_still() -> None:
+def test_the_search_starts_anew_where_the_explanation_says_and_images_may_stand_still() -> None:
     class Halting(Target):
         restart = 0.6
-        halted = False
+        reached: tuple[Tensor, ...] = ()
 
         def __call__(self, x: Tensor, progress: float) -> Tensor:
-            if progress >= self.restart and not self.halted:
-                self.halted, self.reached = True, x.detach().clone()
-            return super().__call__(x, progress)
+            if progress < self.restart:
+                return super().__call__(x, progress)
+            self.reached += (x.detach().clone(),)
+            return -super().__call__(x, progress)  # something else is matched
 
         def pace(self) -> Tensor | None:
-            return torch.tensor([0.0, 1, 1, 1, 1, 1]) if self.halted else None
+            return torch.tensor([0.0, 1, 1, 1, 1, 1]) if self.reached else None
 
     observation, knowledge, x = client(ONE_STEP)
     halting = Halting(observation, knowledge, x.flip(2))
@@ -154,9 +159,12 @@ def test_learning_rates_start_anew_where_the_explanation_says_and_images_may_sta
     # One call for each of two learning rates.
     assert progress[::2] == pytest.approx([0, 1 / 3, 2 / 3, 0, 0.5])
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
-    moved = (found.images - (halting.reached * std + mean)).abs().amax((1, 2, 3))
+    at_restart, later = halting.reached
+    moved = (found.images - (at_restart * std + mean)).abs().amax((1, 2, 3))
     assert moved[0] < 1e-6
     assert (moved[1:] > 1e-3).all()
+    # The first step after it is a first step of Adam, which no earlier gradient slows.
+    assert (later - at_restart)[1:].abs().median().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_loop_stops_in_time_and_on_nonsense() -> None:

@@ -124,14 +124,31 @@ def test_images_that_fingerprints_show_stand_still_after_the_restart() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     explanation = explain("fingerprints", observation, knowledge)
     assert isinstance(explanation, Decoded)
-    assert explanation.pace() is None
+    assert explanation.pace() is explanation.doubt() is None
     assert explanation(x, explanation.restart) < 0.05
-    shown, pace = explanation.shown, explanation.pace()
+    shown, pace, doubt = explanation.shown, explanation.pace(), explanation.doubt()
     assert shown is not None
     assert pace is not None
+    assert doubt is not None
     assert shown.any()
     assert (pace[shown] < 0.1).all()
     assert (pace[~shown] == 1).all()
+    # Of those that stand still the rows are known with errors, and not to be fitted exactly.
+    assert torch.equal(doubt, shown.float())
+
+
+def test_an_image_that_its_label_contradicts_is_not_shown() -> None:
+    observation, knowledge, x = client(replace(ADAM, local_steps=3))
+    given = knowledge.labels
+    assert given
+    right = explain("fingerprints", observation, knowledge)
+    # A class that no image of the first step has: the label can't be dealt to another one.
+    other = next(c for c in range(10) if c not in given[:2])
+    wrong = explain("fingerprints", observation, replace(knowledge, labels=(other, *given[1:])))
+    for explanation in (right, wrong):
+        explanation(x, explanation.restart)
+    assert right.shown.tolist()[:2] == [True, True]
+    assert wrong.shown.tolist()[:2] == [False, True]
 
 
 def test_without_fingerprints_the_reason_is_given() -> None:

@@ -20,9 +20,9 @@ from server_strategies.attacks.optimise import Report, cosine_schedule, optimise
 from server_strategies.priors.flow import FlowPrior
 from server_strategies.priors.total_variation import TotalVariation
 
-BALANCE = {"sgd": (0.1, 0.05), "adam": (1.5, 0.2)}
+BALANCE = {"sgd": (0.1, 0.05), "adam": (1.5, 0.45)}
 """The default `balance` and `last_balance`. A smoothed Adam needs more of the priors: its late
-batches are all but open to the match. Chosen on draws 1000 to 1003, Adam's of K=5, B=4, SGD's of
+batches are all but open to the match. Chosen on draws 1000 to 1004, Adam's of K=5, B=4, SGD's of
 four clients (`flowleak bench balances`)."""
 
 
@@ -79,8 +79,9 @@ def flow_matching(
         each image, at the first and the last iteration; it falls
         geometrically. Where the update is known to carry noise it falls less, by the
         noise's share of the update's square, and never below that of its length: what
-        fits the noise is not to be believed. None: see `BALANCE`. A balance of 0: by
-        their weights alone, as eq. 18 has it.
+        fits the noise is not to be believed. For the same reason images that
+        fingerprints show are pulled by 1 or more. None: see `BALANCE`. A balance of 0:
+        by their weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.
     every, draws : int

@@ -134,7 +134,11 @@ def optimise(
     groups += [{"params": [u.value], "lr": u.lr, "peak": u.lr} for u in explanation.unknowns]
     optimizer = torch.optim.Adam(groups)
     pairs = explanation.exchanges()
+    to_restart = explanation.restart > 0
     for iteration, progress in enumerate(run.iterations()):
+        if to_restart and progress >= explanation.restart:
+            optimizer.state.clear()  # moments of what was matched before
+            to_restart = False
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(_since_restart(progress, explanation.restart))
         with run.counted(progress):
@@ -148,6 +152,9 @@ def optimise(
             pull = _pull(priors, x, mean, std, progress)
             if balance:
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
+                doubt = explanation.doubt()
+                if doubt is not None:
+                    pull = pull * (doubt / balance(progress)).clamp(min=1).view(-1, 1, 1, 1)
             (gradient,) = torch.autograd.grad(x, variable, slope + pull)
             order = None
             if pairs and iteration % _LOOK == 0:

@@ -72,8 +72,8 @@ class Explanation(ABC):
         Candidates of each image that are optimised together, all images' first
         ones before the second.
     restart : float
-        Share of the attack's iterations after which its learning rates start anew;
-        0: nowhere.
+        Share of the attack's iterations after which something else is matched, and
+        the optimiser starts anew, as do its learning rates; 0: nowhere.
     """
 
     name: str
@@ -165,6 +165,14 @@ class Explanation(ABC):
         """Return how far each image moves, shape (copies * N,), in units of the attack's steps.
 
         None: all of them by the whole step.
+        """
+        return None
+
+    def doubt(self) -> Tensor | None:
+        """Return by image how far its pull is not to be believed, shape (copies * N,), in [0, 1].
+
+        Priors that are balanced pull no weaker than by this multiple of the pull: 1
+        where all that is left to fit may be errors of what is matched. None: nowhere.
         """
         return None
 

@@ -35,6 +35,7 @@ _RIDGE = 1e-3  # of the least squares on features of length 1
 _SOFT = 0.005  # residual at which a row gives up being of one image alone
 _NEEDED = 0.1  # of a row's square, which an image has to explain to be shown by it
 _RESIDUAL = 0.1  # below which a row counts as explained
+_BELIEVED = 0.15  # misfit of its own label up to which an image counts as shown
 _MOVED = 1e-4  # cost of a label that moves, in the misfit's units
 _OPEN = 1e-6  # output of a unit that is just open
 _RENEW = 8  # calls after which the weights that features are taken at are simulated anew
@@ -91,6 +92,7 @@ class Decoded(Trajectory):
         self.ordered = knowledge.labels_source == "given"  # otherwise counted over all steps
         self.calls = 0
         self.held: dict[int, dict[str, Tensor]] = {}
+        self.believed: Tensor
         self.shown: Tensor | None = None
         self.all_shown = False
 
@@ -102,7 +104,7 @@ class Decoded(Trajectory):
         if progress < self.restart:
             return self._residual(x)
         if self.shown is None:
-            self.shown = self._find_shown(x.detach())
+            self.shown = self.believed
             # Once: to read it in every call would wait for the device.
             self.all_shown = bool(self.shown.all())
         if self.all_shown:
@@ -119,6 +121,10 @@ class Decoded(Trajectory):
         """See `Explanation`."""
         return None if self.shown is None else torch.where(self.shown, 0.05, 1.0)
 
+    def doubt(self) -> Tensor | None:
+        """See `Explanation`; of images that are shown, whose rows are known to some rounding."""
+        return None if self.shown is None else self.shown.float()
+
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
         residuals = []
@@ -127,13 +133,6 @@ class Decoded(Trajectory):
             best = alone.min(1).values
             residuals.append((together + _SOFT * best / (best + _SOFT)).mean())
         return torch.stack(residuals).mean()
-
-    def _find_shown(self, x: Tensor) -> Tensor:
-        """Return which images some fingerprint shows, shape (N,) of bool; see `needed`."""
-        shown = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for index, features, seen in self._pictured(x):
-            shown[index] |= needed(features, seen).any(0)
-        return shown
 
     def _pictured(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Fingerprint]]:
         """Yield each fingerprint with the images that it may show and their features (B, D)."""
@@ -151,17 +150,19 @@ class Decoded(Trajectory):
 
         On the way labels are dealt out: among the images of a step, whose order in
         it is never known, or among all that fingerprints can tell, where labels
-        were only counted.
+        were only counted. Then those images are believed that some row needs, with a
+        part that is about the one which their label gives them: one that imitates a
+        blend of others has another.
         """
         weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
         optimizer = create_optimizer(weights.values(), self.training)
-        misfits: list[Tensor] = []
+        told: list[tuple[Tensor, Tensor]] = []
         for step, index in enumerate(self.indices[: max(self.prints) + 1]):
             if step in self.prints:
                 self.held[step] = {name: w.detach().clone() for name, w in weights.items()}
-                misfits.append(self._misfit(step, x[index]))
+                told.append(self._misfit(step, x[index]))
                 if self.ordered:
-                    self._deal(index, misfits[-1])
+                    self._deal(index, told[-1][0])
             optimizer.zero_grad()
             with given_noise(self.model, self._noise(step, x[index])):
                 logits = functional_call(self.model, {**weights}, (x[index],))
@@ -169,8 +170,13 @@ class Decoded(Trajectory):
             if self.training.max_grad_norm:
                 nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
             optimizer.step()
+        pictured = torch.cat([index for _, index in self._steps()])
+        misfit, part = (torch.cat(parts) for parts in zip(*told, strict=True))
         if not self.ordered:
-            self._deal(torch.cat([index for _, index in self._steps()]), torch.cat(misfits))
+            self._deal(pictured, misfit)
+        own = misfit.gather(1, self.labels[pictured, None])[:, 0]
+        self.believed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.believed[pictured] = own < _BELIEVED * part
 
     def _noise(self, step: int, x: Tensor) -> list[Tensor]:
         return [noise.detach() for noise in self.noise_of(self.taken[step], x)]
@@ -183,16 +189,19 @@ class Decoded(Trajectory):
         _, best = linear_sum_assignment(costs.cpu().numpy())
         self.labels[index] = labels[torch.from_numpy(best).to(labels.device)]
 
-    def _misfit(self, step: int, x: Tensor) -> Tensor:
+    def _misfit(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return how badly each class fits a step's images, shape (B, num_classes).
 
         An image's part in a row that needs it is the slope of its loss in that
         unit's output, which its label decides. 0 for images that no row needs.
+        And the images' parts, in the misfit's units, shape (B,): what a class has
+        that explains nothing of them.
         """
         weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
         units = {seen.name: seen.rows for seen in self.prints[step]}
         with given_noise(self.model, self._noise(step, x)):
             inputs, outputs, logits = look(self.model, weights, x, self.names, units)
+        misfit, part = torch.zeros_like(logits), x.new_zeros(len(x))
         told = []
         for seen in self.prints[step]:
             features = inputs[seen.name].detach()
@@ -201,15 +210,16 @@ class Decoded(Trajectory):
             # In units of the slope: undo the lengths that `combine` works with.
             lengths = (features[None] * seen.known[:, None]).norm(dim=2) + 1e-12
             slopes = parts * seen.gradient.norm(dim=1, keepdim=True) / lengths
-            told.append((chosen, slopes, slopes.square().sum() + 1e-30))
-        misfit = torch.zeros_like(logits)
+            size = slopes.square().sum() + 1e-30
+            part += (slopes * chosen).square().sum(0) / size
+            told.append((chosen, slopes, size))
         for label in self.labels.unique():
             loss = F.cross_entropy(logits, label.expand(len(x)))
             for seen, (chosen, slopes, size) in zip(self.prints[step], told, strict=True):
                 (slope,) = torch.autograd.grad(loss, outputs[seen.name], retain_graph=True)
                 off = (slopes - slope[:, seen.rows].T) * chosen
                 misfit[:, label] += off.square().sum(0) / size
-        return misfit.detach()
+        return misfit.detach(), part
 
 
 def look(
