@@ -65,8 +65,9 @@ def test_moves_that_do_not_tell_the_step_leave_no_fingerprint() -> None:
 def test_rows_are_combined_from_features_by_least_squares() -> None:
     features = torch.eye(3, 6)
     rows = torch.stack([2 * features[1], features[0] - features[2], torch.eye(6)[5]])
-    known = torch.ones(3, 6, dtype=torch.bool)
-    alone, parts, together = combine(features, Fingerprint(0, "w", torch.arange(3), rows, known))
+    exact, alike = torch.zeros(3, 6), torch.ones(3, 6)
+    seen = Fingerprint(0, "w", torch.arange(3), rows, exact, alike)
+    alone, parts, together = combine(features, seen)
     half = 0.5**0.5
     torch.testing.assert_close(
         alone, torch.tensor([[1.0, 0, 1], [0.5, 1, 0.5], [1, 1, 1]]), atol=1e-2, rtol=0
@@ -82,7 +83,8 @@ def test_a_copy_of_an_image_is_not_needed_beside_it() -> None:
     shown, other, third = torch.rand(3, 50, generator=generator)
     blend = 0.8 * shown + 0.2 * torch.rand(50, generator=generator)
     rows = torch.stack([2 * shown - blend, other, torch.randn(50, generator=generator)])
-    seen = Fingerprint(0, "w", torch.arange(3), rows, torch.ones(3, 50, dtype=torch.bool))
+    exact, alike = torch.zeros(3, 50), torch.ones(3, 50)
+    seen = Fingerprint(0, "w", torch.arange(3), rows, exact, alike)
     features = torch.stack([blend, shown, third, other])
     _, parts, _ = combine(features, seen)
     assert parts[0, 0].abs() > 0.5

@@ -128,18 +128,13 @@ class Decoded(Trajectory):
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
         residuals = []
-        for _, features, seen in self._pictured(x):
-            alone, _, together = combine(features, seen)
-            best = alone.min(1).values
-            residuals.append((together + _SOFT * best / (best + _SOFT)).mean())
-        return torch.stack(residuals).mean()
-
-    def _pictured(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Fingerprint]]:
-        """Yield each fingerprint with the images that it may show and their features (B, D)."""
         for step, index in self._steps():
             inputs = look(self.model, self.held[step], x[index], self.names)[0]
             for seen in self.prints[step]:
-                yield index, inputs[seen.name], seen
+                alone, _, together = combine(inputs[seen.name], seen)
+                best = alone.min(1).values
+                residuals.append((together + _SOFT * best / (best + _SOFT)).mean())
+        return torch.stack(residuals).mean()
 
     def _steps(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the local steps with fingerprints, and which images each trains on."""
@@ -160,6 +155,7 @@ class Decoded(Trajectory):
         for step, index in enumerate(self.indices[: max(self.prints) + 1]):
             if step in self.prints:
                 self.held[step] = {name: w.detach().clone() for name, w in weights.items()}
+                self._weigh(step, x[index])
                 told.append(self._misfit(step, x[index]))
                 if self.ordered:
                     self._deal(index, told[-1][0])
@@ -177,6 +173,14 @@ class Decoded(Trajectory):
         own = misfit.gather(1, self.labels[pictured, None])[:, 0]
         self.believed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.believed[pictured] = own < _BELIEVED * part
+
+    def _weigh(self, step: int, x: Tensor) -> None:
+        """Weigh a step's fingerprints by how well its images (B, C, H, W) explain them."""
+        with torch.no_grad(), given_noise(self.model, self._noise(step, x)):
+            inputs = look(self.model, self.held[step], x, self.names)[0]
+            self.prints[step] = [
+                seen.weighed(combine(inputs[seen.name], seen)[2]) for seen in self.prints[step]
+            ]
 
     def _noise(self, step: int, x: Tensor) -> list[Tensor]:
         return [noise.detach() for noise in self.noise_of(self.taken[step], x)]
@@ -208,8 +212,8 @@ class Decoded(Trajectory):
             chosen = needed(features, seen)
             _, parts, _ = combine(features, seen, chosen)
             # In units of the slope: undo the lengths that `combine` works with.
-            lengths = (features[None] * seen.known[:, None]).norm(dim=2) + 1e-12
-            slopes = parts * seen.gradient.norm(dim=1, keepdim=True) / lengths
+            length = (seen.gradient * seen.weight).norm(dim=1, keepdim=True)
+            slopes = parts * length / _lengths(features, seen)
             size = slopes.square().sum() + 1e-30
             part += (slopes * chosen).square().sum(0) / size
             told.append((chosen, slopes, size))
@@ -275,7 +279,7 @@ def combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Explain the rows of a fingerprint by the features of a batch, by least squares.
 
-    All on coordinates that are known, with rows and features scaled to length 1.
+    Coordinates count by their weights, with rows and features scaled to length 1.
 
     Parameters
     ----------
@@ -295,13 +299,12 @@ def combine(
     together : Tensor, shape (R,)
         The residual of that.
     """
-    rows, a = _of_length_one(features, seen)
+    dots, gram = _products(features, seen)
     if chosen is not None:
-        a = a * chosen[..., None]
-    dots, gram = _products(rows, a)
-    parts = torch.linalg.solve(gram, dots)
-    together = (rows - (parts[:, :, None] * a).sum(1)).square().sum(1)
-    return 1 - dots.square(), parts, together
+        dots, gram = dots * chosen, gram * chosen[..., None] * chosen[..., None, :]
+    parts = torch.linalg.solve(gram + _ridge(gram), dots)
+    explained = (parts * (2 * dots - (gram @ parts[..., None])[..., 0])).sum(1)
+    return 1 - dots.square(), parts, (1 - explained).clamp(min=0)
 
 
 def needed(features: Tensor, seen: Fingerprint) -> Tensor:
@@ -318,8 +321,8 @@ def needed(features: Tensor, seen: Fingerprint) -> Tensor:
         See `combine`.
     """
     explained = (combine(features, seen)[2] < _RESIDUAL)[:, None]
-    dots, gram = _products(*_of_length_one(features, seen))
-    dots = dots * explained
+    dots, gram = _products(features, seen)
+    dots, gram = dots * explained, gram + _ridge(gram)
     chosen = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     for _ in range(len(features)):
         # What is left of an image that was chosen is rounding.
@@ -332,16 +335,26 @@ def needed(features: Tensor, seen: Fingerprint) -> Tensor:
     return (combine(features, seen, chosen)[1].square() > _NEEDED) & explained
 
 
-def _of_length_one(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor]:
-    """Return the rows (R, D) and, for each, the features (R, B, D), on what is known of it."""
-    rows = F.normalize(seen.gradient * seen.known, dim=1)
-    return rows, F.normalize(features[None] * seen.known[:, None], dim=2)
+def _products(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor]:
+    """Return features times each row, shape (R, B), and times each other, (R, B, B).
+
+    Of features (B, D) and rows that are weighted and scaled to length 1. By products of
+    matrices: features that are scaled for each row would be R B D numbers.
+    """
+    lengths = _lengths(features, seen)
+    rows = F.normalize(seen.gradient * seen.weight, dim=1) * seen.weight
+    pairs = (features[:, None] * features).flatten(0, 1)
+    gram = (seen.weight.square() @ pairs.T).unflatten(1, (len(features), -1))
+    return rows @ features.T / lengths, gram / (lengths[:, :, None] * lengths[:, None])
 
 
-def _products(rows: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features (R, B, D) times their rows (R, D), and times each other, with the ridge."""
-    gram = a @ a.transpose(1, 2) + _RIDGE * torch.eye(a.shape[1], device=a.device)
-    return (a @ rows[:, :, None])[:, :, 0], gram
+def _lengths(features: Tensor, seen: Fingerprint) -> Tensor:
+    """Return the length of each image's features with each row's weights, shape (R, B), above 0."""
+    return (seen.weight.square() @ features.square().T).clamp(min=1e-24).sqrt()
+
+
+def _ridge(gram: Tensor) -> Tensor:
+    return _RIDGE * torch.eye(gram.shape[-1], device=gram.device)
 
 
 def legible_fingerprints(
@@ -381,10 +394,7 @@ def legible_fingerprints(
             step: dict(zip(update, known.sizes_told(moves[step].item()), strict=True))
             for step in {seen.step for seen in found}
         }
-        left = [
-            replace(seen, known=seen.known & told[seen.step][seen.name][seen.rows])
-            for seen in found
-        ]
+        left = [_known_only(seen, told[seen.step][seen.name][seen.rows]) for seen in found]
         # With less than half left, rows mislead more than they tell.
         kept = (
             now.known.sum() > seen.known.sum() / 2 for now, seen in zip(left, found, strict=True)
@@ -392,4 +402,10 @@ def legible_fingerprints(
         found = list(compress(left, kept))
     first_pass = training.steps_a_pass(count)
     # Rows without a gradient that is known, as a defence may leave them, tell nothing.
-    return [s for s in found if s.step < first_pass and (s.gradient * s.known).any()]
+    return [s for s in found if s.step < first_pass and (s.gradient * s.weight).any()]
+
+
+def _known_only(seen: Fingerprint, told: Tensor) -> Fingerprint:
+    """Return a fingerprint of which only those coordinates are known that `told` (R, D) marks."""
+    spread = torch.where(told, seen.spread, torch.inf)
+    return replace(seen, spread=spread, weight=seen.weight * told)

@@ -10,7 +10,7 @@ coordinates: those of a hidden unit that only images of one batch activate.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from server_strategies.attacks.explain.trajectory import BETA1, BETA2, EPS
 
 _NEAR = 2e-3  # how near a move is to that of a large gradient, relatively
 _SHARE = 0.6  # of a row's coordinates that moved, which are to be that near
-_MOST = 24  # rows kept of a weight and a step
+_MOST = 64  # rows kept of a weight and a step
+_FINEST = 1e-5  # misfit of a row below which its coordinates are weighed no further
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,40 @@ class Fingerprint:
         Along the weight's first dimension: the units.
     gradient : Tensor, shape (R, D)
         0 where it is not known.
-    known : Tensor of bool, shape (R, D)
-        Where float32 keeps the gradient's size.
+    spread : Tensor, shape (R, D)
+        Standard deviation of what rounding makes of the gradient: it grows with the
+        gradient's square. Infinite where it is not known.
+    weight : Tensor, shape (R, D)
+        How much a coordinate counts where rows are explained, in [0, 1].
     """
 
     step: int
     name: str
     rows: Tensor
     gradient: Tensor
-    known: Tensor
+    spread: Tensor
+    weight: Tensor
+
+    @property
+    def known(self) -> Tensor:
+        """Where float32 keeps the gradient's size, shape (R, D) of bool."""
+        return self.spread.isfinite()
+
+    def weighed(self, misfit: Tensor) -> Fingerprint:
+        """Return it with weights that suit how well its rows are explained so far.
+
+        ``1 / sqrt(1 + spread^2 / (misfit rms^2))``, with the rms of a row's gradient where
+        there is one: what rounding spoils counts less, the more so the better the rest
+        is explained; as long as nothing is, all that is known counts alike.
+
+        Parameters
+        ----------
+        misfit : Tensor, shape (R,)
+            Share of a row's square that is not explained, in [0, 1].
+        """
+        square = self.gradient.square().sum(1) / (self.gradient != 0).sum(1).clamp(min=1)
+        left = (misfit.clamp(min=_FINEST) * square)[:, None] + torch.finfo(square.dtype).tiny
+        return replace(self, weight=(1 + self.spread.square() / left).rsqrt())
 
 
 def single_touch(step: int, num_steps: int, decay: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -145,14 +171,15 @@ def find_fingerprints(
             a, b = single_touch(step, num_steps, decay)
             # Adam's own arithmetic adds about five such units of the move.
             error = rounding[rows] + 5 * unit * limits[num_steps - 1 - step]
-            size, known = _invert(moves[rows].abs(), a.to(moves), b.to(moves), error)
+            size, spread = _invert(moves[rows].abs(), a.to(moves), b.to(moves), error)
             gradient = (size * moves[rows].sign()).to(before.dtype)
-            found.append(Fingerprint(step, name, rows, gradient, known))
+            weight = spread.isfinite().to(before.dtype)
+            found.append(Fingerprint(step, name, rows, gradient, spread.to(before.dtype), weight))
     return found
 
 
 def _invert(moves: Tensor, a: Tensor, b: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |g| of moves in units of lr, 0 where it is not known, and where it is."""
+    """Return |g| of moves in units of lr, 0 where it is not known, and its spread."""
     # z = eps / |g| solves sum_k a_k / (b_k + z) = move. The left side falls and is
     # convex in z, so that Newton's method climbs to it from 0.
     z = torch.zeros_like(moves)
@@ -161,4 +188,7 @@ def _invert(moves: Tensor, a: Tensor, b: Tensor, error: Tensor) -> tuple[Tensor,
         slope = (terms / (b + z[..., None])).sum(-1)
         z = (z + (terms.sum(-1) - moves) / slope).clamp(min=0)
     known = ((a / b).sum() - moves > 3 * error) | (moves == 0)
-    return torch.where(known & (moves > 0), EPS / z, 0), known
+    size = torch.where(known & (moves > 0), EPS / z, 0)
+    # A move falls by `slope` a z, and d|g| = |g|^2 / eps dz.
+    slope = (a / (b + z[..., None]).square()).sum(-1)
+    return size, torch.where(known, size.square() * error / (EPS * slope), torch.inf)
