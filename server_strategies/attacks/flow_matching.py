@@ -79,8 +79,7 @@ def flow_matching(
         each image, at the first and the last iteration; it falls
         geometrically. Where the update is known to carry noise it falls less, by the
         noise's share of the update's square, and never below that of its length: what
-        fits the noise is not to be believed. For the same reason images that
-        fingerprints show are pulled by 1 or more. None: see `BALANCE`. A balance of 0:
+        fits the noise is not to be believed. None: see `BALANCE`. A balance of 0:
         by their weights alone, as eq. 18 has it.
     t_start, t_end : float
         Flow time t(k), linear over the iterations.

@@ -152,9 +152,6 @@ def optimise(
             pull = _pull(priors, x, mean, std, progress)
             if balance:
                 pull = pull * balance(progress) * _sizes(slope) / _sizes(pull)
-                doubt = explanation.doubt()
-                if doubt is not None:
-                    pull = pull * (doubt / balance(progress)).clamp(min=1).view(-1, 1, 1, 1)
             (gradient,) = torch.autograd.grad(x, variable, slope + pull)
             order = None
             if pairs and iteration % _LOOK == 0:

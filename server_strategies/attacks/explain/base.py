@@ -168,14 +168,6 @@ class Explanation(ABC):
         """
         return None
 
-    def doubt(self) -> Tensor | None:
-        """Return by image how far its pull is not to be believed, shape (copies * N,), in [0, 1].
-
-        Priors that are balanced pull no weaker than by this multiple of the pull: 1
-        where all that is left to fit may be errors of what is matched. None: nowhere.
-        """
-        return None
-
     @abstractmethod
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the matching loss, shape ().

@@ -121,10 +121,6 @@ class Decoded(Trajectory):
         """See `Explanation`."""
         return None if self.shown is None else torch.where(self.shown, 0.05, 1.0)
 
-    def doubt(self) -> Tensor | None:
-        """See `Explanation`; of images that are shown, whose rows are known to some rounding."""
-        return None if self.shown is None else self.shown.float()
-
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
         residuals = []
