@@ -46,8 +46,9 @@ class Decoded(Trajectory):
 
     Until `restart` the loss is the fingerprints' alone: for every row g of a local
     step's gradient the residual of its best combination of the batch's features,
-    ``min_d |g - sum_n d_n a_n|^2 / |g|^2``, and, softly, that of the best single
-    image, since most such rows are of one image. Labels and activations do not
+    ``min_d |g - sum_n d_n a_n|^2 / |g|^2``, each coordinate by its weight, and, softly,
+    that of the best single image, since most such rows are of one image. The weights
+    are renewed as the misfit falls (`Fingerprint.weighed`). Labels and activations do not
     enter, so no unit has to be active by luck. The features are those at the
     weights of that step, simulated from the images decoded so far.
 
