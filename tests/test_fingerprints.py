@@ -136,6 +136,18 @@ def test_counted_labels_find_their_images() -> None:
     assert explanation.found_labels() == given
 
 
+def test_a_label_that_was_miscounted_is_put_right() -> None:
+    observation, knowledge, x = client(replace(ADAM, local_steps=3))
+    given = knowledge.labels
+    assert given
+    other = next(c for c in range(10) if c not in given)
+    counted = replace(knowledge, labels=(other, *given[1:]), labels_source="llg")
+    explanation = explain("fingerprints", observation, counted)
+    for _ in range(17):
+        explanation(x, 0.0)
+    assert explanation.found_labels() == given
+
+
 def test_images_that_fingerprints_show_stand_still_after_the_restart() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     explanation = explain("fingerprints", observation, knowledge)

@@ -37,6 +37,7 @@ _NEEDED = 0.1  # of a row's square, which an image has to explain to be shown by
 _RESIDUAL = 0.1  # below which a row counts as explained
 _BELIEVED = 0.15  # misfit of its own label up to which an image counts as shown
 _MOVED = 1e-4  # cost of a label that moves, in the misfit's units
+_MISCOUNTED = 0.05  # of a label that was not counted, as a share of the image's part
 _OPEN = 1e-6  # output of a unit that is just open
 _RENEW = 8  # calls after which the weights that features are taken at are simulated anew
 
@@ -91,6 +92,7 @@ class Decoded(Trajectory):
             raise ValueError("explain is 'fingerprints', but the update holds none")
         self.names = {seen.name for found in self.prints.values() for seen in found}
         self.ordered = knowledge.labels_source == "given"  # otherwise counted over all steps
+        self.counted = self.labels.clone()
         self.calls = 0
         self.held: dict[int, dict[str, Tensor]] = {}
         self.believed: Tensor
@@ -155,7 +157,7 @@ class Decoded(Trajectory):
                 self._weigh(step, x[index])
                 told.append(self._misfit(step, x[index]))
                 if self.ordered:
-                    self._deal(index, told[-1][0])
+                    self._deal(index, *told[-1])
             optimizer.zero_grad()
             with given_noise(self.model, self._noise(step, x[index])):
                 logits = functional_call(self.model, {**weights}, (x[index],))
@@ -166,7 +168,7 @@ class Decoded(Trajectory):
         pictured = torch.cat([index for _, index in self._steps()])
         misfit, part = (torch.cat(parts) for parts in zip(*told, strict=True))
         if not self.ordered:
-            self._deal(pictured, misfit)
+            self._deal(pictured, misfit, part)
         own = misfit.gather(1, self.labels[pictured, None])[:, 0]
         self.believed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.believed[pictured] = own < _BELIEVED * part
@@ -182,11 +184,20 @@ class Decoded(Trajectory):
     def _noise(self, step: int, x: Tensor) -> list[Tensor]:
         return [noise.detach() for noise in self.noise_of(self.taken[step], x)]
 
-    def _deal(self, index: Tensor, misfit: Tensor) -> None:
-        """Deal the labels of some images out among them: the linear assignment that fits best."""
-        labels = self.labels[index]
+    def _deal(self, index: Tensor, misfit: Tensor, part: Tensor) -> None:
+        """Deal the labels of some images out among them: the linear assignment that fits best.
+
+        What was only counted may be wrong: an image may have a label of its own for it.
+        """
+        labels = self.counted[index]
         # Those that nothing is told of keep theirs.
-        costs = misfit[:, labels] + _MOVED * (labels != labels[:, None])
+        costs = misfit[:, labels] + _MOVED * (labels != self.labels[index, None])
+        if not self.ordered:
+            least, own = misfit.min(1)
+            alone = torch.where(part > 0, least + _MISCOUNTED * part, torch.inf)
+            apart = torch.full_like(costs, torch.inf)
+            costs = torch.cat([costs, apart.diagonal_scatter(alone)], 1)
+            labels = torch.cat([labels, own])
         _, best = linear_sum_assignment(costs.cpu().numpy())
         self.labels[index] = labels[torch.from_numpy(best).to(labels.device)]
 
@@ -194,7 +205,8 @@ class Decoded(Trajectory):
         """Return how badly each class fits a step's images, shape (B, num_classes).
 
         An image's part in a row that needs it is the slope of its loss in that
-        unit's output, which its label decides. 0 for images that no row needs.
+        unit's output, which its label decides. 0 for images that no row needs,
+        and of classes that are not to be dealt out.
         And the images' parts, in the misfit's units, shape (B,): what a class has
         that explains nothing of them.
         """
@@ -214,7 +226,8 @@ class Decoded(Trajectory):
             size = slopes.square().sum() + 1e-30
             part += (slopes * chosen).square().sum(0) / size
             told.append((chosen, slopes, size))
-        for label in self.labels.unique():
+        classes = self.labels.unique() if self.ordered else torch.arange(logits.shape[1])
+        for label in classes.to(logits.device):
             loss = F.cross_entropy(logits, label.expand(len(x)))
             for seen, (chosen, slopes, size) in zip(self.prints[step], told, strict=True):
                 (slope,) = torch.autograd.grad(loss, outputs[seen.name], retain_graph=True)
