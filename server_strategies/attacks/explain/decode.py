@@ -154,8 +154,9 @@ class Decoded(Trajectory):
         for step, index in enumerate(self.indices[: max(self.prints) + 1]):
             if step in self.prints:
                 self.held[step] = {name: w.detach().clone() for name, w in weights.items()}
-                self._weigh(step, x[index])
-                told.append(self._misfit(step, x[index]))
+                inputs, outputs, logits = self._look(step, x[index])
+                self._weigh(step, inputs)
+                told.append(self._misfit(step, inputs, outputs, logits))
                 if self.ordered:
                     self._deal(index, *told[-1])
             optimizer.zero_grad()
@@ -173,13 +174,19 @@ class Decoded(Trajectory):
         self.believed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.believed[pictured] = own < _BELIEVED * part
 
-    def _weigh(self, step: int, x: Tensor) -> None:
-        """Weigh a step's fingerprints by how well its images (B, C, H, W) explain them."""
-        with torch.no_grad(), given_noise(self.model, self._noise(step, x)):
-            inputs = look(self.model, self.held[step], x, self.names)[0]
-            self.prints[step] = [
-                seen.weighed(combine(inputs[seen.name], seen)[2]) for seen in self.prints[step]
-            ]
+    def _look(self, step: int, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return what `look` does of a step's images (B, C, H, W), its rows' units opened."""
+        weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
+        units = {seen.name: seen.rows for seen in self.prints[step]}
+        with given_noise(self.model, self._noise(step, x)):
+            inputs, outputs, logits = look(self.model, weights, x, self.names, units)
+        return {name: given.detach() for name, given in inputs.items()}, outputs, logits
+
+    def _weigh(self, step: int, inputs: Mapping[str, Tensor]) -> None:
+        """Weigh a step's fingerprints by how well its images' features explain them."""
+        self.prints[step] = [
+            seen.weighed(combine(inputs[seen.name], seen)[2]) for seen in self.prints[step]
+        ]
 
     def _noise(self, step: int, x: Tensor) -> list[Tensor]:
         return [noise.detach() for noise in self.noise_of(self.taken[step], x)]
@@ -201,7 +208,13 @@ class Decoded(Trajectory):
         _, best = linear_sum_assignment(costs.cpu().numpy())
         self.labels[index] = labels[torch.from_numpy(best).to(labels.device)]
 
-    def _misfit(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _misfit(
+        self,
+        step: int,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        logits: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Return how badly each class fits a step's images, shape (B, num_classes).
 
         An image's part in a row that needs it is the slope of its loss in that
@@ -210,14 +223,10 @@ class Decoded(Trajectory):
         And the images' parts, in the misfit's units, shape (B,): what a class has
         that explains nothing of them.
         """
-        weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
-        units = {seen.name: seen.rows for seen in self.prints[step]}
-        with given_noise(self.model, self._noise(step, x)):
-            inputs, outputs, logits = look(self.model, weights, x, self.names, units)
-        misfit, part = torch.zeros_like(logits), x.new_zeros(len(x))
+        misfit, part = torch.zeros_like(logits), logits.new_zeros(len(logits))
         told = []
         for seen in self.prints[step]:
-            features = inputs[seen.name].detach()
+            features = inputs[seen.name]
             chosen = needed(features, seen)
             _, parts, _ = combine(features, seen, chosen)
             # In units of the slope: undo the lengths that `combine` works with.
@@ -226,9 +235,9 @@ class Decoded(Trajectory):
             size = slopes.square().sum() + 1e-30
             part += (slopes * chosen).square().sum(0) / size
             told.append((chosen, slopes, size))
-        classes = self.labels.unique() if self.ordered else torch.arange(logits.shape[1])
-        for label in classes.to(logits.device):
-            loss = F.cross_entropy(logits, label.expand(len(x)))
+        every = torch.arange(logits.shape[1], device=logits.device)
+        for label in self.labels.unique() if self.ordered else every:
+            loss = F.cross_entropy(logits, label.expand(len(logits)))
             for seen, (chosen, slopes, size) in zip(self.prints[step], told, strict=True):
                 (slope,) = torch.autograd.grad(loss, outputs[seen.name], retain_graph=True)
                 off = (slopes - slope[:, seen.rows].T) * chosen
