@@ -140,11 +140,11 @@ def _tv_weights() -> tuple[Case, ...]:
 
 
 def _balances() -> tuple[Case, ...]:
-    """Return the cases of `balances`: how strongly priors pull on clients with SGD.
+    """Return the cases of `balances`: how strongly priors pull.
 
-    K=5, B=4 with the flow prior and with total variation alone, then other clients
-    with SGD. What `BALANCE` rests on: ``--seed 1000 --draws 4``, 50 minutes of
-    one thread.
+    With SGD K=5, B=4 with the flow prior and with total variation alone, then other
+    clients; with Adam both by their pull at the end, as `prior` runs them. What
+    `BALANCE` rests on: ``--seed 1000 --draws 4``, 80 minutes of one thread.
     """
     batch = Case(_PAIR[0], _flow(200))
     one = replace(batch, training=replace(_SGD, batch_size=1), rounds=2)
@@ -155,11 +155,17 @@ def _balances() -> tuple[Case, ...]:
         (one, {}),
         (replace(one, model="mlp_mixer"), {}),
     ]
-    return tuple(
+    of_sgd = (
         replace(case, attack=_flow(200, balance=first, last_balance=0.05, **options))
         for case, options in tried
         for first in (0.1, 0.4, 1.5)
     )
+    of_adam = (
+        Case(_PAIR[1], _flow(500, balance=1.5, last_balance=last, **options))
+        for options in ({}, {"flow": 0})
+        for last in (0.2, 0.45, 0.7)
+    )
+    return (*of_sgd, *of_adam)
 
 
 def _gates() -> tuple[Case, ...]:
@@ -229,9 +235,8 @@ def _prior() -> tuple[Case, ...]:
     """Return the cases of `prior`: what the flow prior gains over the best total variation.
 
     The defaults, with and without the flow: of the weights and balances that were
-    tried on draws from 1000 on the best of either (`balances`; of Adam, total
-    variation alone with a last balance of 0.1, 0.2 and 0.45: 28.2, 29.0 and 29.1 dB).
-    With 16 draws, 1.5 hours of one thread.
+    tried on draws from 1000 on the best of either (`balances`). With 16 draws, 1.5
+    hours of one thread.
     """
     cases = []
     for client, gain in zip(_PAIR, (1.5, 2.5), strict=True):
