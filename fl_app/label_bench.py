@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fl_app.audit.metrics import label_accuracy, label_chance, mean_interval
+from fl_app.audit.metrics import label_accuracy, label_chance, mean_interval, with_interval
 from fl_app.audit.truth import Truth
 from fl_app.bench import Case
 from fl_app.client_bench import ClientBench, Row
@@ -49,14 +49,13 @@ def label_cells(rows: Sequence[Row]) -> list[list[str]]:
     for client in dict.fromkeys(row["client"] for row in rows):
         for method in (*METHODS, "auto"):
             kept = _of(rows, client, method)
-            mean, low, _ = mean_interval([row["accuracy"] for row in kept])
             bar = BARS.get(client) if method == "auto" else None
             lines.append(
                 [
                     client,
                     method,
                     str(len(kept)),
-                    f"{mean:.1%}" + ("" if low is None else f" ± {100 * (mean - low):.1f}"),
+                    with_interval([100 * row["accuracy"] for row in kept], 1) + "%",
                     "" if bar is None else f"{bar:.0%}",
                     f"{mean_interval([row['chance'] for row in kept])[0]:.1%}",
                     f"{mean_interval([row['seconds'] for row in kept])[0]:.2f}",
