@@ -22,7 +22,7 @@ from server_strategies.priors.total_variation import TotalVariation
 
 BALANCE = {"sgd": (0.1, 0.05), "adam": (1.5, 0.45)}
 """The default `balance` and `last_balance`. A smoothed Adam needs more of the priors: its late
-batches are all but open to the match. Chosen on draws 1000 to 1004, Adam's of K=5, B=4, SGD's of
+batches are all but open to the match. Chosen on draws 1000 to 1007, Adam's of K=5, B=4, SGD's of
 four clients (`flowleak bench balances`)."""
 
 
