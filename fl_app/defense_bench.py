@@ -13,7 +13,7 @@ from rich.console import Console
 
 from client_app.training import NO_DEFENSE
 from fl_app.accuracy import Federation, federated_accuracy
-from fl_app.audit.metrics import mean_interval
+from fl_app.audit.metrics import with_interval
 from fl_app.bench import Benchmark, Case, commits, half_width, kept_rows, signed, with_commit
 from fl_app.bench_processes import in_processes
 from fl_app.data import ImageSet
@@ -179,8 +179,7 @@ def _cost(case: Case, accuracies: Accuracies) -> tuple[str, str]:
     lost = [100 * (theirs[number] - ours[number]) for number in ours if number in theirs]
     if case.defense == NO_DEFENSE or not lost:
         return accuracy, "-"
-    mean, low, high = mean_interval(lost)
-    return accuracy, f"{mean:.1f}{half_width({'low': low, 'high': high}, 1)} ({len(lost)})"
+    return accuracy, f"{with_interval(lost, 1)} ({len(lost)})"
 
 
 def compare_with_sme(benchmark: Benchmark) -> list[str]:
