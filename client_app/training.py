@@ -13,8 +13,8 @@ from client_app.defended_steps import defended_steps
 from fl_app.data import ImageSet
 from fl_app.models.extensions import local_loss
 from fl_app.models.norms import set_batch_norm
-from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Defense, LocalTraining
+from fl_app.protocol.optimizer import create_optimizer
 
 NO_DEFENSE = Defense()
 _EVALUATION_BATCH = 256  # only bounds the memory

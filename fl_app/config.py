@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from fl_app.files import project_file
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining
+from fl_app.util.files import project_file
 
 UNBOUNDED = 1_000_000
 """Iterations that no attack makes in its seconds."""

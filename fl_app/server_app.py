@@ -16,19 +16,19 @@ from rich.console import Console
 from torch import nn
 
 from client_app.defended_steps import check_defense
-from fl_app.attacking import AttackProcess, only_one, open_pool
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.report import leakage_table
-from fl_app.audit.runs import create_run
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, dataset_info, load_partition
-from fl_app.files import user_path, write_text
 from fl_app.models import known_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
-from fl_app.states import ModelStore, find_state, load_state
+from fl_app.runs.attacking import AttackProcess, only_one, open_pool
+from fl_app.runs.folder import create_run
+from fl_app.runs.states import ModelStore, find_state, load_state
+from fl_app.util.files import user_path, write_text
 from server_strategies.attack_pool import Job, enqueue
-from server_strategies.attacks import check_attack
+from server_strategies.attacks.run import create_attack
 from server_strategies.checkpointing import Checkpointing
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
@@ -77,7 +77,7 @@ def _prepare(
 ) -> tuple[Config, Knowledge, ArrayRecord]:
     """Refuse what can't work, before anything starts."""
     config = load_config(run_config).settled(simulated)
-    check_attack(config.attack)
+    create_attack(config.attack)
     info = dataset_info(config.dataset)
     try:
         model = known_model(config.knowledge(info), config.seed)

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fl_app.config import AttackConfig, PoolConfig, PriorConfig
-from fl_app.files import write_text
 from fl_app.protocol import Knowledge, Observation, Reconstruction
-from server_strategies.attacks import run_attack
+from fl_app.util.files import write_text
+from server_strategies.attacks.run import run_attack
 
 Report = Callable[[int, float], None]
 Runner = Callable[[Observation, Knowledge, AttackConfig, PriorConfig, int, Report], Reconstruction]
@@ -53,7 +53,7 @@ class Job:
     attack : AttackConfig
     prior : PriorConfig
     seed : int
-        Seeds the attack.
+        Restarts the attack.
     id : str
         A name for files, unique in a run; empty: a new one.
     """

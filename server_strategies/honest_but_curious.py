@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fl_app.config import WatchConfig
 from fl_app.protocol import Observation
-from fl_app.words import reason
+from fl_app.util.text import reason
 from server_strategies.updates import num_examples, returned_weights, sent_weights, weighted_mean
 from server_strategies.wrapper import Wrapper
 
@@ -45,7 +45,7 @@ class HonestButCurious(Wrapper):
         Takes round, node and the reason for each watched update that could not
         be observed: the client failed, or sent what is no update of the model.
     seed : int
-        Seeds the share's pick.
+        Restarts the share's pick.
     settings : mapping, optional
         Train settings that clients get in watched rounds only, an audit's. All
         clients of the round get them: which partition a node holds, and so

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fl_app.files import whole_file
 from fl_app.protocol import Observation
+from fl_app.util.files import whole_file
 
 _ID = re.compile(r"round-[0-9]{4,}-node-[0-9]+")
 _FACTS = ("num_examples", "round", "node", "client", "nodes", "clients", "examples")

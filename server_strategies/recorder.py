@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from fl_app.protocol import Observation
-from fl_app.words import reason
+from fl_app.util.text import reason
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 _MOST_BYTES = 2**31  # waiting in memory, before observations are skipped

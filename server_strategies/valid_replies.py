@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fl_app.words import reason
+from fl_app.util.text import reason
 from server_strategies.updates import array_tensor, num_examples, returned_weights
 from server_strategies.wrapper import Wrapper
 

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from helpers.federation import identity as identity  # a fixture of every test
 
 torch.set_num_threads(
     max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))

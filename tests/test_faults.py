@@ -16,16 +16,12 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from helpers.federation import Client, real_client, start, toy_client
 from rich.console import Console
-from test_flower import Client, real_client, start, toy_client
 
-from fl_app import attacking
-from fl_app.attacking import finish_attacks
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.report import leakage_table
-from fl_app.audit.runs import create_run
-from fl_app.audit_cost import AuditCost, audit_cost
+from fl_app.benchmarks.audit_cost import AuditCost, audit_cost
 from fl_app.config import (
     AttackConfig,
     AuditConfig,
@@ -39,20 +35,17 @@ from fl_app.config import (
 from fl_app.data import dataset_info
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
+from fl_app.runs import attacking
+from fl_app.runs.attacking import finish_attacks
+from fl_app.runs.folder import create_run
 from fl_app.server_app import create_strategy
-from fl_app.words import MOST, printable
+from fl_app.util.text import MOST, printable
 from server_strategies.attack_pool import AttackPool, Job, Report, enqueue, pending
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 from server_strategies.recorder import Recorder
 
 KNOWLEDGE = Knowledge("convnet", 10, (3, 2, 2), (0.5,) * 3, (0.5,) * 3, LocalTraining())
-
-
-@pytest.fixture(autouse=True)
-def _identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
 
 
 class Bomb:
@@ -216,7 +209,7 @@ def counting(
     time.sleep(float(attack.options["seconds"]))
     return Reconstruction(
         attack=attack.name,
-        explanation=str(os.getpid()),
+        matching=str(os.getpid()),
         images=observation.w1["x"],
         labels=(0,),
         losses=(0.5,),
@@ -252,7 +245,7 @@ def run_queue(
         return AttackPool(
             of.run_dir,
             of.config.pool,
-            on_result=lambda job, found: done.update([found.explanation]),
+            on_result=lambda job, found: done.update([found.matching]),
             on_error=lambda job, error: pytest.fail(error),
             runner=counting,
         )

@@ -16,13 +16,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from fl_app import attacking
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.runs import create_run
 from fl_app.audit.truth import write_truth
-from fl_app.bench import Case, draw_client
+from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.clients import draw_client
 from fl_app.config import load_config
 from fl_app.data import dataset_info, load_split
+from fl_app.runs import attacking
+from fl_app.runs.folder import create_run
 from server_strategies.attack_pool import AttackPool, Job, enqueue
 from server_strategies.observations import ObservationStore
 
@@ -36,11 +37,11 @@ WRITING = (
 )
 # What reads files; an attack is a function of tensors.
 FILES = (
-    "builtins", "datasets", "fl_app.files", "flwr_datasets", "glob", "io", "mmap", "os", "pathlib",
-    "pickle", "PIL", "runpy", "safetensors", "shutil", "skimage", "socket", "sqlite3",
+    "builtins", "datasets", "fl_app.util.files", "flwr_datasets", "glob", "io", "mmap", "os",
+    "pathlib", "pickle", "PIL", "runpy", "safetensors", "shutil", "skimage", "socket", "sqlite3",
     "subprocess", "tempfile", "zipfile",
 )  # fmt: skip
-READS_FILES = {("server_strategies.attacks.optimise", "pathlib")}  # /proc, for the peak memory
+READS_FILES = {("server_strategies.attacks.accounting", "pathlib")}  # /proc, for the peak memory
 # Names by which code reaches a module that it does not import.
 ROUNDABOUT = ("__import__", "eval", "exec", "import_module")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fl_app.audit.leakage_log import read_lines
-from fl_app.audit.runs import list_runs
 from fl_app.config import Config, ConfigError, from_yaml
 from fl_app.protocol import Defense
+from fl_app.runs.folder import list_runs
 
 _Scores = dict[tuple[object, ...], float]
 

@@ -29,9 +29,9 @@ from fl_app.audit.reference_free import reference_free
 from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, joined, read_truth, truth_path
 from fl_app.config import Config
-from fl_app.files import whole_file
 from fl_app.models import chosen_norm
 from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_node
+from fl_app.util.files import whole_file
 from server_strategies.priors.flow import load_flow
 
 
@@ -126,7 +126,7 @@ class Auditor:
             observation,
             reconstruction.attack,
             status="ok",
-            explanation=reconstruction.explanation,
+            matching=reconstruction.matching,
             metrics=leakage.metrics if leakage else {},
             reference_free=alone,
             psnr_by_step=leakage.psnr_by_step if leakage else (),
@@ -164,7 +164,7 @@ class Auditor:
         seed = (self.config.seed, observation.round, observation.node)
         mean, dataset = self.knowledge.mean, self.config.dataset
         images, reasons = baseline_images(truth.images, mean, dataset, network, seed)
-        guess = Reconstruction("", "none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
+        guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
         scores = {
             name: self._score(observation, replace(guess, images=guessed), truth)
             for name, guessed in images.items()

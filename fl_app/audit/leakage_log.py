@@ -35,8 +35,8 @@ class LogLine:
         `client_app.defenses.update_bytes`; None where no single one was seen.
     update_encoding : str
         Which encoding that is.
-    attack, explanation : str
-        Name of the attack, and how it explained the update.
+    attack, matching : str
+        Name of the attack, and how it matched the update.
     status : {"ok", "failed", "skipped"}
         failed: the attack or its scoring raised; skipped: no attack was run.
     error : str or None
@@ -59,7 +59,7 @@ class LogLine:
     options : mapping
         Every constant that the attack ran with.
     diagnosis : sequence of str
-        What is likely wrong with the update or its explanation.
+        What is likely wrong with the update or its objective.
     protocol : mapping
         What the clients agreed to: their model, its norm, and every attribute of
         `LocalTraining`, BatchNorm's mode among them.
@@ -85,7 +85,7 @@ class LogLine:
     status: str
     labels: str
     error: str | None = None
-    explanation: str = ""
+    matching: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     reference_free: Mapping[str, Any] = field(default_factory=dict)
     psnr_by_step: Sequence[float | None] = ()

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fl_app.audit.metrics import Measure
-from fl_app.files import user_path
-from fl_app.vision import import_lpips, import_torchvision
+from fl_app.util.files import user_path
+from fl_app.util.vision import import_lpips, import_torchvision
 
 # Metric's name: lpips' name of the net, torchvision's weights, smallest image
 # side that its pooling leaves something of (both take 32 x 32 as it is).

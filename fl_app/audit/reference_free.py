@@ -33,7 +33,7 @@ def reference_free(reconstruction: Reconstruction, network: nn.Module | None) ->
     Returns
     -------
     dict
-        ``matching_loss``: the last one, as the attack's explanation defines it;
+        ``matching_loss``: the last one, as the attack's objective defines it;
         ``tv``: `total_variation`, and ``prior_residual``:
         ``mean|x - D(t x + (1 - t) e, t)|^2`` on pixels in [-1, 1] with t = 0.8 and
         one fixed noise e, each a `MetricScore` whose baseline is that of uniform

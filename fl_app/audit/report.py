@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from fl_app.files import whole_file
-from fl_app.words import printable
+from fl_app.util.files import whole_file
+from fl_app.util.text import printable
 
 _TILE = 96  # pixels a tile has at least: 32 x 32 is too small to judge
 _GAP = 12  # pixels between pairs; the two of a pair nearly touch

@@ -10,7 +10,7 @@ from typing import Any
 
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.metrics import mean_interval
-from fl_app.files import whole_file
+from fl_app.util.files import whole_file
 
 METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips_vgg": "LPIPS VGG", "lpips_alex": "LPIPS Alex"}
 _DIGITS = {"psnr": 1}  # after the point; 3 otherwise

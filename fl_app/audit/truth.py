@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fl_app.files import whole_file
+from fl_app.util.files import whole_file
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from fl_app.config import DatasetConfig
-from fl_app.files import user_path
 from fl_app.protocol import DatasetInfo
+from fl_app.util.files import user_path
 
 if TYPE_CHECKING:
     import datasets

@@ -1,58 +1,16 @@
-"""The models that a federation trains: one file a family, one registry."""
+"""The models that a federation trains: one file a family, one registry (`fl_app.registry`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fl_app.models.convnet import ConvNet
 from fl_app.models.extensions import extend
-from fl_app.models.mlp import MLP
-from fl_app.models.mlp_mixer import MLPMixer
 from fl_app.models.norms import batch_norms, set_batch_norm
-from fl_app.models.resnet import ResNet
-from fl_app.models.vgg import VGG11
-from fl_app.models.vit import ViT
 from fl_app.protocol import Knowledge
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a model is built.
-
-    Attributes
-    ----------
-    build : callable
-        ``(num_classes, image_shape, norm) -> nn.Module``.
-    norms : tuple of str
-        What it can be normalised by, its default first.
-    reason : str
-        Why by nothing else.
-    """
-
-    build: Callable[[int, tuple[int, int, int], str], nn.Module]
-    norms: tuple[str, ...]
-    reason: str = ""
-
-
-_CHANNELS = ("batch", "group", "none")
-_TOKENS = "LayerNorm over each token is part of the architecture"
-
-MODELS = {
-    "convnet": Family(ConvNet, ("none", "batch", "group")),
-    "mlp": Family(
-        lambda classes, shape, _: MLP(classes, shape), ("none",), "a hidden unit is no channel"
-    ),
-    "mlp_mixer": Family(lambda classes, shape, _: MLPMixer(classes, shape), ("layer",), _TOKENS),
-    "resnet8": Family(partial(ResNet, blocks=(1, 1, 1), width=16), _CHANNELS),
-    "resnet18": Family(partial(ResNet, blocks=(2, 2, 2, 2), width=64), _CHANNELS),
-    "vgg11": Family(VGG11, _CHANNELS),
-    "vit_tiny": Family(lambda classes, shape, _: ViT(classes, shape), ("layer",), _TOKENS),
-}
+from fl_app.registry import MODELS
 
 
 def create_model(
@@ -113,7 +71,7 @@ def chosen_norm(name: str, norm: str = "") -> str:
         If no model has this name, or it can't be normalised so.
     """
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+        raise ValueError(MODELS.unknown(name))
     family = MODELS[name]
     if norm and norm not in family.norms:
         why = f" ({family.reason})" if family.reason else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fl_app.models.family import Family
 from fl_app.models.norms import channel_norm
 
 
@@ -52,3 +53,6 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (batch, num_classes)."""
         return self.classifier(self.features(x))
+
+
+CONVNET = Family(ConvNet, ("none", "batch", "group"))

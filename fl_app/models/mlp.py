@@ -7,6 +7,8 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fl_app.models.family import Family
+
 
 class MLP(nn.Module):
     """Flatten, FC ->256, ReLU, FC ->classes; PyTorch's default initialisation.
@@ -32,3 +34,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (batch, num_classes)."""
         return self.classifier(self.features(x))
+
+
+MLP_FAMILY = Family(
+    lambda classes, shape, _: MLP(classes, shape), reason="a hidden unit is no channel"
+)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fl_app.models.family import TOKENS, Family
+
 PATCH = 4  # pixels across, of the models that cut an image into tokens
 _WIDTH, _TOKENS_MLP, _CHANNELS_MLP, _BLOCKS = 128, 64, 512, 8
 
@@ -70,3 +72,6 @@ def check_patches(name: str, image_shape: tuple[int, int, int]) -> None:
     _, height, width = image_shape
     if height % PATCH or width % PATCH:
         raise ValueError(f"{name} needs a height and width divisible by {PATCH}, got {image_shape}")
+
+
+MLP_MIXER = Family(lambda classes, shape, _: MLPMixer(classes, shape), ("layer",), TOKENS)

@@ -8,8 +8,9 @@ from importlib import import_module
 
 from torch import Tensor, nn
 
+from fl_app.models.family import CHANNEL_NORMS, Family
 from fl_app.models.norms import channel_norm
-from fl_app.vision import import_torchvision
+from fl_app.util.vision import import_torchvision
 
 
 class ResNet(nn.Module):
@@ -89,3 +90,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (batch, num_classes)."""
         return self.classifier(self.features(x))
+
+
+RESNET8 = Family(partial(ResNet, blocks=(1, 1, 1), width=16), CHANNEL_NORMS)
+RESNET18 = Family(partial(ResNet, blocks=(2, 2, 2, 2), width=64), CHANNEL_NORMS)

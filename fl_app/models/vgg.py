@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fl_app.models.family import CHANNEL_NORMS, Family
 from fl_app.models.norms import channel_norm
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -60,3 +61,6 @@ class VGG11(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (batch, num_classes)."""
         return self.classifier(self.features(x))
+
+
+VGG11_FAMILY = Family(VGG11, CHANNEL_NORMS)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fl_app.models.family import TOKENS, Family
 from fl_app.models.mlp_mixer import PATCH, check_patches
 
 _WIDTH, _HEADS, _LAYERS = 192, 3, 12
@@ -68,3 +69,6 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (batch, num_classes)."""
         return self.classifier(self.features(x))
+
+
+VIT_TINY = Family(lambda classes, shape, _: ViT(classes, shape), ("layer",), TOKENS)

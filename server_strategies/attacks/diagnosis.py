@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.explain.defended import noise_part
-from server_strategies.attacks.explain.distance import CosineDistance
-from server_strategies.attacks.explain.guess import SIGN_LIKE, spread
-from server_strategies.attacks.explain.surrogate import mean_position
+from server_strategies.attacks.matching.defended import noise_part
+from server_strategies.attacks.matching.distance import CosineDistance
+from server_strategies.attacks.matching.guess import SIGN_LIKE, spread
+from server_strategies.attacks.matching.surrogate import mean_position
 
 
 def diagnose(
@@ -41,7 +41,7 @@ def diagnose(
     losses : sequence of float
         The matching loss by iteration.
     alpha : float or None
-        A surrogate's alpha at the end; None: the explanation has none.
+        A surrogate's alpha at the end; None: the objective has none.
     at_truth : callable
         That loss at the true images, by the noise's share of the update's square; see
         `Distance.at_truth`.
@@ -213,11 +213,11 @@ def batch_norm(observation: Observation, training: LocalTraining) -> str | None:
     if changed:
         return (
             "BatchNorm's running statistics changed: the client trained with the statistics of its "
-            "batches, which an explanation in evaluation mode does not reproduce"
+            "batches, which an objective in evaluation mode does not reproduce"
         )
     return (
         "BatchNorm's running statistics did not change: the client trained in evaluation mode, "
-        "which an explanation with the batches' statistics does not reproduce, or returned those "
+        "which an objective with the batches' statistics does not reproduce, or returned those "
         "it was sent"
     )
 

@@ -1,95 +1,65 @@
-"""Dropout inversion attack (Scheliga, Mäder & Seeland, AAAI 2023).
+"""Dropout inversion: inverting gradients, with the masks of dropout fitted beside the images.
 
-Inverting gradients, with the masks of the model's dropout fitted beside the images.
+A mask starts as one that the client may have drawn, and stays in [0, 1]. It is
+fitted whether or not `Knowledge.defense` names the dropout. Without dropout
+this is `inverting_gradients`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
-from server_strategies.attacks.explain import explain as explain_update
-from server_strategies.attacks.explain.base import Unknown
-from server_strategies.attacks.infer import infer
-from server_strategies.attacks.optimise import Report, optimise, step_schedule
+from fl_app.protocol import Knowledge
+from server_strategies.attacks.attack import MATCHING, STEPPED_LR, TV, Attack, Parts, Task, option
+from server_strategies.attacks.matching.base import MatchingObjective
+from server_strategies.attacks.optimise import step_schedule
 from server_strategies.priors.total_variation import TotalVariation
 
 
-def dropout_inversion(
-    observation: Observation,
-    knowledge: Knowledge,
-    prior: nn.Module | None,
-    budget: Budget,
-    report: Report | None = None,
-    *,
-    explain: str = "gradient",
-    lr: float = 0.1,
-    tv: float = 0.2,
-    mask: float = 1e-2,
-) -> Reconstruction:
-    """Reconstruct a client's images and what its model's dropout left out of them.
+@dataclass(frozen=True)
+class DropoutInversion(Attack):
+    """Inverting gradients with one dropout mask an image; 20,000 iterations or fewer.
 
-    A mask starts as one that the client may have drawn, and stays in [0, 1]. It is
-    fitted whether or not `Knowledge.defense` names the dropout. Without dropout
-    this is `inverting_gradients`.
-
-    Parameters
-    ----------
-    observation : Observation
-    knowledge : Knowledge
-        What it lacks is inferred, see `infer`.
-    prior : None
-        Not used.
-    budget : Budget
-        The authors use 20,000 iterations or less.
-    report : Report, optional
-        Called about once a second with the iteration and the matching loss.
-    explain : str
-        The authors match the gradient at w0, here with the mean step of several,
-        which has one mask an image; for others see `explain`.
-    lr : float
-        Learning rate on normalised pixels and on masks; x0.1 at 3/8, 5/8 and 7/8.
-    tv : float
-        Weight of the total variation, as in `inverting_gradients`.
-    mask : float
-        Weight of ``|1 - mean(m) - p|``: a layer's masks m are to leave out a share
-        p. The authors tune it.
-
-    Raises
-    ------
-    ValueError
-        If an option has no such value, or the explanation does not fit the update.
-    AttackError
-        If the optimisation diverges.
+    Source: Scheliga, Mäder & Seeland, Dropout is NOT All You Need, AAAI 2023.
     """
-    known = replace(knowledge.defense, dropout=knowledge.dropout)
-    knowledge = infer(observation, replace(knowledge, defense=known), budget.device)
-    explanation = explain_update(explain, observation, knowledge, budget.device)
-    generator = torch.Generator(budget.device).manual_seed(budget.seed)
 
-    def believe(value: Tensor) -> Tensor:
-        return mask * (1 - value.mean() - knowledge.dropout).abs()
+    name: ClassVar[str] = "dropout_inversion"
 
-    def as_mask(unknown: Unknown) -> Unknown:
-        if not any(unknown is noise for noise in explanation.masks):
-            return unknown
-        with torch.no_grad():
-            unknown.value.bernoulli_(1 - knowledge.dropout, generator=generator)
-        return replace(unknown, lr=lr, prior=believe)
-
-    explanation.unknowns = [as_mask(unknown) for unknown in explanation.unknowns]
-    return optimise(
-        "dropout_inversion",
-        explanation,
-        [TotalVariation(tv, knowledge.std)],
-        observation,
-        budget,
-        lr=lr,
-        schedule=step_schedule,
-        signed=True,
-        report=report,
-        options={"lr": lr, "tv": tv, "mask": mask},
+    matching: str = option("gradient", MATCHING)
+    lr: float = option(0.1, STEPPED_LR + "; that of masks, too", low=0)
+    tv: float = option(0.2, TV, low=0)
+    mask: float = option(
+        1e-2, "weight of |1 - mean(m) - p|: a layer's masks m leave out a share p", low=0
     )
+
+    def assume(self, known: Knowledge) -> Knowledge:
+        """See `Attack`; the model's dropout is taken for the client's defence."""
+        return replace(known, defense=replace(known.defense, dropout=known.dropout))
+
+    def parts(self, task: Task) -> Parts:
+        """See `Attack`."""
+        matching = task.matching(self.matching)
+        self._draw_masks(matching, task)
+        return Parts(
+            matching,
+            [TotalVariation(self.tv, task.known.std)],
+            lr=self.lr,
+            schedule=step_schedule,
+            signed=True,
+        )
+
+    def _draw_masks(self, matching: MatchingObjective, task: Task) -> None:
+        share, generator = task.known.dropout, task.generator()
+
+        def penalty(value: Tensor) -> Tensor:
+            return self.mask * (1 - value.mean() - share).abs()
+
+        for place, unknown in enumerate(matching.unknowns):
+            if any(unknown is mask for mask in matching.masks):
+                with torch.no_grad():
+                    unknown.value.bernoulli_(1 - share, generator=generator)
+                matching.unknowns[place] = replace(unknown, lr=self.lr, prior=penalty)

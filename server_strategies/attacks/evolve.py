@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from fl_app.protocol import Budget, Observation, Reconstruction
-from server_strategies.attacks.explain.base import Explanation
-from server_strategies.attacks.optimise import Report, Run
+from server_strategies.attacks.accounting import Report, Run
+from server_strategies.attacks.optimise import Parts
 
 
 def evolve(
-    attack: str,
-    explanation: Explanation,
-    observation: Observation,
-    budget: Budget,
-    *,
-    decode: Callable[[Tensor], Tensor],
-    decay: float,
-    population: int,
-    report: Report | None = None,
-    options: Mapping[str, float | int | str],
+    parts: Parts, observation: Observation, budget: Budget, report: Report | None = None
 ) -> Reconstruction:
-    """Minimise ``explanation(decode(z)) + decay / 2 |z|^2`` by CMA-ES, from z ~ N(0, I).
+    """Minimise ``matching(decode(z)) + decay / 2 |z|^2`` by CMA-ES, from z ~ N(0, I).
 
     With a diagonal covariance (Ros & Hansen, 2008), since a full one of z has
     millions of entries. An iteration is a generation; the budget's seconds are
@@ -33,39 +22,38 @@ def evolve(
 
     Parameters
     ----------
-    attack, explanation, observation, budget, decay, report, options
+    parts : Parts
+        Of which `matching`, `decode`, `decay` and `population` count.
+    observation, budget, report
         See `optimise`.
-    decode : callable
-        From z, of the images' shape, to normalised images.
-    population : int
-        Candidates of a generation, 2 or more.
 
     Raises
     ------
     ValueError
-        If there are fewer, or the explanation has unknowns of its own, such as
-        labels, which are fitted by their gradient.
+        If the matching has unknowns of its own, such as labels, which are fitted by
+        their gradient, or the package `cma` is missing.
     AttackError
         If the loss is not finite.
     """
-    import cma  # slow to import, and few attacks need it
-
-    if population % 1 or population < 2:
-        raise ValueError(f"population is {population}; allowed: a whole number from 2")
-    if explanation.unknowns:
+    try:
+        import cma  # an extra, slow to import, and few attacks need it
+    except ImportError as error:
+        raise ValueError("search is 'cma', which needs: pip install 'flowleak[cma]'") from error
+    matching = parts.matching
+    if matching.unknowns:
         raise ValueError(
-            f"search is 'cma', which can't fit what {explanation.name} leaves open "
+            f"search is 'cma', which can't fit what {matching.name} leaves open "
             "(labels, or a position); allowed: adam"
         )
-    run = Run(attack, explanation, observation, budget, report, options)
-    shape = (explanation.copies * observation.num_examples, *explanation.knowledge.image_shape)
+    run = Run(matching, observation, budget, report)
+    shape = (matching.copies * observation.num_examples, *matching.knowledge.image_shape)
     noise = np.random.default_rng(budget.seed)
     strategy = cma.CMAEvolutionStrategy(
         np.zeros(int(np.prod(shape))),
         1.0,
         {
             "CMA_diagonal": True,
-            "popsize": int(population),
+            "popsize": parts.population,
             "randn": lambda *size: noise.standard_normal(size),
             "seed": np.nan,  # numpy's global generator stays as it is
             "verbose": -9,
@@ -73,14 +61,15 @@ def evolve(
     )
 
     def images(z: np.ndarray) -> Tensor:
+        latent = torch.from_numpy(z).to(run.mean).view(shape)
         with torch.no_grad():
-            return decode(torch.from_numpy(z).to(run.mean).view(shape))
+            return parts.decode(latent) if parts.decode else latent
 
     for progress in run.iterations():
         candidates = strategy.ask()
         with run.counted(progress):
-            matching = torch.stack([explanation(images(z), progress).detach() for z in candidates])
-        penalty = [decay / 2 * float(z @ z) for z in candidates]
-        strategy.tell(candidates, matching.double().cpu().numpy() + penalty)
-        run.note(matching.min())
+            losses = torch.stack([matching(images(z), progress).detach() for z in candidates])
+        penalty = [parts.decay / 2 * float(z @ z) for z in candidates]
+        strategy.tell(candidates, losses.double().cpu().numpy() + penalty)
+        run.note(losses.min())
     return run.found(images(strategy.best.x))

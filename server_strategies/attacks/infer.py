@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fl_app.protocol import Knowledge, Observation
-from server_strategies.attacks.explain.guess import guess_training
-from server_strategies.attacks.labels import count_labels
+from server_strategies.attacks.labels import infer_labels
+from server_strategies.attacks.matching.guess import guess_training
 
 
 def infer(
@@ -15,8 +15,8 @@ def infer(
     """Return the knowledge with the client's training and labels filled in from its update.
 
     What is known stays as it is. The training is guessed by `guess_training`, the
-    labels are counted by `count_labels`; where that can't be they stay unknown, and
-    an explanation fits them beside the images.
+    labels are counted by `infer_labels`; where that can't be they stay unknown, and
+    an objective fits them beside the images.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def infer(
     device : str
         The torch device to work on.
     labels : str
-        How unknown labels are counted, see `count_labels`; ``fitted``: not at all.
+        How unknown labels are counted, see `infer_labels`; ``fitted``: not at all.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def infer(
         knowledge = replace(knowledge, labels_source="fitted")
     elif knowledge.labels is None:
         try:
-            estimate = count_labels(labels, observation, knowledge, device)
+            estimate = infer_labels(labels, observation, knowledge, device)
         except ValueError as error:
             inferred.append(f"labels fitted beside the images: {error}")
             knowledge = replace(knowledge, labels_source="fitted")

@@ -21,8 +21,8 @@ from torch.func import functional_call
 from fl_app.models import clients_model
 from fl_app.models.extensions import local_loss
 from fl_app.models.norms import batch_norms
-from fl_app.optimizers import create_optimizer
 from fl_app.protocol import Knowledge, LocalTraining, Observation
+from fl_app.protocol.optimizer import create_optimizer
 
 METHODS = ("auto", "idlg", "llg", "dlf", "simulate")
 
@@ -63,7 +63,7 @@ class LabelEstimate:
     reason: str
 
 
-def count_labels(
+def infer_labels(
     method: str, observation: Observation, knowledge: Knowledge, device: str = "cpu"
 ) -> LabelEstimate:
     """Estimate how many images of each class a client trained on.

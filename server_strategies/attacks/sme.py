@@ -1,69 +1,31 @@
-"""Surrogate model extension (Zhu, Yao & Blaschko, ICML 2023), as its authors run it.
-
-Surrogate + total variation; every constant is the published one.
-"""
+"""Surrogate model extension, as its authors run it: every constant is the published one."""
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
-from server_strategies.attacks.explain import explain as explain_update
-from server_strategies.attacks.infer import infer
-from server_strategies.attacks.optimise import Report, optimise, step_schedule
+from server_strategies.attacks.attack import MATCHING, STEPPED_LR, TV, Attack, Parts, Task, option
+from server_strategies.attacks.optimise import step_schedule
 from server_strategies.priors.total_variation import TotalVariation
 
 
-def sme(
-    observation: Observation,
-    knowledge: Knowledge,
-    prior: nn.Module | None,
-    budget: Budget,
-    report: Report | None = None,
-    *,
-    explain: str = "surrogate",
-    alpha: float = 0.5,
-    lr: float = 1.0,
-    tv: float = 0.01,
-) -> Reconstruction:
-    """Reconstruct a client's images from its update without a learned prior.
+@dataclass(frozen=True)
+class SME(Attack):
+    """Surrogate interpolation and total variation; its authors use 1,000 iterations.
 
-    Parameters
-    ----------
-    observation : Observation
-    knowledge : Knowledge
-        What it lacks is inferred, see `infer`.
-    prior : None
-        Not used.
-    budget : Budget
-        The authors use 1,000 iterations.
-    report : Report, optional
-        Called about once a second with the iteration and the matching loss.
-    explain : str
-        SME is the surrogate; others, see `explain`, show what it loses by that.
-    alpha : float
-        Where the surrogate starts between w0 (0) and w1 (1).
-    lr : float
-        Learning rate of Adam on normalised pixels; x0.1 at 3/8, 5/8 and 7/8.
-    tv : float
-        Weight of the total variation.
-
-    Raises
-    ------
-    ValueError
-        If the explanation does not fit the update.
-    AttackError
-        If the optimisation diverges.
+    Source: Zhu, Yao & Blaschko, Surrogate Model Extension, ICML 2023.
     """
-    knowledge = infer(observation, knowledge, budget.device)
-    return optimise(
-        "sme",
-        explain_update(explain, observation, knowledge, budget.device, alpha),
-        [TotalVariation(tv, knowledge.std)],
-        observation,
-        budget,
-        lr=lr,
-        schedule=step_schedule,
-        report=report,
-        options={"alpha": alpha, "lr": lr, "tv": tv},
-    )
+
+    name: ClassVar[str] = "sme"
+
+    matching: str = option("surrogate", MATCHING)
+    alpha: float = option(0.5, "where the surrogate starts, w0 (0) to w1 (1)", low=0, high=1)
+    lr: float = option(1.0, STEPPED_LR, low=0)
+    tv: float = option(0.01, TV, low=0)
+
+    def parts(self, task: Task) -> Parts:
+        """See `Attack`."""
+        matching = task.matching(self.matching, alpha=self.alpha)
+        priors = [TotalVariation(self.tv, task.known.std)]
+        return Parts(matching, priors, lr=self.lr, schedule=step_schedule)

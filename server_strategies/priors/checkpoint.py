@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fl_app.files import whole_file, write_text
+from fl_app.util.files import whole_file, write_text
 
 SHARD_BYTES = 15_000_000  # of tensors; their names come on top
 

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_app.files import project_file, user_path
+from fl_app.registry import PRIORS
+from fl_app.util.files import project_file, user_path
 from server_strategies.priors.networks import create_network
 from server_strategies.priors.tiles import Tiled
 
@@ -23,14 +24,19 @@ _AT_ONCE = 128  # images in one call of the network; only bounds the memory
 TRAINED_SIZE = 32  # of weights whose metadata do not say; all that were made before they did
 
 
+def shipped_weights(name: str) -> Path:
+    """Return the file of a shipped network; its model card is beside it, in ``.md``."""
+    return project_file(f"server_strategies/priors/weights/{name}.safetensors")
+
+
 def find_weights(weights: str) -> Path:
     """Return the file of a trained velocity network; its model card is beside it, in ``.md``.
 
     Parameters
     ----------
     weights : str
-        A name in ``server_strategies/priors/weights``, or the path of a
-        ``.safetensors`` file made by ``flowleak prior train``, see `user_path`.
+        The name of a shipped prior, or the path of a ``.safetensors`` file made by
+        ``flowleak prior train``, see `user_path`.
 
     Raises
     ------
@@ -43,7 +49,7 @@ def find_weights(weights: str) -> Path:
             raise ValueError(f"prior weights {weights!r}: {path} is no file; give its whole path")
         return path
     try:
-        return project_file(f"server_strategies/priors/weights/{weights}.safetensors")
+        return shipped_weights(weights)
     except FileNotFoundError as error:
         raise ValueError(
             f"prior weights {weights!r} are not shipped; allowed: a name of those that are, "
@@ -54,26 +60,43 @@ def find_weights(weights: str) -> Path:
 def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     """Load a trained velocity network, frozen.
 
-    Its attribute ``size`` is the height and width of its training images, ``facts``
-    what the file says of the training, as its model card does.
-
     Parameters
     ----------
     weights : str
-        As `find_weights` takes it.
+        A name in the registry of priors, or the path of a ``.safetensors`` file made by
+        ``flowleak prior train``.
     device : torch.device or str
+
+    Returns
+    -------
+    nn.Module
+        v(x_t, t). Its attribute ``size`` is the height and width of its training images,
+        ``multiple`` what its images' sides are multiples of, and ``facts`` what the file
+        says of the training, as its model card does.
 
     Raises
     ------
     ValueError
         If there are no such weights, or they do not fit their network.
     """
-    path = find_weights(weights)
+    if weights in PRIORS:
+        return PRIORS[weights](device)
+    return load_weights(find_weights(weights), device)
+
+
+def load_weights(path: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """Load the velocity network of a ``.safetensors`` file, see `load_flow`.
+
+    Raises
+    ------
+    ValueError
+        If the file can't be read or does not fit its network.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             facts = file.metadata() or {}
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
     name, size = facts.get("network", ""), facts.get("image_size", str(TRAINED_SIZE))
     network = create_network(name)
@@ -222,9 +245,9 @@ class FlowPrior:
         In `denoiser` mode D is the mean over that many draws of e. 1 or more.
     polish : float
         Share of the iterations, the last ones, in which the weight is 0; in [0, 1).
-    tiles : float
-        1: images larger than the network was trained on are cut into tiles of that
-        size. 0: they are not.
+    tiles : bool
+        Whether images larger than the network was trained on are cut into tiles of that
+        size.
 
     Raises
     ------
@@ -244,7 +267,7 @@ class FlowPrior:
         every: int = 1,
         draws: int = 1,
         polish: float = 0.0,
-        tiles: float = 0,
+        tiles: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
@@ -258,8 +281,6 @@ class FlowPrior:
                 raise ValueError(f"{name} is {number}; allowed{most}: {allowed}")
         if not 0 <= polish < 1:
             raise ValueError(f"polish is {polish}; allowed: from 0, below 1")
-        if tiles not in (0, 1):
-            raise ValueError(f"tiles is {tiles}; allowed: 0, 1")
         self.multiple = int(network.multiple)  # type: ignore[arg-type]
         if tiles:  # displaced by a generator on the CPU, so that no call waits for the device
             network = Tiled(network, torch.Generator().manual_seed(generator.initial_seed()))

@@ -1,4 +1,4 @@
-"""Group consistency: the belief that reconstructions from several starts are one image."""
+"""Group consistency: reconstructions from several starts are of one image."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class GroupConsistency:
     Parameters
     ----------
     weight : float
-    seeds : int
+    restarts : int
         Starts, S.
     every : int
         Iterations after which the registered consensus is renewed.
     """
 
-    def __init__(self, weight: float, seeds: int, every: int = 20) -> None:
-        self.weight, self.seeds, self.every = weight, seeds, every
+    def __init__(self, weight: float, restarts: int, every: int = 20) -> None:
+        self.weight, self.restarts, self.every = weight, restarts, every
         self._calls = 0
         self._registered: Tensor
 
     def __call__(self, images: Tensor, progress: float) -> Tensor:
         """Return the penalty, shape (), of images in [0, 1], (S * N, C, H, W)."""
-        group = images.unflatten(0, (self.seeds, -1))
+        group = images.unflatten(0, (self.restarts, -1))
         consensus = group.detach().mean(0)
         if progress >= 0.5:
             if self._calls % self.every == 0:
@@ -55,9 +55,9 @@ def register(group: Tensor, reference: Tensor) -> Tensor:
     """
     fixed, moving = reference.mean(1).cpu().numpy(), group.mean(2).cpu().numpy()
     shifted = group.clone()
-    for seed, candidates in enumerate(moving):
+    for start, candidates in enumerate(moving):
         for place, (image, target) in enumerate(zip(candidates, fixed, strict=True)):
             shift = phase_cross_correlation(target, image, normalization=None)[0]
             down, across = (int(pixels) for pixels in shift)
-            shifted[seed, place] = torch.roll(group[seed, place], (down, across), (1, 2))
+            shifted[start, place] = torch.roll(group[start, place], (down, across), (1, 2))
     return shifted

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fl_app.files import whole_file, write_text
-from fl_app.progress import progress_bar
+from fl_app.util.files import whole_file, write_text
+from fl_app.util.progress import progress_bar
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
 from server_strategies.priors.flow import find_weights, generate, load_flow
 from server_strategies.priors.networks import check_shape, create_network

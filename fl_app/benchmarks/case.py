@@ -1,0 +1,101 @@
+"""One line of a benchmark's table: a client, its protocol, and the attack on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from client_app.training import NO_DEFENSE
+from fl_app.config import AttackConfig
+from fl_app.models import chosen_norm
+from fl_app.protocol import Defense, LocalTraining
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a benchmark's table.
+
+    Attributes
+    ----------
+    training : LocalTraining
+        `local_steps` above 0.
+    attack : AttackConfig
+    bar : float or None
+        Mean PSNR in dB over the draws that the case has to reach.
+    gain : float or None
+        Mean PSNR in dB by which it has to beat the case that it is compared with
+        (`Benchmark.reference`); its LPIPS VGG has to be the lower one, too.
+    first : bool
+        Whether no other case of its client and its budget may have a higher mean PSNR.
+    model, norm : str
+        See `create_model`.
+    num_examples : int
+        Images that the client holds, N; 0: as many as it takes for one pass, K B.
+    labels_known : bool
+        Whether the attacker is given the labels; otherwise it counts them.
+    rounds : int
+        Global rounds that the model was trained for before, see `global_model`.
+    above_mean_colour : float or None
+        Mean PSNR in dB by which it has to beat a grey image.
+    defense : Defense
+        What the client does so that less is seen; without `secagg`.
+    defense_known : bool
+        Whether the attacker knows it.
+    federations : int
+        Restarts of the federation that is trained to see what the defence costs.
+    """
+
+    training: LocalTraining
+    attack: AttackConfig
+    bar: float | None = None
+    gain: float | None = None
+    first: bool = False
+    model: str = "convnet"
+    num_examples: int = 0
+    labels_known: bool = True
+    norm: str = ""
+    rounds: int = 0
+    above_mean_colour: float | None = None
+    defense: Defense = NO_DEFENSE
+    defense_known: bool = True
+    federations: int = 1
+
+    @property
+    def count(self) -> int:
+        """Images that the client trains on, N."""
+        return self.num_examples or self.training.local_steps * self.training.batch_size
+
+    @property
+    def client(self) -> str:
+        """The client's side in words, and what of it is not known."""
+        t = self.training
+        words = [] if self.model == "convnet" and not self.norm else [self.model]
+        norm = chosen_norm(self.model, self.norm)
+        words += [f"{norm} norm"] * bool(self.norm)
+        words += [f"BatchNorm {t.batch_norm}"] * (norm == "batch")
+        words += ["statistics kept"] * (norm == "batch" and not t.send_buffers)
+        words.append(f"{t.optimizer} {t.lr:g}")
+        for name in ("momentum", "weight_decay", "max_grad_norm"):
+            words += [f"{name} {getattr(t, name):g}"] * bool(getattr(t, name))
+        words += ["nesterov"] * t.nesterov
+        words.append(f"K={t.local_steps} B={t.batch_size}")
+        if t.passes(self.count) > 1:
+            order = "reshuffled" if t.reshuffle else "in order"
+            words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
+        words += [f"after {self.rounds} rounds"] * bool(self.rounds)
+        words += ["labels unknown"] * (not self.labels_known)
+        if self.defense != NO_DEFENSE:
+            words += [f"{self.defense}", "known" if self.defense_known else "unknown"]
+        return " ".join(words)
+
+    @property
+    def name(self) -> str:
+        """Names the case in the results: everything that decides it but the draw."""
+        options = "".join(f" {key}={value}" for key, value in sorted(self.attack.options.items()))
+        limit = f" {self.attack.seconds:g} s" if self.attack.seconds else ""
+        limit = limit or f" x{self.attack.iterations}"
+        return f"{self.client}, {self.attack.name}{options}{limit}"
+
+    @property
+    def arena(self) -> tuple[str, int, float]:
+        """Client and budget: cases that share them are compared."""
+        return self.client, self.attack.iterations, self.attack.seconds

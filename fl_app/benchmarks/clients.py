@@ -1,0 +1,133 @@
+"""Clients drawn anew for every trial, trained as Flower's clients train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from client_app.defenses import defended_weights, noise_generator
+from client_app.training import NO_DEFENSE, choose_batches, in_training_order, train
+from fl_app.audit.truth import Truth
+from fl_app.benchmarks.case import Case
+from fl_app.data import ImageSet
+from fl_app.models import known_model
+from fl_app.protocol import DatasetInfo, Defense, Knowledge, Observation
+from server_strategies.updates import weighted_mean
+
+_CLIENTS = 4  # of earlier rounds
+
+
+def draw_client(
+    case: Case,
+    images: ImageSet,
+    info: DatasetInfo,
+    seed: int,
+    train_images: ImageSet | None = None,
+) -> tuple[Observation, Knowledge, Truth]:
+    """Train one client from a freshly drawn model on freshly drawn images.
+
+    Parameters
+    ----------
+    case : Case
+    images : ImageSet
+        To draw N images from, without replacement.
+    info : DatasetInfo
+    seed : int
+        Decides the images and the model; the same for every case, so that cases
+        with as many images are compared on the same ones.
+    train_images : ImageSet, optional
+        What earlier rounds train on; needed where the case has some.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than N images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    agreed = Knowledge(
+        case.model,
+        info.num_classes,
+        info.image_shape,
+        info.mean,
+        info.std,
+        case.training,
+        norm=case.norm,
+        precode=case.defense.precode,
+        dropout=case.defense.dropout,
+    )
+    earlier = global_model(agreed, case.count, case.rounds, seed, train_images)
+    model = known_model(agreed, seed)
+    model.load_state_dict(dict(earlier))
+    with torch.random.fork_rng():  # a defence may draw noise of its own in every step
+        torch.manual_seed(seed)
+        private, labels, batches = _train_on_draw(
+            model, agreed, case.count, images, generator, case.defense
+        )
+    known, round_ = tuple(labels.tolist()), case.rounds + 1
+    noise = noise_generator(seed, 0, round_)
+    weights = defended_weights(earlier, model.state_dict(), case.defense, noise)
+    observation = Observation(earlier, weights, case.count, round_, node=seed, client=seed)
+    knowledge = replace(agreed, labels=known, defense=case.defense.plain())
+    return observation, knowledge, Truth(private, known, batches, round_, node=seed)
+
+
+@lru_cache(maxsize=8)
+def global_model(
+    agreed: Knowledge, count: int, rounds: int, seed: int, images: ImageSet | None
+) -> Mapping[str, Tensor]:
+    """Return a model's weights after rounds of federated averaging over four clients.
+
+    Parameters
+    ----------
+    agreed : Knowledge
+        The model and the training of every client; none defends its update.
+    count : int
+        Images of a client, drawn anew in every round.
+    rounds : int
+        0: as it is initialised.
+    seed : int
+        Decides the initial model and the images.
+    images : ImageSet or None
+        To draw from; not needed for no rounds.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than `count` images.
+    """
+    network = known_model(agreed, seed)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(rounds):
+        returned = []
+        for _ in range(_CLIENTS):
+            network.load_state_dict(weights)
+            _train_on_draw(network, agreed, count, images, generator)
+            returned.append({name: w.clone() for name, w in network.state_dict().items()})
+        weights = weighted_mean(returned, [count] * _CLIENTS)
+    return weights
+
+
+def _train_on_draw(
+    model: nn.Module,
+    agreed: Knowledge,
+    count: int,
+    images: ImageSet | None,
+    generator: torch.Generator,
+    defense: Defense = NO_DEFENSE,
+) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
+    """Train a model as a client with drawn images; return these, their labels and the batches."""
+    if images is None:
+        raise ValueError("rounds of training before the attack need training images")
+    if count > len(images):
+        raise ValueError(f"a client needs {count} images, the split holds {len(images)}")
+    picks = torch.randperm(len(images), generator=generator)[:count]
+    private, labels = images.images[picks].float() / 255, images.labels[picks]
+    _, batches = in_training_order(choose_batches(count, agreed.client, generator))
+    steps = [torch.tensor(batch) for batch in batches]
+    train(model, private, labels, steps, agreed.client, agreed.mean, agreed.std, defense)
+    return private, labels, batches

@@ -1,0 +1,1 @@
+"""The command `flowleak`: one file a group."""

@@ -1,0 +1,337 @@
+"""`flowleak lan`: the same app on several machines, one command a role.
+
+Each command starts Flower's and Ray's own with the keys of its machine's kit;
+docs/lan.md has them beside each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_public_key,
+)
+from flwr.cli.auth_plugin import OidcCliPlugin
+from flwr.cli.flower_config import (
+    init_flwr_config,
+    read_superlink_connection,
+    write_superlink_connection,
+)
+from flwr.cli.typing import SuperLinkConnection
+from flwr.cli.utils import init_http_client_from_connection
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.supercore.auth.typing import AccountAuthCredentials
+from rich.console import Console
+
+from fl_app.benchmarks.audit_cost import audit_cost
+from fl_app.config import at_least
+from fl_app.lan.keys import Kit, make_kits, read_kit
+from fl_app.lan.superlink import KEY_FILE
+from fl_app.runs.folder import list_runs
+from fl_app.util.files import user_path
+from fl_app.util.processes import Child, run_together
+from server_strategies.attack_pool import SLOT, pending
+
+lan_app = typer.Typer(no_args_is_help=True, help="A federation on several machines.")
+console = Console()
+
+_SCRIPTS = Path(sys.executable).parent
+_RAY_WITH_TOKENS = (2, 52)
+_START = 60.0  # seconds that the SuperLink may take to listen
+
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # each machine has its own
+    "PATH": f"{_SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}",
+}
+
+KitFolder = Annotated[Path, typer.Argument(help="This machine's kit, from flowleak lan init.")]
+
+
+@lan_app.command()
+def init(
+    server: Annotated[
+        str, typer.Argument(help="The server's IPv4 address, as the others reach it.")
+    ],
+    clients: Annotated[int, typer.Option(help="Kits for clients: client-0, client-1, ...")] = 2,
+    worker: Annotated[
+        list[str] | None, typer.Option(help="Address of a machine that takes attacks; repeatable.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where the kits are made.")] = Path("lan"),
+    port: Annotated[int, typer.Option(help="Of the SuperLink.")] = 9400,
+    ray_port: Annotated[int, typer.Option(help="Of the Ray head.")] = 9401,
+    connection: Annotated[str, typer.Option(help="Flower's name for it in flwr run.")] = "lan",
+) -> None:
+    """Make certificates, keys and the connection entry; run it again to add machines."""
+    for kit in make_kits(folder, server, clients, worker or [], port, ray_port):
+        console.print(f"{kit.folder}", highlight=False, soft_wrap=True)
+    _connect(read_kit(folder / "server"), connection)
+    console.print(
+        f"Copy each kit to its machine, and to no other. {folder / 'ca.key'} stays here. "
+        f"Runs are started with: flwr run . {connection} --stream",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@lan_app.command()
+def server(
+    kit: KitFolder = Path("lan/server"),
+    attacks: Annotated[int, typer.Option(help="Attacks that this machine takes itself.")] = 0,
+    resume: Annotated[
+        bool, typer.Option(help="First finish the attacks that killed runs left.")
+    ] = False,
+    runs_dir: Annotated[Path, typer.Option(help="Where the runs are.")] = Path("runs"),
+    connection: Annotated[str, typer.Option(help="Flower's name for it in flwr run.")] = "lan",
+) -> None:
+    """Run the SuperLink and the Ray head; clients and workers may come, go and come back."""
+    this = read_kit(kit)
+    at_least("attacks", attacks, 0)
+    _connect(this, connection)
+    ray_ = ray_environment(this)
+    children = [
+        superlink(this),
+        superexec(this, f"{this.server}:{this.port}", {**ray_, "RAY_ADDRESS": _ray_address(this)}),
+        ray_head(this, attacks),
+    ]
+    unfinished = _unfinished(user_path(str(runs_dir))) if resume else []
+    if unfinished:
+        attack = [sys.executable, "-m", "flowleak", "attack"]
+        commands = [
+            shlex.join([*attack, run.name, "--runs-dir", str(run.parent)]) for run in unfinished
+        ]
+        console.print(f"Finishing the attacks of {', '.join(run.name for run in unfinished)}")
+        children.append(
+            Child(
+                "resume",
+                ["sh", "-c", " && ".join(commands)],
+                {**ray_, "RAY_ADDRESS": _ray_address(this)},
+                when_it_ends="retry",
+            )
+        )
+    raise typer.Exit(run_together(children, _tell, lambda: _register(this, connection)))
+
+
+@lan_app.command()
+def client(
+    kit: KitFolder,
+    partition: Annotated[int, typer.Option(help="Which part of the data is this client's.")],
+    data: Annotated[
+        Path | None, typer.Option(help="The data set's folder here; default: as the run says.")
+    ] = None,
+    partitions: Annotated[
+        int, typer.Option(help="Parts the data is cut into; 0: one for each client of the run.")
+    ] = 0,
+    truth_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keep each round's batch here, for an auditor whom you trust."),
+    ] = None,
+) -> None:
+    """Run a SuperNode that trains on this machine's data."""
+    this = read_kit(kit)
+    at_least("partition", partition, 0)
+    at_least("partitions", partitions, 0)
+    config: dict[str, str | int] = {"partition-id": partition}
+    if partitions:
+        config["num-partitions"] = partitions
+    for name, path in (("data-path", data), ("truth-dir", truth_dir)):
+        if path is not None:
+            if name == "data-path" and not path.exists():
+                raise FileNotFoundError(f"{path} does not exist")
+            config[name] = str(path.expanduser().absolute())
+    address = f"127.0.0.1:{_free_port()}"
+    children = [supernode(this, config, address), superexec(this, address, {}, tls=False)]
+    raise typer.Exit(run_together(children, _tell))
+
+
+@lan_app.command()
+def worker(
+    kit: KitFolder,
+    attacks: Annotated[
+        int, typer.Option(help="Attacks at a time; a worker for each GPU, see docs/lan.md.")
+    ] = 1,
+) -> None:
+    """Join the server's Ray cluster and take attacks, on a GPU if there is one."""
+    this = read_kit(kit)
+    at_least("attacks", attacks, 1)
+    raise typer.Exit(run_together([ray_worker(this, attacks)], _tell))
+
+
+@lan_app.command()
+def cost(
+    rounds: Annotated[int, typer.Option(help="Rounds with, and as many without the audit.")] = 20,
+    clients: int = 4,
+    local_steps: Annotated[int, typer.Option(help="Of each client, with one image.")] = 50,
+    folder: Annotated[Path, typer.Option(help="On the disk that runs are written to.")] = Path("."),
+    bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
+) -> None:
+    """Measure what the audit costs the training, with every client watched."""
+    for name, value in (("rounds", rounds), ("clients", clients), ("local_steps", local_steps)):
+        at_least(name, value, 1)
+    measured = audit_cost(rounds, clients, local_steps, folder)
+    console.print(measured.table())
+    for words in measured.shortfalls():
+        console.print(f"Short of its bar: {words}", style="yellow")
+    if bars and measured.shortfalls():
+        raise typer.Exit(1)
+
+
+def superlink(kit: Kit) -> Child:
+    """Return the SuperLink: TLS, registered nodes only, the run key, and a state that stays."""
+    command = [sys.executable, "-m", "fl_app.lan.superlink"]
+    command += ["--ssl-ca-certfile", str(kit.file("ca.crt"))]
+    command += ["--ssl-certfile", str(kit.file("tls.crt"))]
+    command += ["--ssl-keyfile", str(kit.file("tls.key"))]
+    command += ["--host", kit.server, "--port", str(kit.port), "--enable-supernode-auth"]
+    command += ["--database", str(kit.file("lan.json").with_name("superlink.db"))]
+    command += ["--isolation", "process"]
+    command += ["--superexec-auth-secret-file", str(kit.file("superexec.key"))]
+    command += ["--disable-runtime-dependency-installation"]
+    return Child("SuperLink", command, _QUIET | {KEY_FILE: str(kit.file("run.key"))})
+
+
+def supernode(kit: Kit, config: dict[str, str | int], address: str) -> Child:
+    """Return a SuperNode, whose own API listens at a loopback address."""
+    host, _, port = address.rpartition(":")
+    command = [str(_SCRIPTS / "flower-supernode"), "--superlink", f"{kit.server}:{kit.port}"]
+    command += ["--root-certificates", str(kit.file("ca.crt"))]
+    command += ["--auth-supernode-private-key", str(kit.file("node.key"))]
+    command += ["--node-config", " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())]
+    command += ["--host", host, "--port", port, "--isolation", "process"]
+    command += ["--superexec-auth-secret-file", str(kit.file("superexec.key"))]
+    return Child("SuperNode", command, _QUIET)
+
+
+def superexec(kit: Kit, address: str, environment: dict[str, str], tls: bool = True) -> Child:
+    """Return the process that starts the app's own, for who has its secret."""
+    command = [str(_SCRIPTS / "flower-superexec"), "--runtime-api-address", address]
+    command += ["--root-certificates", str(kit.file("ca.crt"))] if tls else ["--insecure"]
+    command += ["--superexec-auth-secret-file", str(kit.file("superexec.key"))]
+    return Child("SuperExec", command, _QUIET | environment, when_it_ends="restart")
+
+
+def ray_head(kit: Kit, attacks: int) -> Child:
+    """Return Ray's head, which takes `attacks` attacks itself."""
+    command = [str(_SCRIPTS / "ray"), "start", "--head", "--node-ip-address", kit.server]
+    command += ["--port", str(kit.ray_port), "--include-dashboard", "false"]
+    return _ray(kit, "Ray head", command, attacks)
+
+
+def ray_worker(kit: Kit, attacks: int) -> Child:
+    """Return a machine of the Ray cluster, which joins again whenever it lost its head."""
+    command = [str(_SCRIPTS / "ray"), "start", "--address", _ray_address(kit)]
+    command += ["--node-ip-address", kit.address]
+    return _ray(kit, "Ray worker", command, attacks)
+
+
+def _ray(kit: Kit, name: str, command: list[str], attacks: int) -> Child:
+    command += ["--num-cpus", "0", "--resources", json.dumps({SLOT: attacks})]
+    command += ["--disable-usage-stats", "--block"]
+    # `ray start` may outlast a SIGTERM; its own processes end with it, however it ends.
+    environment = ray_environment(kit) | _slots(attacks)
+    return Child(name, command, environment, when_it_ends="restart", end=signal.SIGKILL)
+
+
+def ray_environment(kit: Kit) -> dict[str, str]:
+    """Return the settings by which Ray's processes trust each other and nobody else.
+
+    Raises
+    ------
+    ValueError
+        If this Ray has no tokens: it would ignore them, and let everyone in.
+    """
+    version = metadata.version("ray")
+    if tuple(int(part) for part in version.split(".")[:2]) < _RAY_WITH_TOKENS:
+        raise ValueError(f"ray is {version}, which has no tokens; allowed on a LAN: 2.52 or more")
+    return _QUIET | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(kit.file("ray.token")),
+        "RAY_USE_TLS": "1",  # mutual: who connects needs a certificate too
+        "RAY_TLS_CA_CERT": str(kit.file("ca.crt")),
+        "RAY_TLS_SERVER_CERT": str(kit.file("tls.crt")),
+        "RAY_TLS_SERVER_KEY": str(kit.file("tls.key")),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker that asks for no GPU may use it
+        # A head that is started again knows nobody: who waits for it should join it anew.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
+    }
+
+
+def _slots(attacks: int) -> dict[str, str]:
+    """Return the share of this machine's cores that one of so many attacks may use."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, attacks)))}
+
+
+def _ray_address(kit: Kit) -> str:
+    return f"{kit.server}:{kit.ray_port}"
+
+
+def _connect(kit: Kit, name: str) -> None:
+    """Write Flower's connection entry and the run key where `flwr` looks for them."""
+    address = f"{kit.server}:{kit.port}"
+    init_flwr_config()
+    write_superlink_connection(
+        SuperLinkConnection(
+            name=name, address=address, root_certificates=str(kit.file("ca.crt")), insecure=False
+        )
+    )
+    key = kit.file("run.key").read_text()
+    OidcCliPlugin(address).store_tokens(AccountAuthCredentials(access_token=key, refresh_token=key))
+
+
+def _register(kit: Kit, connection: str) -> None:
+    """Wait until the SuperLink listens, and register the nodes that it does not know yet."""
+    deadline = time.monotonic() + _START
+    while True:
+        try:
+            socket.create_connection((kit.server, kit.port), timeout=1).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no SuperLink at {kit.server}:{kit.port}: {error}") from error
+            time.sleep(0.2)
+    nodes = sorted(kit.file("nodes").glob("*.pub"))
+    control = init_http_client_from_connection(read_superlink_connection(connection))
+    try:
+        for node in nodes:
+            request = RegisterNodeRequest(public_key=_public_key(node), name=node.stem)
+            try:
+                control.RegisterNode(request)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
+                    raise
+                # It is registered already, in the SuperLink's database.
+    finally:
+        control.close()
+    console.print(f"Ready: {len(nodes)} clients may join {kit.server}:{kit.port}", highlight=False)
+
+
+def _public_key(path: Path) -> bytes:
+    key = load_ssh_public_key(path.read_bytes())
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _unfinished(runs_dir: Path) -> list[Path]:
+    return [run for run in list_runs(runs_dir) if pending(run)]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def _tell(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

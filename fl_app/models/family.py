@@ -1,0 +1,31 @@
+"""What the registry of models holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+CHANNEL_NORMS = ("batch", "group", "none")
+TOKENS = "LayerNorm over each token is part of the architecture"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model is built.
+
+    Attributes
+    ----------
+    build : callable
+        ``(num_classes, image_shape, norm) -> nn.Module``, see `create_model` for what
+        that must have.
+    norms : tuple of str
+        What it can be normalised by, its default first.
+    reason : str
+        Why by nothing else.
+    """
+
+    build: Callable[[int, tuple[int, int, int], str], nn.Module]
+    norms: tuple[str, ...] = ("none",)
+    reason: str = ""

@@ -1,0 +1,269 @@
+"""The attacks of a run, from its queue on disk to its log: here, or in a process of their own."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fl_app.audit.auditor import Auditor
+from fl_app.config import from_yaml
+from fl_app.data import dataset_info
+from fl_app.protocol import Reconstruction, observation_id
+from server_strategies.attack_pool import (
+    AttackPool,
+    Job,
+    QueueEntry,
+    pending,
+    queue_path,
+)
+from server_strategies.observations import ObservationStore
+
+_log = logging.getLogger("flwr")  # Flower streams it to the user
+
+_IN_MEMORY = 2 * 64  # jobs with their observations; all others stay on disk
+_KEPT = (  # of a reconstruction, in its line
+    "attack", "matching", "losses", "iterations", "seconds", "peak_memory", "flops",
+    "stop_reason", "options", "diagnosis", "labels_source",
+)  # fmt: skip
+_RESTART_AFTER = 5.0  # seconds before the attacks' process is started again
+
+
+def open_pool(auditor: Auditor) -> AttackPool:
+    """Return a pool of attacks, to be used as a context, whose outcomes the auditor records."""
+    return AttackPool(
+        auditor.run_dir,
+        auditor.config.pool,
+        on_result=lambda job, found: auditor.record(job.observation, found, job.id),
+        on_error=lambda job, error: auditor.record_failure(
+            job.observation, job.attack.name, error, job.id
+        ),
+    )
+
+
+@contextmanager
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Hold a run's attacks, for two processes would run each of them twice.
+
+    Waits for another process that holds them; one that dies lets go.
+    """
+    handle = os.open(run_dir / ".attacking", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("another process is attacking %s; waiting for it", run_dir)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def finish_attacks(
+    auditor: Auditor, console: Console, ended: Callable[[], bool] = lambda: True
+) -> int:
+    """Run every attack in a run's queue, and record its outcome.
+
+    An attack whose line is in the log already is not run again: the process was
+    killed between writing the line and taking the job out of the queue.
+
+    Parameters
+    ----------
+    auditor : Auditor
+    console : Console
+        Shows how far the attacks are.
+    ended : callable
+        Whether no further job will come.
+
+    Returns
+    -------
+    int
+        Jobs found in the queue.
+    """
+    folder, store = auditor.run_dir, ObservationStore(auditor.run_dir)
+    seen: set[str] = set()
+    with only_one(folder), open_pool(auditor) as pool:
+        logged = {line.get("job") for line in auditor.lines()}
+
+        def feed() -> int:
+            over = ended()  # before the queue is read, so that the last job is in it
+            new = pending(folder, seen)
+            for entry in new[: max(0, _IN_MEMORY - pool.unfinished)]:
+                seen.add(entry.id)
+                if entry.id in logged:
+                    queue_path(folder, entry.id).unlink()
+                else:
+                    _take(pool, store, auditor, entry)
+            return len([entry for entry in new if entry.id not in seen]) + (not over)
+
+        pool.drain(console, feed)
+    return len(seen)
+
+
+def _take(pool: AttackPool, store: ObservationStore, auditor: Auditor, entry: QueueEntry) -> None:
+    """Hand a queue entry to the pool, or log why that can't be."""
+    try:
+        observation = store.load(entry.observation)
+    except Exception as error:  # whatever is wrong with the file, the others are attacked
+        auditor.record_unreadable(entry.observation, entry.attack.name, str(error), entry.id)
+        queue_path(auditor.run_dir, entry.id).unlink()
+        return
+    try:
+        knowledge = auditor.grant(observation)
+    except ValueError as error:
+        auditor.record_failure(observation, entry.attack.name, str(error), entry.id)
+        queue_path(auditor.run_dir, entry.id).unlink()
+        return
+    pool.take(Job(observation, knowledge, entry.attack, entry.prior, entry.seed, entry.id))
+
+
+class AttackProcess:
+    """Runs a run's attacks in a process of their own, beside a training that must not fail.
+
+    A process that drives Ray ends when Ray's head does, and takes what else it
+    does with it. So in a deployment the training hands its jobs over on disk,
+    and this process is started again whenever it ends early. If the training's
+    process dies, this one finishes the queue and ends.
+
+    Parameters
+    ----------
+    run_dir : Path
+    tell : callable
+        Takes each line that the process prints, in a thread of its own.
+    starts : int
+        How often it is started again after the training's end, before the rest is
+        left in the queue.
+    """
+
+    def __init__(self, run_dir: Path, tell: Callable[[str], None], starts: int = 3) -> None:
+        self._command = [
+            sys.executable, "-m", "flowleak", "attack", run_dir.name,
+            "--runs-dir", str(run_dir.parent), "--follow",
+        ]  # fmt: skip
+        self._tell = tell
+        self._starts = starts
+        self._ended = threading.Event()
+        self._process: subprocess.Popen[str] | None = None
+        self._left_over = ""
+        self._thread = threading.Thread(target=self._keep_running, daemon=True)
+        self._thread.start()
+
+    def drain(self) -> str:
+        """Wait until the queue is empty; return why it is not, or nothing."""
+        self._ended.set()
+        if self._process:
+            _close(self._process.stdin)
+        self._thread.join()
+        return self._left_over
+
+    def _keep_running(self) -> None:
+        failures = 0
+        while True:
+            code, last = self._run_once()
+            if code == 0 and self._ended.is_set():
+                return
+            failures += self._ended.is_set()
+            if failures > self._starts:
+                self._left_over = last
+                return
+            self._tell(f"the attacks' process ended ({code}: {last}); it is started again")
+            time.sleep(_RESTART_AFTER)
+
+    def _run_once(self) -> tuple[int, str]:
+        last = ""
+        try:
+            process = subprocess.Popen(
+                self._command,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # what ends the training must not end the attacks
+            )
+        except OSError as error:
+            return -1, str(error)
+        self._process = process
+        if self._ended.is_set():
+            _close(process.stdin)
+        assert process.stdout
+        for line in process.stdout:
+            last = line.strip() or last
+            self._tell(line.rstrip("\n"))
+        return process.wait(), last
+
+
+def _close(pipe: IO[str] | None) -> None:
+    if pipe:
+        pipe.close()
+
+
+def watch_input() -> Callable[[], bool]:
+    """Return a function that says whether standard input has ended.
+
+    It ends when the process at its other end closes it, or dies.
+    """
+    ended = threading.Event()
+
+    def read() -> None:
+        while sys.stdin.read(1024):
+            pass
+        ended.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    return ended.is_set
+
+
+def score_later(run_dir: Path, truth_dir: Path) -> list[dict[str, Any]]:
+    """Score the reconstructions of a run without Truth, now that there is one.
+
+    Parameters
+    ----------
+    run_dir : Path
+    truth_dir : Path
+        Holds ``truth/round-NNNN-node-ID.safetensors``, as clients write it; what
+        it lacks stays unscored. It is not copied, but the pictures show it.
+
+    Returns
+    -------
+    list of dict
+        The lines that joined the log.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no ``truth/``.
+    """
+    if not (truth_dir / "truth").is_dir():
+        raise FileNotFoundError(f"{truth_dir / 'truth'} is no folder; clients write it there")
+    config = from_yaml(run_dir / "config.yaml")
+    knowledge = config.knowledge(dataset_info(config.dataset))
+    auditor, store = Auditor(run_dir, config, knowledge, truth_dir), ObservationStore(run_dir)
+    lines = auditor.lines()
+    scored = {line["job"] for line in lines if line["metrics"]}
+    for line in lines:
+        if line["status"] != "ok" or line["metrics"] or line["job"] in scored:
+            continue
+        observation = store.load(observation_id(line["round"], line["node"]))
+        if not auditor.has_truth(observation):
+            continue
+        tensors = load_file((run_dir / line["picture"]).with_suffix(".safetensors"))
+        found = Reconstruction(
+            images=tensors["images"],
+            labels=tuple(tensors["labels"].tolist()),
+            **{name: line[name] for name in _KEPT},
+        )
+        auditor.record(observation, found, line["job"])
+    return auditor.lines()[len(lines) :]

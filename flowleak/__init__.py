@@ -1,0 +1,25 @@
+"""A privacy audit of federated learning on Flower.
+
+The public API: everything that is not re-exported here may change without notice.
+
+- `flowleak.attacks`: the attacks, and what a new one is made of
+- `flowleak.matching`: how an update follows from data
+- `flowleak.priors`: image priors
+- `flowleak.strategies`: the honest-but-curious server
+- `flowleak.defenses`: what clients do so that less is seen
+- `flowleak.audit`: scores and pictures, for whoever holds the ground truth
+- `flowleak.models`, `flowleak.data`, `flowleak.benchmarks`
+"""
+
+from importlib import metadata
+
+from fl_app.config import ConfigError as ConfigError
+from fl_app.protocol import Budget as Budget
+from fl_app.protocol import DatasetInfo as DatasetInfo
+from fl_app.protocol import Defense as Defense
+from fl_app.protocol import Knowledge as Knowledge
+from fl_app.protocol import LocalTraining as LocalTraining
+from fl_app.protocol import Observation as Observation
+from fl_app.protocol import Reconstruction as Reconstruction
+
+__version__ = metadata.version("flowleak")

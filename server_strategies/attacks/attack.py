@@ -1,0 +1,260 @@
+"""What an attack is: a frozen dataclass of its constants that names its parts."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
+from server_strategies.attacks.evolve import evolve
+from server_strategies.attacks.infer import infer
+from server_strategies.attacks.matching import matching_objective
+from server_strategies.attacks.matching.base import MatchingObjective
+from server_strategies.attacks.matching.batch_norm import BatchStatistics, statistics_of
+from server_strategies.attacks.optimise import Parts, Report, optimise
+from server_strategies.priors.flow import load_flow
+
+_KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+}
+
+MATCHING = "how the update is matched, see docs/matching.md; the authors' by default"
+DISTANCE = "distance of updates, see docs/matching.md; the authors' by default"
+STEPPED_LR = "learning rate of Adam on normalised pixels; x0.1 at 3/8, 5/8 and 7/8"
+COSINE_LR = "peak learning rate of Adam on normalised pixels; falls by a half cosine"
+TV = "weight of total variation"
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    allowed: tuple[str, ...] = (),
+) -> Any:
+    """Return a dataclass field for a constant of an attack.
+
+    Parameters
+    ----------
+    default : bool, int, float, str or None
+        None, where the annotation allows it: the attack chooses.
+    help : str
+        One line, with its unit.
+    low, high : float, optional
+        The range, both ends included.
+    allowed : tuple of str
+        The words that it takes; empty: any.
+    """
+    about = {"help": help, "low": low, "high": high, "allowed": allowed}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A constant of an attack: what the log, validation, `--help` and the docs say of it.
+
+    Attributes
+    ----------
+    name : str
+    default : bool, int, float, str or None
+    help : str
+    kind : type
+    optional : bool
+        Whether it may be None: the attack chooses.
+    low, high : float or None
+    choices : tuple of str
+    """
+
+    name: str
+    default: Any
+    help: str
+    kind: type
+    optional: bool
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        """What it may be, in words."""
+        if self.choices:
+            return ", ".join(self.choices)
+        words = _KINDS[self.kind][1]
+        if self.low is not None and self.high is not None:
+            words += f" from {self.low:g} to {self.high:g}"
+        elif self.low is not None:
+            words += f", {self.low:g} or more"
+        return words + ", or null" * self.optional
+
+    def check(self, value: object) -> None:
+        """Raise ValueError, with the name, the value and what is allowed, for any other value."""
+        if value is None and self.optional:
+            return
+        right = isinstance(value, _KINDS[self.kind][0])
+        right &= isinstance(value, bool) == (self.kind is bool)
+        if right and not isinstance(value, str):
+            right = (self.low is None or value >= self.low) and (  # type: ignore[operator]
+                self.high is None or value <= self.high  # type: ignore[operator]
+            )
+        if not right or (self.choices and value not in self.choices):
+            raise ValueError(f"{self.name} is {value!r}; allowed: {self.allowed}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an attack is given for one update.
+
+    Attributes
+    ----------
+    seen : Observation
+    known : Knowledge
+        With what it lacked inferred, see `infer`.
+    prior : nn.Module or None
+        A velocity network on the budget's device, where the attack needs one.
+    budget : Budget
+    """
+
+    seen: Observation
+    known: Knowledge
+    prior: nn.Module | None
+    budget: Budget
+
+    def matching(self, kind: str, **options: Any) -> MatchingObjective:
+        """Return the update's matching objective; parameters as `matching_objective`."""
+        return matching_objective(kind, self.seen, self.known, self.budget.device, **options)
+
+    def statistics(self, weight: float) -> list[BatchStatistics]:
+        """Return the matching of BatchNorm's statistics, where the update holds them."""
+        return statistics_of(weight, self.seen, self.known, self.budget.device)
+
+    @property
+    def network(self) -> nn.Module:
+        """The prior's network.
+
+        Raises
+        ------
+        ValueError
+            If the attack was given none.
+        """
+        if self.prior is None:
+            raise ValueError("the attack needs a prior, and was given none")
+        return self.prior
+
+    def generator(self) -> torch.Generator:
+        """Return a generator of random numbers, seeded by the budget."""
+        return torch.Generator(self.budget.device).manual_seed(self.budget.seed)
+
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """Return the client's mean and standard deviation, shape (C, 1, 1) each."""
+        device = self.budget.device
+        mean, std = self.known.mean, self.known.std
+        return (
+            torch.tensor(mean, device=device).view(-1, 1, 1),
+            torch.tensor(std, device=device).view(-1, 1, 1),
+        )
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """An attack: its fields are its constants, see `option`; `parts` names what it consists of.
+
+    A subclass is a frozen dataclass; calling it attacks one update::
+
+        found = SME(tv=0.03)(seen, known, budget=Budget(iterations=300))
+
+    Attributes
+    ----------
+    name : str
+        As in the configuration and in the log.
+    needs_prior : bool
+        Whether it needs a flow prior.
+    labels : str
+        How labels that are not known are inferred, see `infer`.
+    """
+
+    name: ClassVar[str]
+    needs_prior: ClassVar[bool] = False
+    labels: ClassVar[str] = "auto"
+
+    def __post_init__(self) -> None:
+        for each in self.options():
+            each.check(getattr(self, each.name))
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """Return the attack's constants, in the order of its fields."""
+        hints = get_type_hints(cls)
+        found = []
+        for each in fields(cls):
+            kinds = getattr(hints[each.name], "__args__", (hints[each.name],))
+            about = each.metadata
+            found.append(
+                Option(
+                    each.name, each.default, about["help"], kinds[0], type(None) in kinds,
+                    about["low"], about["high"], about["allowed"],
+                )
+            )  # fmt: skip
+        return tuple(found)
+
+    @abstractmethod
+    def parts(self, task: Task) -> Parts:
+        """Return what the attack consists of: matching objective, priors and schedule."""
+        ...
+
+    def assume(self, known: Knowledge) -> Knowledge:
+        """Return the knowledge that the attack makes use of: by default all of it."""
+        return known
+
+    def __call__(
+        self,
+        seen: Observation,
+        known: Knowledge,
+        prior: nn.Module | None = None,
+        budget: Budget | None = None,
+        report: Report | None = None,
+    ) -> Reconstruction:
+        """Reconstruct a client's images from its update.
+
+        Parameters
+        ----------
+        seen : Observation
+        known : Knowledge
+            What it lacks is inferred from the update, see `infer`.
+        prior : nn.Module, optional
+            A velocity network from `load_flow`, on the budget's device. By default
+            the shipped one, ``compact``, where the attack needs one.
+        budget : Budget, optional
+        report : Report, optional
+            Called about once a second with the iteration and the matching loss.
+
+        Raises
+        ------
+        ValueError
+            If the matching or the prior does not fit the update.
+        AttackError
+            If the optimisation diverges.
+        """
+        began = time.monotonic()
+        budget = budget or Budget()
+        if prior is None and self.needs_prior:
+            prior = load_flow("compact", budget.device)
+        known = infer(seen, self.assume(known), budget.device, self.labels)
+        parts = self.parts(Task(seen, known, prior, budget))
+        search = evolve if parts.population else optimise
+        found = search(parts, seen, budget, report)
+        return replace(
+            found,
+            attack=self.name,
+            options=asdict(self) | dict(parts.chosen),
+            seconds=time.monotonic() - began,
+        )

@@ -1,0 +1,1 @@
+"""What only an update by Adam gives away."""

@@ -1,0 +1,182 @@
+"""What every objective of an update has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl_app.models.extensions import Bottleneck, MaskDropout, random_layers
+from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.matching.distance import CosineDistance, Distance
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Something that an attack fits beside the images, such as a surrogate's alpha.
+
+    Attributes
+    ----------
+    value : Tensor
+        Requires a gradient.
+    lr : float
+        Peak learning rate.
+    low, high : float
+        It is boxed to these.
+    prior : callable, optional
+        Penalty, shape (), of its value.
+    """
+
+    value: Tensor
+    lr: float
+    low: float = 0.0
+    high: float = 1.0
+    prior: Callable[[Tensor], Tensor] | None = None
+
+
+class MatchingObjective(ABC):
+    """A differentiable account of an update, called on candidate images.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As `clients_model` returns it, on the device to work on; its parameters are
+        not read.
+    observation : Observation
+    knowledge : Knowledge
+        With the client's training. Labels in training order; None: their
+        probabilities are fitted beside the images, from all alike.
+    reason : str
+        Why this objective was chosen.
+
+    Attributes
+    ----------
+    name : str
+    measure : type of Distance
+        What it compares by.
+    relu_smoothing : float
+        Of the slope that the gates of the model's ReLU have, see `smooth_relu`; 0: none.
+    unknowns : list of Unknown
+    noise : list of Unknown or None
+        Of each of the model's random layers what it drew for every image of every
+        local step, in their order; None: the attacker is not to know that the
+        layer is a defence, and draws it anew.
+    masks : list of Unknown
+        Those of `noise` that are masks of dropout.
+    start : Tensor, shape (copies * N, C, H, W), or None
+        Normalised images to start from, where they are known in closed form.
+    copies : int
+        Candidates of each image that are optimised together, all images' first
+        ones before the second.
+    restart : float
+        Share of the attack's iterations after which something else is matched, and
+        the optimiser starts anew, as do its learning rates; 0: nowhere.
+    """
+
+    name: str
+    measure: type[Distance] = CosineDistance
+    relu_smoothing = 0.0
+    restart = 0.0
+    copies = 1
+
+    def __init__(
+        self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
+    ) -> None:
+        self.model, self.knowledge, self.reason = model, knowledge, reason
+        self.training = knowledge.client
+        self.batches = self.training.batches(observation.num_examples)
+        like = next(model.parameters())
+        names = [name for name, _ in model.named_parameters()]
+        self.w0 = {n: observation.w0[n].to(like).detach() for n in names}
+        self.w1 = {n: observation.w1[n].to(like).detach() for n in names}
+        self.unknowns: list[Unknown] = []
+        self.start: Tensor | None = None
+        self.noise = self._unknown_noise()
+        self.unknowns += [unknown for unknown in self.noise if unknown]
+        layers = zip(self.noise, random_layers(model), strict=True)
+        self.masks = [noise for noise, layer in layers if noise and isinstance(layer, MaskDropout)]
+        if knowledge.labels is not None:
+            self.labels = torch.tensor(knowledge.labels, device=like.device)
+            return
+        shape = (observation.num_examples, knowledge.num_classes)
+        self.labels = torch.full(shape, 0.5).to(like).requires_grad_()
+        self.unknowns.append(Unknown(self.labels, lr=0.05))
+
+    def _unknown_noise(self) -> list[Unknown | None]:
+        rows, like = sum(len(batch) for batch in self.batches), next(iter(self.w0.values()))
+        found: list[Unknown | None] = []
+        for layer in random_layers(self.model):
+            defense = self.knowledge.defense
+            # Numbers from N(0, 1) have further to go than masks in [0, 1].
+            precode = isinstance(layer, Bottleneck)
+            known, lr = (defense.precode, 0.2) if precode else (defense.dropout, 0.05)
+            start = like.new_full((rows, layer.size), layer.mean).requires_grad_()
+            found.append(Unknown(start, lr, layer.low, layer.high) if known else None)
+        return found
+
+    def noise_of(self, first: int, x: Tensor) -> list[Tensor]:
+        """Return what each random layer draws for a batch, shape (B, size) each.
+
+        Parameters
+        ----------
+        first : int
+            Images that local steps took before it.
+        x : Tensor, shape (B, C, H, W)
+        """
+        return [
+            unknown.value[first : first + len(x)] if unknown else layer.draw(x)
+            for unknown, layer in zip(self.noise, random_layers(self.model), strict=True)
+        ]
+
+    def targets(self) -> Tensor:
+        """Return the images' classes, shape (N,), or their probabilities, (N, num_classes)."""
+        if not self.labels.requires_grad:
+            return self.labels
+        return self.labels / self.labels.sum(1, keepdim=True).clamp_min(1e-6)
+
+    def found_labels(self) -> tuple[int, ...]:
+        """Return the N labels, or the most likely ones."""
+        labels = self.labels.argmax(1) if self.labels.requires_grad else self.labels
+        return tuple(labels.tolist())
+
+    def found_images(self, x: Tensor) -> Tensor:
+        """Return the images, (N, C, H, W), that candidates (copies * N, C, H, W) stand for."""
+        return x
+
+    def position(self) -> float | None:
+        """Return where between w0 and w1 a surrogate's gradient was taken; None: no surrogate."""
+        return None
+
+    def at_truth(self, noise: float) -> float:
+        """Return the loss at the true images, by the share of noise in the update's square."""
+        return self.measure.at_truth(noise)
+
+    def reassignments(self) -> list[tuple[int, int]]:
+        """Return the pairs of images that a search may have found in each other's place.
+
+        They explain the update nearly as well there, and no small step leads back.
+        """
+        return []
+
+    def pace(self) -> Tensor | None:
+        """Return how far each image moves, shape (copies * N,), in units of the attack's steps.
+
+        None: all of them by the whole step.
+        """
+        return None
+
+    @abstractmethod
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
+        """Return the matching loss, shape ().
+
+        Parameters
+        ----------
+        x : Tensor, shape (copies * N, C, H, W)
+            Normalised images.
+        progress : float
+            Share of the attack's iterations done, in [0, 1].
+        """
+        ...

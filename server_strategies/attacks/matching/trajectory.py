@@ -1,0 +1,365 @@
+"""The optimiser's trajectory: the client's own K local steps, simulated differentiably.
+
+The gradient comes from the adjoint method, not from a graph over all K steps:
+autograd differentiates one local gradient at a time, and what an optimiser does
+with it, elementwise work on every weight that is bound by memory, is written out
+and done in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, combinations
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fl_app.protocol import Knowledge, LocalTraining, Observation
+from server_strategies.attacks.matching.base import MatchingObjective
+from server_strategies.attacks.matching.defended import consistent
+from server_strategies.attacks.matching.distance import CosineDistance, Distance, norm
+from server_strategies.attacks.matching.gradient import loss_gradient
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim's defaults, which Flower's clients use
+# Of the local steps' graphs, in bytes: a quarter of a 24 GB card. Steps whose graphs would
+# need more compute them anew on the way back.
+KEPT_GRAPHS = 6_000_000_000
+
+
+class Optimizer(Protocol):
+    """A client's optimiser, run forwards once and then backwards once."""
+
+    def step(self, w: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
+        """Return the weights after one step from `w` along the gradient `g`."""
+        ...
+
+    def step_back(self, dw: list[Tensor]) -> list[Tensor]:
+        """Undo the last step on the adjoints.
+
+        Turns `dw`, the loss's gradient in the weights after the step, in place
+        into its part in those before the step, and returns the gradient in g.
+        """
+        ...
+
+
+class Sgd:
+    """SGD with momentum: ``m' = mu m + g``, ``w' = w - lr m'`` (Nesterov: ``g + mu m'``)."""
+
+    def __init__(self, training: LocalTraining) -> None:
+        self.lr, self.nesterov = training.lr, training.nesterov
+        self.momentum, self.decay = training.momentum, training.weight_decay
+        self.m: list[Tensor] = []
+        self.dm: list[Tensor] = []
+
+    def step(self, w: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
+        """See `Optimizer`."""
+        if self.decay:
+            g = [g_ + self.decay * w_ for g_, w_ in zip(g, w, strict=True)]
+        if not self.momentum:
+            return [torch.add(w_, g_, alpha=-self.lr) for w_, g_ in zip(w, g, strict=True)]
+        # torch's first momentum buffer is the gradient itself, as from zeros.
+        before = self.m or [torch.zeros_like(g_) for g_ in g]
+        self.m = [torch.add(g_, m, alpha=self.momentum) for g_, m in zip(g, before, strict=True)]
+        descent = self.m
+        if self.nesterov:
+            descent = [
+                torch.add(g_, m, alpha=self.momentum) for g_, m in zip(g, self.m, strict=True)
+            ]
+        return [torch.add(w_, d, alpha=-self.lr) for w_, d in zip(w, descent, strict=True)]
+
+    def step_back(self, dw: list[Tensor]) -> list[Tensor]:
+        """See `Optimizer`."""
+        if not self.momentum:
+            dg = [-self.lr * d for d in dw]
+        else:
+            self.dm = self.dm or [torch.zeros_like(d) for d in dw]
+            look = self.momentum if self.nesterov else 1.0
+            for dm, d in zip(self.dm, dw, strict=True):
+                dm.add_(d, alpha=-self.lr * look)
+            dg = [dm.clone() for dm in self.dm]
+            if self.nesterov:
+                for dg_, d in zip(dg, dw, strict=True):
+                    dg_.add_(d, alpha=-self.lr)
+            for dm in self.dm:
+                dm.mul_(self.momentum)
+        if self.decay:
+            for d, dg_ in zip(dw, dg, strict=True):
+                d.add_(dg_, alpha=self.decay)
+        return dg
+
+
+class Adam:
+    """Adam and AdamW, smoothed.
+
+    ``m' = b1 m + (1 - b1) g``, ``v' = b2 v + (1 - b2) g^2``,
+    ``w' = w - (lr / c1) m' / (sqrt(v' / c2 + s^2) + eps)`` with the bias corrections
+    c1 and c2. s = 0 is Adam itself, which is nearly the sign of g: its slope is
+    useless, so an attack takes ``s = r mean|g|`` by tensor and step.
+    """
+
+    def __init__(self, training: LocalTraining, smoothing: float) -> None:
+        self.lr, self.smoothing = training.lr, smoothing
+        self.decoupled = training.optimizer == "adamw"
+        self.decay = training.weight_decay
+        # Of every step: the gradient, the first moment and the smoothed root.
+        self.tape: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+        self.m: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.dm: list[Tensor] = []
+        self.dv: list[Tensor] = []
+
+    def step(self, w: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
+        """See `Optimizer`."""
+        if self.decay and self.decoupled:
+            w = [w_ * (1 - self.lr * self.decay) for w_ in w]
+        elif self.decay:
+            g = [g_ + self.decay * w_ for g_, w_ in zip(g, w, strict=True)]
+        if not self.tape:
+            self.m, self.v = ([torch.zeros_like(w_) for w_ in w] for _ in range(2))
+        count = len(self.tape) + 1
+        c1, c2 = 1 - BETA1**count, 1 - BETA2**count
+        new_w, new_m, roots = ([torch.empty_like(w_) for w_ in w] for _ in range(3))
+        for all_of_one in zip(w, g, self.m, self.v, new_w, new_m, roots, strict=True):
+            scale = self.smoothing * torch.linalg.vector_norm(all_of_one[1], 1)
+            # The least number keeps the root's slope finite where g is zero.
+            floor = (scale / all_of_one[1].numel()).square() + 1e-30
+            for w_, g_, m_, v_, new_w_, new_m_, root_ in _pieces(*all_of_one):
+                torch.lerp(m_, g_, 1 - BETA1, out=new_m_)
+                v_.mul_(BETA2).addcmul_(g_, g_, value=1 - BETA2)
+                torch.add(floor, v_, alpha=1 / c2, out=root_).sqrt_()
+                torch.addcdiv(w_, new_m_, root_ + EPS, value=-self.lr / c1, out=new_w_)
+        self.m = new_m
+        self.tape.append((list(g), new_m, roots))
+        return new_w
+
+    def step_back(self, dw: list[Tensor]) -> list[Tensor]:
+        """See `Optimizer`."""
+        if not self.dm:
+            self.dm, self.dv = ([torch.zeros_like(d) for d in dw] for _ in range(2))
+        count = len(self.tape)
+        rate, c2 = self.lr / (1 - BETA1**count), 1 - BETA2**count
+        g, m, roots = self.tape.pop()
+        dg = [torch.empty_like(d) for d in dw]
+        for all_of_one in zip(dw, g, m, roots, self.dm, self.dv, dg, strict=True):
+            for dw_, g_, m_, root_, dm_, dv_, dg_ in _pieces(*all_of_one):
+                scale = root_ + EPS
+                pull = dw_ / scale
+                dm_.add_(pull, alpha=-rate)
+                # d root / d v' = 1 / (2 c2 root)
+                pull.mul_(m_).div_(scale)
+                dv_.addcdiv_(pull, root_, value=0.5 * rate / c2)
+                torch.mul(dm_, 1 - BETA1, out=dg_).addcmul_(g_, dv_, value=2 * (1 - BETA2))
+                dm_.mul_(BETA1)
+                dv_.mul_(BETA2)
+        if self.decay and self.decoupled:
+            for d in dw:
+                d.mul_(1 - self.lr * self.decay)
+        elif self.decay:
+            for d, dg_ in zip(dw, dg, strict=True):
+                d.add_(dg_, alpha=self.decay)
+        return dg
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same stretch of every tensor, flat, short enough for the cache on a CPU."""
+    size = 1 << 15 if tensors[0].device.type == "cpu" else tensors[0].numel()
+    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+
+
+def simulate(
+    model: nn.Module,
+    w0: Mapping[str, Tensor],
+    batches: Sequence[tuple[Tensor, ...]],
+    training: LocalTraining,
+    smoothing: float = 0.0,
+) -> dict[str, Tensor]:
+    """Train locally as the client does, differentiably in the batches.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Gives the architecture; its own weights are not read.
+    w0 : mapping of str to Tensor
+        Start, by parameter name.
+    batches : sequence of (Tensor (B, C, H, W), Tensor (B,) or (B, num_classes), ...)
+        Normalised images and labels, or probabilities, of each local step, in
+        order; behind them the noise of the model's random layers, see `given_noise`.
+    training : LocalTraining
+    smoothing : float
+        See `Adam`. 0: exactly the client's arithmetic.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The weights after the last step; they can be back-propagated once.
+    """
+    optimizer = Sgd(training) if training.optimizer == "sgd" else Adam(training, smoothing)
+    steps = _Steps(model, list(w0), training.max_grad_norm, len(batches[0]))
+    flat = [part for batch in batches for part in batch]
+    weights = _Simulation.apply(steps, optimizer, [w.detach() for w in w0.values()], *flat)
+    return dict(zip(w0, weights, strict=True))
+
+
+@dataclass
+class _Steps:
+    """The local gradients of a simulation: in order forwards, in reverse backwards."""
+
+    model: nn.Module
+    names: list[str]
+    max_grad_norm: float
+    parts: int  # tensors that make up a batch
+    graph_bytes: int = 0  # of one step, from the first on
+    tape: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = field(default_factory=list)
+
+    def gradient(self, w: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
+        """Return the client's gradient at `w`, remembering how it came about."""
+        w = [w_.detach().requires_grad_() for w_ in w]
+        leaves = [part.detach().requires_grad_(part.requires_grad) for part in batch]
+        if self.tape and self.graph_bytes * (len(self.tape) + 1) > KEPT_GRAPHS:
+            self.tape.append((w, leaves, []))
+            return [g.detach() for g in self._differentiable(w, leaves)]
+        if self.tape:
+            gradient = self._differentiable(w, leaves)
+        else:
+            gradient, self.graph_bytes = _weighed(lambda: self._differentiable(w, leaves))
+        self.tape.append((w, leaves, gradient))
+        return [g.detach() for g in gradient]
+
+    def _differentiable(self, w: list[Tensor], batch: list[Tensor]) -> list[Tensor]:
+        x, y, *noise = batch
+        gradient = loss_gradient(self.model, dict(zip(self.names, w, strict=True)), x, y, noise)
+        if self.max_grad_norm:
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_, which can't be differentiated.
+            factor = (self.max_grad_norm / (norm(gradient) + 1e-6)).clamp(max=1)
+            gradient = [factor * g for g in gradient]
+        return list(gradient)
+
+    def pull_back(self, dg: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Return the last remembered gradient's pull on its weights and on its batch."""
+        w, batch, gradient = self.tape.pop()
+        first = not self.tape  # nothing asks for the gradient in w0
+        wanted = [part for part in batch if part.requires_grad] + ([] if first else w)
+        pulls = iter(
+            torch.autograd.grad(
+                gradient or self._differentiable(w, batch), wanted, dg, allow_unused=True
+            )
+        )
+        on_batch = [next(pulls) if part.requires_grad else None for part in batch]
+        return list(pulls), on_batch
+
+
+def _weighed(compute: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:
+    """Return a computation's result, and the bytes that its graph keeps."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # itself, it would keep its own graph alive for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return compute(), sum(kept.values())
+
+
+class _Simulation(torch.autograd.Function):
+    """w_K of a client's batches, their tensors one after the other, by the adjoint method."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, steps: _Steps, optimizer: Optimizer, w0: list[Tensor], *batches: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.steps, ctx.optimizer, w = steps, optimizer, w0
+        with torch.enable_grad():
+            for first in range(0, len(batches), steps.parts):
+                batch = batches[first : first + steps.parts]
+                g = steps.gradient(w, batch)
+                with torch.no_grad():
+                    w = optimizer.step(w, g)
+        return tuple(w)
+
+    @staticmethod
+    def backward(ctx: Any, *last: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dw = [d.clone() for d in last]
+        on_batches: list[Tensor | None] = []
+        while ctx.steps.tape:
+            dg = ctx.optimizer.step_back(dw)
+            with torch.enable_grad():
+                on_weights, on_batch = ctx.steps.pull_back(dg)
+            for d, pull in zip(dw, on_weights, strict=False):  # none for w0
+                if pull is not None:
+                    d.add_(pull)
+            on_batches[:0] = on_batch
+        return None, None, None, *on_batches
+
+
+class Trajectory(MatchingObjective):
+    """The cosine distance between the simulated and the observed displacement.
+
+    ``1 - cos(w_K(x) - w0, w1 - w0)`` over all parameters as one vector. A
+    published idea for SGD (Dimitrov et al., 2022), here with the client's own
+    optimiser and a smoothed Adam.
+
+    The smoothing r falls geometrically over the attack. A large r makes the loss
+    easy to descend; a small one makes it low at the truth, without which the last
+    local steps can't be seen: with r = 0.1 a grey image in the place of the last
+    of five batches changes the loss by a hundredth of what it is at the truth.
+
+    Parameters
+    ----------
+    model, observation, knowledge, reason
+        See `MatchingObjective`.
+    smoothing, last_smoothing : float
+        r of `Adam` at the attack's start and end.
+    distance : type of Distance
+        Another than the cosine.
+    """
+
+    name = "trajectory"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        observation: Observation,
+        knowledge: Knowledge,
+        reason: str,
+        smoothing: float = 0.1,
+        last_smoothing: float = 0.01,
+        distance: type[Distance] = CosineDistance,
+    ) -> None:
+        super().__init__(model, observation, knowledge, reason)
+        self.smoothing, self.fall = smoothing, last_smoothing / smoothing
+        seen = [self.w1[name] - w for name, w in self.w0.items()]
+        self.measure = distance
+        self.distance = distance(seen, known=consistent(seen, knowledge.defense))
+        self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
+        self.taken = list(accumulate((len(batch) for batch in self.batches), initial=0))
+
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
+        """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
+        return self.distance(self.displacement(x, progress))
+
+    def reassignments(self) -> list[tuple[int, int]]:
+        """See `MatchingObjective`: images of one class that different local steps train on."""
+        if self.labels.requires_grad:
+            return []
+        classes, places = self.labels.tolist(), range(len(self.labels))
+        steps = [
+            [step for step, batch in enumerate(self.batches) if place in batch] for place in places
+        ]
+        return [
+            (a, b)
+            for a, b in combinations(places, 2)
+            if classes[a] == classes[b] and steps[a] != steps[b]
+        ]
+
+    def displacement(self, x: Tensor, progress: float) -> list[Tensor]:
+        """Return ``w_K(x) - w0``, one tensor a parameter, of normalised images (N, C, H, W)."""
+        y, smoothing = self.targets(), self.smoothing * self.fall**progress
+        batches = [
+            (x[batch], y[batch], *self.noise_of(taken, x[batch]))
+            for batch, taken in zip(self.indices, self.taken, strict=False)
+        ]
+        weights = simulate(self.model, self.w0, batches, self.training, smoothing)
+        return [weights[name] - w for name, w in self.w0.items()]

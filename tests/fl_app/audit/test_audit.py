@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import io
+import math
+import os
+import resource
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from skimage.metrics import peak_signal_noise_ratio
+
+from fl_app.audit import leakage_log, perceptual
+from fl_app.audit.auditor import Auditor
+from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
+from fl_app.audit.metrics import (
+    MEASURES,
+    assign,
+    feature_mse,
+    mean_interval,
+    psnr,
+    score,
+    ssim,
+    total_variation,
+)
+from fl_app.audit.report import leakage_table, save_picture
+from fl_app.audit.truth import Truth, write_truth
+from fl_app.config import AuditConfig, Config, from_yaml
+from fl_app.models import create_model
+from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
+from fl_app.runs import folder as runs
+from fl_app.util.vision import import_lpips, import_torchvision
+
+SHAPE = (3, 32, 32)
+MEAN = (0.4, 0.5, 0.6)
+
+
+def images(n: int, seed: int = 0, size: int = 32) -> torch.Tensor:
+    return torch.rand((n, 3, size, size), generator=torch.Generator().manual_seed(seed))
+
+
+def truth_of(x: torch.Tensor, batches: tuple[tuple[int, ...], ...] | None = None) -> Truth:
+    n = len(x)
+    return Truth(x, tuple(range(n)), batches or tuple((i,) for i in range(n)), 1, 7)
+
+
+def reconstruction_of(x: torch.Tensor, labels: tuple[int, ...] | None = None) -> Reconstruction:
+    return Reconstruction(
+        attack="sme",
+        matching="surrogate: SGD",
+        images=x,
+        labels=labels or tuple(range(len(x))),
+        losses=(0.5, 0.25),
+        iterations=2,
+        seconds=0.5,
+        peak_memory=1000,
+        flops=2000,
+        stop_reason="iterations",
+        options={"lr": 1.0},
+    )
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand_and_against_scikit_image() -> None:
+    x, y = images(2, 0), images(2, 1)
+    half = torch.full((1, *SHAPE), 0.5)
+    # An error of 0.1 everywhere: MSE 0.01, so 20 dB with a range of 1.
+    assert psnr(half + 0.1, half).item() == pytest.approx(20, abs=1e-4)
+    expected = peak_signal_noise_ratio(x[0].numpy(), y[0].numpy(), data_range=1)
+    assert psnr(x, y)[0].item() == pytest.approx(expected, abs=1e-4)
+    assert psnr(x, x).tolist() == [100, 100]
+    ramp = torch.tensor([[0.0, 0.2, 0.4], [0.5, 0.7, 0.9]]).expand(1, 3, 2, 3)
+    assert total_variation(ramp, ramp).item() == pytest.approx(0.2 + 0.5)
+    assert ssim(x, x).tolist() == pytest.approx([1, 1])
+    # Two constant images: SSIM is its luminance term (2ab + c1) / (a^2 + b^2 + c1), c1 = 0.01^2.
+    a, b, c1 = 0.2, 0.6, 1e-4
+    grey = ssim(torch.full((1, *SHAPE), a), torch.full((1, *SHAPE), b)).item()
+    assert grey == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-6)
+    doubled = feature_mse(lambda z: 2 * z)
+    assert doubled(x, y).tolist() == pytest.approx((4 * MEASURES["mse"](x, y)).tolist())
+
+
+def test_assignment_is_the_best_of_all_permutations() -> None:
+    x = images(4, 0)
+    y = (0.3 * images(4, 1) + 0.7 * x)[torch.tensor([2, 0, 3, 1])]
+    order = assign(y, x)
+    assert order.tolist() == [1, 3, 0, 2]
+    with pytest.raises(ValueError, match=r"\(3, 3, 32, 32\).*\(4, 3, 32, 32\)"):
+        assign(y[:3], x)
+
+
+def test_shuffling_the_reconstructions_changes_no_score() -> None:
+    x = images(5, 0)
+    y = (x + 0.2 * images(5, 1)).clamp(0, 1)
+    truth = truth_of(x, ((0, 1), (2,), (3, 4), (0, 1)))
+    shuffle = torch.tensor([3, 0, 4, 1, 2])
+    plain = score(reconstruction_of(y), truth, MEAN)
+    shuffled = score(reconstruction_of(y[shuffle], tuple(shuffle.tolist())), truth, MEAN)
+    assert plain.metrics == shuffled.metrics
+    assert plain.psnr_by_step == shuffled.psnr_by_step
+    assert plain.label_accuracy is None and plain.reasons["label_accuracy"] == "labels were given"
+
+    values = psnr(y, x).tolist()
+    first = (values[0] + values[1]) / 2
+    assert plain.psnr_by_step[:2] == pytest.approx((first, values[2]))
+    assert plain.psnr_by_step[3] is None and "psnr_by_step" in plain.reasons
+
+
+def test_grey_baseline_is_the_score_of_the_mean_colour() -> None:
+    x = images(3)
+    leakage = score(reconstruction_of(images(3, 1)), truth_of(x), MEAN)
+    by_hand = [
+        -10 * math.log10(sum(((x[i, c] - MEAN[c]) ** 2).mean().item() for c in range(3)) / 3)
+        for i in range(3)
+    ]
+    found = leakage.metrics["psnr"]
+    assert found is not None and found.baseline == pytest.approx(sum(by_hand) / 3, abs=1e-4)
+    assert found.low is not None and found.low < found.mean
+
+
+def test_interval_is_students_t() -> None:
+    # Three values, s = 1, t(0.975, 2) = 4.302653.
+    mean, low, high = mean_interval([1, 2, 3])
+    assert (mean, low, high) == pytest.approx(
+        (2, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5
+    )
+    assert mean_interval([5.0]) == (5.0, None, None)
+    with pytest.raises(ValueError, match="at least one"):
+        mean_interval([])
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [(torch.full((1, *SHAPE), math.nan), "finite"), (torch.full((1, *SHAPE), 1.5), "span 1.5")],
+)
+def test_a_reconstruction_that_is_no_image_is_refused(bad: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        score(reconstruction_of(bad), truth_of(images(1)), MEAN)
+
+
+def test_a_metric_that_can_not_be_had_is_null_with_its_reason() -> None:
+    small = images(2, size=8)
+    leakage = score(reconstruction_of(small), truth_of(small), MEAN, reasons={"lpips_vgg": "off"})
+    assert leakage.metrics["ssim"] is None and "win_size" in leakage.reasons["ssim"]
+    assert leakage.metrics["lpips_vgg"] is None and leakage.reasons["lpips_vgg"] == "off"
+
+
+# --- LPIPS -----------------------------------------------------------------------------------
+
+
+def shared_lpips() -> Path:
+    root = Path(os.environ.get("FLOWLEAK_SHARED", Path(__file__).parents[4] / "shared"))
+    folder = root / "weights" / "lpips"
+    if not folder.exists():
+        pytest.skip(f"no LPIPS trunk weights at {folder}")
+    return folder
+
+
+def test_torchvision_and_lpips_import_beside_any_torch() -> None:
+    assert import_torchvision() is import_torchvision()
+    assert import_lpips().LPIPS
+
+
+def test_lpips_with_trunks_from_a_folder() -> None:
+    folder = shared_lpips()
+    measures, reasons = perceptual.load_lpips(str(folder))
+    assert reasons == {}
+    x = images(2)
+    y = (x + 0.3 * images(2, 1)).clamp(0, 1)
+    for measure in measures.values():
+        distance = measure(x, y)
+        assert distance.shape == (2,) and (distance > 0.01).all()
+        assert torch.allclose(distance, measure(y, x))
+        assert measure(x, x).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="31 or more"):
+        measures["lpips_alex"](images(1, size=28), images(1, size=28))
+
+    weights = load_file(folder / "alexnet_features.safetensors")
+    trunk = perceptual._network("lpips_alex", weights).net.state_dict()  # type: ignore[union-attr]
+    assert len(trunk) == len(weights) == 10
+    assert torch.equal(trunk["slice3.6.weight"], weights["features.6.weight"].float())
+
+
+def test_lpips_agrees_with_its_formula() -> None:
+    """A slow, obvious LPIPS: unit-length features, squared difference, heads, spatial mean."""
+    folder = shared_lpips()
+    measures, _ = perceptual.load_lpips(str(folder))
+    vision, weights = import_torchvision(), load_file(folder / "alexnet_features.safetensors")
+    features = vision.models.alexnet().features.eval()
+    features.load_state_dict({k.removeprefix("features."): v for k, v in weights.items()})
+    heads_file = Path(import_lpips().__file__).parent / "weights" / "v0.1" / "alex.pth"
+    heads = torch.load(heads_file, map_location="cpu", weights_only=True)
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+    x, y = images(1), images(1, 1)
+    expected, after_relu = 0.0, {1: 0, 4: 1, 7: 2, 9: 3, 11: 4}
+    with torch.no_grad():
+        a, b = ((2 * z - 1 - shift) / scale for z in (x, y))
+        for i, layer in enumerate(features[:12]):
+            a, b = layer(a), layer(b)
+            if i in after_relu:
+                difference = (a / a.norm(dim=1) - b / b.norm(dim=1)).square()
+                head = heads[f"lin{after_relu[i]}.model.1.weight"]
+                expected += (difference * head).sum(1).mean().item()
+    assert measures["lpips_alex"](x, y).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_weights_lpips_is_a_reason_not_a_random_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert perceptual.load_lpips(str(tmp_path))[0] == {}
+
+    def offline(url: str, **_: object) -> None:
+        assert socket.getdefaulttimeout() == 10
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    measures, reasons = perceptual.load_lpips("download")
+    assert measures == {} and "no network" in reasons["lpips_vgg"]
+    assert socket.getdefaulttimeout() is None
+
+
+# --- the log ---------------------------------------------------------------------------------
+
+
+def line_of(**fields: object) -> LogLine:
+    line = LogLine(round=1, node=7, client=0, attack="sme", status="ok", labels="given")
+    return replace(line, **fields)  # type: ignore[arg-type]
+
+
+def test_log_lines_are_strict_json_even_with_nan(tmp_path: Path) -> None:
+    path = tmp_path / "leakage.jsonl"
+    append_line(path, line_of(losses=(1.0, math.nan), metrics={"psnr": {"mean": math.inf}}))
+    (line,), torn = read_lines(path)
+    assert torn == 0 and line["losses"] == [1.0, None] and line["metrics"]["psnr"]["mean"] is None
+    assert line["reasons"] == {
+        "metrics.psnr.mean": "not finite (inf)",
+        "losses": "not finite (nan)",
+    }
+    assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
+
+
+def test_a_torn_line_is_counted_and_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "leakage.jsonl"
+    append_line(path, line_of())
+    with path.open("a") as file:
+        file.write('{"round": 2, "no')
+    assert [len(read_lines(path)[0]), read_lines(path)[1]] == [1, 1]
+    append_line(path, line_of(round=3))
+    lines, torn = read_lines(path)
+    assert [line["round"] for line in lines] == [1, 3] and torn == 1
+
+
+def test_a_failed_write_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "leakage.jsonl"
+    append_line(path, line_of())
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # As on a disk with 20 bytes left: the kernel writes the first 20 and stops.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(OSError, match=r"leakage\.jsonl"):
+            append_line(path, line_of(round=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    append_line(path, line_of(round=3))
+    assert [line["round"] for line in read_lines(path)[0]] == [1, 3]
+
+
+def test_losses_are_thinned_with_both_ends_kept() -> None:
+    losses = [float(i) for i in range(12345)]
+    kept = thinned(losses)
+    assert len(kept) == leakage_log.MAX_LOSSES and kept[0] == 0 and kept[-1] == 12344
+    assert thinned(losses[:7]) == losses[:7]
+
+
+# --- runs, pictures, the auditor -------------------------------------------------------------
+
+
+def test_a_second_run_never_overwrites_the_first(tmp_path: Path) -> None:
+    config = Config(name="night", runs_dir=str(tmp_path), seed=3)
+    first, second = runs.create_run(config), runs.create_run(config)
+    assert [first.name, second.name] == ["night", "night-2"]
+    assert first.stat().st_mode & 0o777 == 0o700
+    assert from_yaml(first / "config.yaml") == config
+    written = (first / "config.yaml").read_text()
+    assert "started:" in written and "git_commit:" in written and "flwr:" in written
+    assert runs.list_runs(tmp_path) == [first, second]
+    assert runs.find_run(tmp_path, "night-2") == second
+    with pytest.raises(FileNotFoundError, match=r"no run 'day'.*night, night-2"):
+        runs.find_run(tmp_path, "day")
+
+
+def test_picture_shows_the_pixels_side_by_side(tmp_path: Path) -> None:
+    private, found = torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE)
+    found[0, 0] = 0
+    save_picture(tmp_path / "p.png", found, private, ["a"])
+    with Image.open(tmp_path / "p.png") as picture:
+        left, right = (picture.getpixel((x, picture.height - 30)) for x in (20, 120))
+    assert (left, right) == ((0, 0, 0), (0, 255, 255))
+
+
+def printed(lines: list[dict[str, Any]]) -> str:
+    console = Console(width=120, file=io.StringIO())
+    console.print(leakage_table(lines))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+class Audit:
+    """An auditor of one update of a ConvNet, without LPIPS."""
+
+    def __init__(self, tmp_path: Path, settings: AuditConfig) -> None:
+        config = Config(runs_dir=str(tmp_path), audit=settings)
+        knowledge = Knowledge("convnet", 10, SHAPE, MEAN, (0.2, 0.2, 0.2), LocalTraining())
+        w0 = create_model("convnet", 10, SHAPE, seed=0).state_dict()
+        self.observation = Observation(w0, w0, num_examples=4, round=1, node=7, client=2)
+        self.run_dir = runs.create_run(config)
+        self.auditor = Auditor(self.run_dir, config, knowledge)
+
+
+def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
+    audit = Audit(tmp_path, AuditConfig(lpips_weights=str(tmp_path)))
+    auditor, observation = audit.auditor, audit.observation
+    with pytest.raises(ValueError, match=r"client 2 left no truth.*audit.labels=unknown"):
+        auditor.grant(observation)
+    x = images(4)
+    write_truth(audit.run_dir, truth_of(x))
+    assert auditor.grant(observation).labels == (0, 1, 2, 3)
+
+    auditor.record(observation, reconstruction_of((x + 0.1 * images(4, 1)).clamp(0, 1).flip(0)))
+    auditor.record(observation, replace(reconstruction_of(images(4, 2)), diagnosis=("noisy",)))
+    auditor.record(observation, reconstruction_of(torch.full((4, *SHAPE), math.nan)))
+    auditor.record_failure(observation, "sme", "out of memory [/oops]")
+    auditor.record_skipped(2, 9, "the update has no arrays")
+    good, poor, broken, failed, skipped = auditor.lines()
+
+    assert good["status"] == "ok" and good["client"] == 2 and good["labels"] == "given"
+    assert good["metrics"]["psnr"]["mean"] > 20 > good["metrics"]["psnr"]["baseline"]
+    assert good["labels_source"] == "given" and good["label_accuracy"] is None
+    assert good["metrics"]["lpips_vgg"] is None
+    assert "No such file" in good["reasons"]["lpips_vgg"]
+    # FMSE: features of the sent model, on normalised images.
+    model = create_model("convnet", 10, SHAPE, seed=0)
+    found = load_file((audit.run_dir / good["picture"]).with_suffix(".safetensors"))
+    assert found["assignment"].tolist() == [3, 2, 1, 0]
+    matched = found["images"][found["assignment"]]
+    center = torch.tensor(MEAN).view(3, 1, 1)
+    with torch.no_grad():
+        a, b = (model.features((z - center) / 0.2) for z in (matched, x))  # type: ignore[operator]
+    expected = (a - b).square().mean(1).tolist()
+    assert good["metrics"]["fmse"]["values"] == pytest.approx(expected, rel=1e-4)
+
+    assert poor["picture"] != good["picture"]  # the same attack on the same update, again
+    assert broken["status"] == "failed" and "finite" in broken["error"]
+    assert failed["status"] == "failed" and skipped["status"] == "skipped"
+    assert skipped["client"] is None and "client" in skipped["reasons"]
+
+    text = printed(auditor.lines())
+    rows = [row for row in text.splitlines() if "sme" in row or "flow_matching" in row]
+    assert "no better than grey" not in rows[0] and "no better than grey" in rows[1]
+    assert "client 2 (node 7), sme failed: out of memory [/oops]" in text
+    assert "client 2 (node 7), sme: noisy" in text
+    assert "(node 9), flow_matching skipped: the update has no arrays" in text
+
+
+def test_without_truth_there_are_no_scores(tmp_path: Path) -> None:
+    audit = Audit(tmp_path, AuditConfig(truth=False, labels="unknown"))
+    assert audit.auditor.grant(audit.observation).labels is None
+    audit.auditor.record(audit.observation, reconstruction_of(images(4)))
+    (line,) = audit.auditor.lines()
+    assert line["status"] == "ok" and line["metrics"] == {} and line["losses"] == [0.5, 0.25]
+    assert line["reasons"]["metrics"] == "no truth" and line["iterations_per_second"] == 4
+    assert (audit.run_dir / line["picture"]).exists()
+    assert not (audit.run_dir / "truth").exists()
+    assert "no truth" in printed([line])

@@ -1,0 +1,21 @@
+"""The yardstick measures the same work as ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.clients import CLIENTS, client
+
+from fl_app.benchmarks.costs import PlainSurrogate
+from server_strategies.attacks.matching import matching_objective
+
+
+def test_the_plain_loop_is_the_same_surrogate() -> None:
+    observation, knowledge, x = client(CLIENTS["sgd"])
+    x = x.flip(0).requires_grad_()
+    surrogate = matching_objective("surrogate", observation, knowledge, alpha=0.3)
+    alpha = surrogate.unknowns[0].value
+    ours, on_alpha = torch.autograd.grad(surrogate(x, 0.0), [x, alpha])
+    theirs, expected = PlainSurrogate(observation, knowledge).gradients(x, 0.3)
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7)
+    assert on_alpha.item() == pytest.approx(expected, rel=1e-3)

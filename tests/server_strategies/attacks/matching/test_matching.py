@@ -1,0 +1,217 @@
+"""How updates follow from data: against the real client's training and known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.clients import CLIENTS, SHAPE, client
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fl_app.models import create_model
+from fl_app.protocol import LocalTraining
+from server_strategies.attacks.matching import matching_objective, trajectory
+from server_strategies.attacks.matching.distance import CosineDistance
+from server_strategies.attacks.matching.surrogate import mean_position
+from server_strategies.attacks.matching.trajectory import simulate
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_simulation_is_the_clients_own_training(
+    name: str, dtype: torch.dtype, bound: float
+) -> None:
+    observation, knowledge, x = client(CLIENTS[name], dtype)
+    labels = torch.tensor(knowledge.labels)
+    batches = [(x[list(b)], labels[list(b)]) for b in CLIENTS[name].batches(6)]
+    model = create_model("convnet", 10, SHAPE).to(dtype)
+    found = simulate(model, dict(observation.w0), batches, CLIENTS[name])
+    for key, expected in observation.w1.items():
+        assert (found[key] - expected).norm() <= bound * expected.norm(), key
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("graphs", [5, 2, 0])  # kept; the others are computed anew on the way back
+def test_the_adjoint_is_autograds_gradient(
+    name: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = replace(CLIENTS[name], local_steps=5)
+    observation, knowledge, x = client(training, torch.float64)
+    labels = torch.tensor(knowledge.labels)
+    model = create_model("convnet", 10, SHAPE).to(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    pull = {k: torch.randn(w.shape, generator=generator).to(w) for k, w in observation.w0.items()}
+
+    def gradient(simulation: Callable[..., dict[str, Tensor]]) -> Tensor:
+        start = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+        start.requires_grad_()
+        batches = [(start[list(b)], labels[list(b)]) for b in training.batches(6)]
+        weights = simulation(model, dict(observation.w0), batches, training, 0.3)
+        sum((pull[k] * w).sum() for k, w in weights.items()).backward()
+        assert start.grad is not None
+        return start.grad
+
+    computed: list[int] = []
+    original = trajectory._Steps._differentiable
+
+    def counted(self: trajectory._Steps, *arguments: Any) -> list[Tensor]:
+        computed.append(self.graph_bytes)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(trajectory._Steps, "_differentiable", counted)
+    gradient(simulate)
+    assert len(computed) == 5 and computed[-1] > sum(w.nbytes for w in pull.values())
+    # Half a graph more: what is measured varies with the addresses that memory is given.
+    monkeypatch.setattr(trajectory, "KEPT_GRAPHS", (graphs + 0.5) * computed[-1])
+    expected = gradient(slow_simulation)
+    computed.clear()
+    assert (gradient(simulate) - expected).norm() <= 1e-10 * expected.norm()
+    assert len(computed) == 5 + 5 - max(graphs, 1)  # the first is always kept: it is the measure
+
+
+def slow_simulation(
+    model: nn.Module,
+    w0: dict[str, Tensor],
+    batches: list[tuple[Tensor, Tensor]],
+    training: LocalTraining,
+    smoothing: float,
+) -> dict[str, Tensor]:
+    """The textbook's loop, with one autograd graph over all of it."""
+    w = {k: value.clone().requires_grad_() for k, value in w0.items()}
+    m, v = ({k: torch.zeros_like(value) for k, value in w0.items()} for _ in range(2))
+    for step, (x, y) in enumerate(batches, start=1):
+        loss = F.cross_entropy(functional_call(model, w, (x,)), y)
+        parts = torch.autograd.grad(loss, list(w.values()), create_graph=True)
+        g = dict(zip(w, parts, strict=True))
+        if training.max_grad_norm:
+            length = torch.cat([part.flatten() for part in g.values()]).norm()
+            if length > training.max_grad_norm:
+                g = {k: training.max_grad_norm / (length + 1e-6) * part for k, part in g.items()}
+        for k in w:
+            if training.optimizer == "adamw":
+                w[k] = w[k] - training.lr * training.weight_decay * w[k]
+            else:
+                g[k] = g[k] + training.weight_decay * w[k]
+            if training.optimizer == "sgd":
+                m[k] = training.momentum * m[k] + g[k]
+                look = g[k] + training.momentum * m[k] if training.nesterov else m[k]
+                w[k] = w[k] - training.lr * look
+            else:
+                # The smoothing's scale is a constant of the step, not differentiated.
+                root = smoothing * g[k].detach().abs().mean()
+                m[k] = 0.9 * m[k] + 0.1 * g[k]
+                v[k] = 0.999 * v[k] + 0.001 * g[k] ** 2
+                scale = (v[k] / (1 - 0.999**step) + root**2).sqrt() + 1e-8
+                w[k] = w[k] - training.lr * m[k] / (1 - 0.9**step) / scale
+    return w
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_coordinates_that_never_moved_have_a_finite_gradient(smoothing: float) -> None:
+    observation, knowledge, _ = client(CLIENTS["adam"])
+    x = torch.zeros((6, *SHAPE)).requires_grad_()  # no gradient reaches the first layer's weights
+    labels = torch.tensor(knowledge.labels)
+    batches = [(x[list(b)], labels[list(b)]) for b in CLIENTS["adam"].batches(6)]
+    model = create_model("convnet", 10, SHAPE)
+    weights = simulate(model, dict(observation.w0), batches, CLIENTS["adam"], smoothing)
+    sum(w.square().sum() for w in weights.values()).backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_one_sgd_step_is_a_gradient() -> None:
+    observation, knowledge, x = client(replace(CLIENTS["sgd"], batch_size=6, local_steps=1))
+    surrogate = matching_objective("surrogate", observation, knowledge)
+    with torch.no_grad():
+        surrogate.alpha.zero_()  # alpha = 0: at w0
+    assert surrogate(x, 0.0).item() == pytest.approx(0, abs=1e-5)
+    # The sign fault of other attack code: w1 - w0 is not a gradient but its negative.
+    flipped = replace(observation, w0=observation.w1, w1=observation.w0)
+    backwards = matching_objective("surrogate", flipped, knowledge)
+    with torch.no_grad():
+        backwards.alpha.fill_(1)  # the same place, seen from the other end
+    assert backwards(x, 0.0).item() == pytest.approx(2, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
+def test_the_truth_explains_better_than_other_images(name: str) -> None:
+    observation, knowledge, x = client(CLIENTS[name])
+    trajectory = matching_objective("auto", observation, knowledge)
+    others = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    assert trajectory(x, 0.0).item() < 0.5 * trajectory(others, 0.0).item()
+    if CLIENTS[name].optimizer == "sgd":
+        assert trajectory(x, 0.0).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_auto_says_what_it_chose_and_why() -> None:
+    one_step = {"batch_size": 6, "local_steps": 1}
+    several = {"local_steps": 0, "local_epochs": 2}
+    for name, change, chosen, why in (
+        ("sgd", {}, "trajectory", "order is known"),
+        ("adam", {}, "trajectory", "order is known"),
+        ("epochs", {}, "fingerprints", "later passes in the first's order"),
+        ("momentum", several, "trajectory", "later passes in the first's order"),
+        ("momentum", {**several, "reshuffle": False}, "trajectory", "order is known"),
+        ("momentum", one_step, "gradient", "is its gradient"),
+        ("adamw", one_step, "inversion", "rounding leaves the gradient's size"),
+    ):
+        observation, knowledge, _ = client(replace(CLIENTS[name], **change))
+        objective = matching_objective("auto", observation, knowledge)
+        assert (objective.name, why in objective.reason) == (chosen, True)
+    noisy = {k: w + 1e-4 * torch.randn(w.shape) for k, w in observation.w1.items()}
+    objective = matching_objective("auto", replace(observation, w1=noisy), knowledge)
+    assert objective.name == "trajectory"
+    assert "noise or coarse rounding" in objective.reason
+
+
+def test_a_surrogate_starts_where_the_gradients_were_taken() -> None:
+    sgd, momentum = CLIENTS["sgd"], CLIENTS["momentum"]
+    assert mean_position(sgd, 1) == 0
+    assert mean_position(sgd, 5) == pytest.approx(0.4)  # of 0, 1/5, 2/5, 3/5, 4/5
+    # By hand, K=2: it moves 1, then 1.9; the gradients are worth 1.9 and 1.
+    assert mean_position(momentum, 2) == pytest.approx((1.9 * 0 + 1 * 1) / 2.9**2)
+    assert mean_position(CLIENTS["nesterov"], 2) == pytest.approx(1.9**2 / (1.9 + 2.71) ** 2)
+
+
+def test_labels_that_nobody_knows_are_fitted() -> None:
+    observation, knowledge, x = client(replace(CLIENTS["sgd"], batch_size=6, local_steps=1))
+    objective = matching_objective("auto", observation, replace(knowledge, labels=None))
+    (unknown,) = objective.unknowns
+    optimizer = torch.optim.Adam([unknown.value], unknown.lr)
+    for _ in range(60):
+        objective(x, 0.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        unknown.value.data.clamp_(0, 1)
+    found = zip(objective.found_labels(), knowledge.labels or (), strict=True)
+    assert sum(a == b for a, b in found) >= 5  # of six, where chance is one
+
+
+def test_wrong_labels_and_kinds_are_refused() -> None:
+    observation, knowledge, _ = client(CLIENTS["sgd"])
+    with pytest.raises(ValueError, match="3 labels for 6 examples"):
+        matching_objective("auto", observation, replace(knowledge, labels=(1, 2, 3)))
+    with pytest.raises(ValueError, match="allowed: auto, surrogate, trajectory"):
+        matching_objective("magic", observation, knowledge)
+    allowed = "allowed: auto, cosine, squared, layered"
+    with pytest.raises(ValueError, match=f"distance is 'magic'; {allowed}"):
+        matching_objective("auto", observation, knowledge, distance="magic")
+    with pytest.raises(ValueError, match="the client's training is unknown"):
+        matching_objective("auto", observation, replace(knowledge, training=None))
+
+
+def test_cosine_distance_by_hand() -> None:
+    seen = [torch.tensor([1.0, 0.0]), torch.tensor([[1.0]])]
+    distance = CosineDistance(seen)
+    assert distance(seen).item() == pytest.approx(0, abs=1e-6)
+    assert distance([-3 * part for part in seen]).item() == pytest.approx(2)
+    assert distance([torch.tensor([2.0, 0.0]), torch.tensor([[0.0]])]).item() == pytest.approx(
+        1 - 0.5**0.5
+    )
+    with pytest.raises(ValueError, match="the update is zero"):
+        CosineDistance([torch.zeros(2)])

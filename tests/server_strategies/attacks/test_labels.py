@@ -1,0 +1,245 @@
+"""Counting labels from an update: known answers, real clients, and how the counts are scored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from client_app.training import train
+from fl_app.audit.metrics import label_accuracy, label_chance, score
+from fl_app.audit.truth import Truth
+from fl_app.benchmarks import labels as label_bench
+from fl_app.benchmarks.case import Case
+from fl_app.commands import main as cli
+from fl_app.config import AttackConfig
+from fl_app.models import create_model
+from fl_app.models.family import Family
+from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
+from fl_app.registry import MODELS
+from server_strategies.attacks.labels import (
+    choose_method,
+    displacement,
+    infer_labels,
+    random_images,
+)
+
+SHAPE = (3, 8, 8)
+SGD = LocalTraining("sgd", lr=0.1, local_steps=1, batch_size=1)
+ADAM = LocalTraining("adam", lr=1e-3, local_steps=1, batch_size=1)
+
+
+def known(training: LocalTraining, model: str = "convnet") -> Knowledge:
+    return Knowledge(model, 10, SHAPE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), training)
+
+
+def client(
+    training: LocalTraining, labels: Tensor, seed: int, model: str = "convnet"
+) -> Observation:
+    """Train a real client on smooth random images; return what the server sees."""
+    knowledge = known(training, model)
+    generator = torch.Generator().manual_seed(1000 + seed)  # not the attack's own images
+    images = random_images(len(labels), knowledge, generator) * 0.25 + 0.5
+    net = create_model(model, 10, SHAPE, seed=seed)
+    w0 = {name: value.clone() for name, value in net.state_dict().items()}
+    batches = [torch.tensor(batch) for batch in training.batches(len(labels))]
+    train(net, images, labels, batches, training, knowledge.mean, knowledge.std)
+    return Observation(w0, net.state_dict(), len(labels), round=1, node=1, client=1)
+
+
+def by_hand(counts: Tensor, training: LocalTraining) -> Observation:
+    """Return one SGD step's update of a classifier of zeros, where p is 1 / C exactly."""
+    w0 = create_model("convnet", 10, SHAPE, seed=0).state_dict()
+    w0 = {name: w.zero_() if name.startswith("classifier") else w for name, w in w0.items()}
+    w1 = dict(w0)
+    w1["classifier.bias"] = -training.lr * (0.1 - counts / counts.sum())
+    return Observation(w0, w1, int(counts.sum()), round=1, node=1, client=1)
+
+
+@pytest.mark.parametrize("training", [SGD, ADAM, replace(ADAM, local_steps=5)])
+def test_one_image_has_the_only_negative_gradient(training: LocalTraining) -> None:
+    for label in (0, 7, 9):
+        found = infer_labels(
+            "auto", client(training, torch.tensor([label]), label), known(training)
+        )
+        assert found.labels == (label,) and found.counts.sum() == 1
+        assert found.method == "idlg" and "one image" in found.reason
+
+
+def test_distinct_labels_are_the_negative_gradients() -> None:
+    labels = torch.tensor([8, 1, 4])
+    training = replace(SGD, batch_size=3)
+    assert infer_labels("idlg", client(training, labels, 0), known(training)).labels == (1, 4, 8)
+    twice = client(training, torch.tensor([8, 1, 8]), 0)
+    with pytest.raises(ValueError, match=r"2 classes .* for 3 images: it needs distinct labels"):
+        infer_labels("idlg", twice, known(training))
+
+
+@pytest.mark.parametrize(
+    ("method", "counts"),
+    [
+        ("dlf", [9, 0, 4, 0, 3, 1, 0, 2, 0, 5]),  # duplicates, more images than classes
+        ("dlf", [0, 0, 0, 6, 0, 0, 0, 0, 0, 0]),
+        ("llg", [3, 1, 0, 0, 0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_counts_of_a_gradient_made_by_hand(method: str, counts: list[int]) -> None:
+    training = replace(SGD, batch_size=sum(counts))
+    observation = by_hand(torch.tensor(counts), training)
+    found = infer_labels(method, observation, known(training))
+    assert found.counts.tolist() == counts
+    assert found.labels == tuple(c for c, n in enumerate(counts) for _ in range(n))
+
+
+class NoBias(nn.Module):
+    """A classifier of mean colours without a bias."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.last = nn.Linear(image_shape[0], num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.mean((2, 3)) + 10)
+
+
+class NoLinear(nn.Module):
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(image_shape[0], num_classes, 8)
+
+
+@pytest.mark.parametrize("method", ["dlf", "simulate"])
+def test_without_a_bias_the_weights_tell(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "nobias", Family(lambda c, s, _: NoBias(c, s), ("none",)))
+    labels = torch.tensor([1, 1, 1, 2, 5, 5, 9, 1])
+    training = replace(SGD, lr=1e-4, batch_size=8)
+    observation = client(training, labels, 0, "nobias")
+    counts = infer_labels(method, observation, known(training, "nobias")).counts
+    assert label_accuracy(counts, labels.tolist()) >= 0.75
+
+
+def test_adams_labels_are_found_by_simulation() -> None:
+    training = replace(ADAM, local_steps=3, batch_size=4)
+    scores: dict[str, list[float]] = {"auto": [], "dlf": []}
+    for seed in range(4):
+        labels = torch.randint(10, (12,), generator=torch.Generator().manual_seed(seed))
+        observation = client(training, labels, seed)
+        for method, values in scores.items():
+            found = infer_labels(method, observation, known(training))
+            assert int(found.counts.sum()) == len(found.labels) == 12
+            values.append(label_accuracy(found.counts, labels.tolist()))
+    assert found.method == "dlf"
+    assert sum(scores["auto"]) / 4 >= 0.85 > sum(scores["dlf"]) / 4
+
+
+def test_sgd_over_several_steps_and_passes() -> None:
+    training = replace(SGD, lr=0.01, local_steps=0, local_epochs=2, batch_size=4)
+    labels = torch.randint(10, (12,), generator=torch.Generator().manual_seed(3))
+    observation = client(training, labels, 3)
+    for method in ("auto", "simulate"):
+        found = infer_labels(method, observation, known(training))
+        assert found.counts.tolist() == labels.bincount(minlength=10).tolist()
+
+
+def test_auto_says_what_it_chose_and_why() -> None:
+    five = replace(SGD, local_steps=5, batch_size=8)
+    for training, count, chosen, why in (
+        (replace(ADAM, local_steps=5), 1, "idlg", "one image"),
+        (five, 40, "dlf", "sums its gradients"),
+        (five, 38, "simulate", "smaller batch"),
+        (replace(five, momentum=0.9), 40, "simulate", "momentum"),
+        (replace(five, optimizer="adamw"), 40, "simulate", "adamw hides"),
+    ):
+        method, reason = choose_method(training, count)
+        assert method == chosen and why in reason
+
+
+def test_true_labels_are_not_read() -> None:
+    training = replace(ADAM, local_steps=2, batch_size=2)
+    observation = client(training, torch.tensor([3, 3, 0, 6]), 0)
+    blind = infer_labels("simulate", observation, known(training))
+    wrong = replace(known(training), labels=(9, 9, 9, 9))
+    assert infer_labels("simulate", observation, wrong).labels == blind.labels
+
+
+def test_displacement_by_hand() -> None:
+    momentum = LocalTraining("sgd", lr=0.1, momentum=0.5, weight_decay=0.1)
+    start = torch.tensor([1.0])
+    # g = 2 + 0.1 w: steps of 0.21, then 0.5 * 2.1 + 2.079 = 3.129.
+    moved = displacement([start * 2, start * 2], start, momentum)
+    assert moved.item() == pytest.approx(-0.21 - 0.3129, abs=1e-6)
+    # Adam's first step is the gradient's sign.
+    signs = displacement([torch.tensor([3.0, -0.02])], torch.zeros(1), ADAM)
+    assert signs.tolist() == pytest.approx([-1e-3, 1e-3], rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    observation = client(SGD, torch.tensor([1]), 0)
+    with pytest.raises(ValueError, match="'magic'; allowed: auto, idlg, llg, dlf, simulate"):
+        infer_labels("magic", observation, known(SGD))
+    with pytest.raises(ValueError, match=r"update of classifier is zero"):
+        infer_labels("dlf", replace(observation, w1=observation.w0), known(SGD))
+    spoilt = {name: w * torch.nan for name, w in observation.w1.items()}
+    with pytest.raises(ValueError, match=r"update of classifier is not finite"):
+        infer_labels("dlf", replace(observation, w1=spoilt), known(SGD))
+    with pytest.raises(ValueError, match="num_examples is 7"):
+        infer_labels("simulate", replace(observation, num_examples=7), known(SGD))
+    monkeypatch.setitem(MODELS, "nolinear", Family(lambda c, s, _: NoLinear(c, s), ("none",)))
+    with pytest.raises(ValueError, match="nolinear has no linear layer"):
+        infer_labels("dlf", observation, known(SGD, "nolinear"))
+
+
+def test_label_accuracy_and_its_chance() -> None:
+    true = [0, 0, 0, 2, 2, 1, 4]
+    assert label_accuracy(torch.tensor([2, 1, 3, 1, 0]), true) == pytest.approx(5 / 7)
+    assert label_accuracy(torch.tensor(true).bincount(), true) == 1
+    with pytest.raises(ValueError, match="6 labels counted for 7 images"):
+        label_accuracy(torch.tensor([2, 1, 3, 0, 0]), true)
+    with pytest.raises(ValueError, match="labels from 0 to 4; allowed: 0 to 2"):
+        label_chance(true, 3)
+    # The slow oracle: one of each class, and two more classes drawn at random.
+    generator = torch.Generator().manual_seed(0)
+    guesses = []
+    for _ in range(4000):
+        counts = torch.ones(5, dtype=torch.long)
+        counts[torch.randperm(5, generator=generator)[:2]] += 1
+        guesses.append(label_accuracy(counts, true))
+    assert label_chance(true, 5) == pytest.approx(sum(guesses) / 4000, abs=0.005)
+
+
+def test_a_score_tells_given_labels_from_recovered_ones() -> None:
+    x = torch.rand((3, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    truth = Truth(x, (0, 1, 1), ((0, 1, 2),), round=1, node=1)
+    given = Reconstruction("", x, (1, 0, 0), (0.1,), 1, 1.0, 0, 0, "iterations")
+    assert score(given, truth, (0.5,) * 3, num_classes=10).label_accuracy is None
+    recovered = score(replace(given, labels_source="dlf"), truth, (0.5,) * 3, num_classes=10)
+    assert recovered.label_accuracy == pytest.approx(2 / 3)  # counts: the order does not matter
+    assert recovered.label_chance == pytest.approx(0.3 * 2 / 3)
+
+
+def test_the_benchmark_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(replace(SGD, lr=0.01, local_steps=2, batch_size=3), AttackConfig())
+    monkeypatch.setitem(
+        cli._WITHOUT_ATTACKS, "labels", replace(label_bench.LABELS, clients=(case,))
+    )
+    monkeypatch.setattr(label_bench, "BARS", {case.client: 1.01})
+    out = tmp_path / "labels.json"
+    command = ["bench", "labels", "--dataset", "photos", "--draws", "2", "--out", str(out)]
+    command += ["--workers", "2"]
+    shown = CliRunner().invoke(cli.app, [*command, "--bars"])
+    assert shown.exit_code == 1 and "the bar is 101%" in shown.output
+    kept = json.loads(out.read_text())
+    assert kept["facts"]["workers"] == 2
+    rows = kept["rows"]
+    assert {(row["method"], row["seed"]) for row in rows} == {
+        (method, seed) for method in (*label_bench.METHODS, "auto") for seed in (0, 1)
+    }
+    assert all(0 <= row["chance"] <= 1 for row in rows)
+    assert "| sgd 0.01 K=2 B=3 | auto | 2 | " in out.with_suffix(".md").read_text()
