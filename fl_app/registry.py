@@ -175,14 +175,14 @@ def _source(module: str) -> Path | None:
     places: list[str] | None = None
     origin = ""
     parts = module.split(".")
-    for depth in range(len(parts)):
+    for depth in range(len(parts) if module else 0):
         name = ".".join(parts[: depth + 1])
         specs = (finder.find_spec(name, places) for finder in sys.meta_path)
         spec = next((found for found in specs if found), None)
         if spec is None or not spec.origin:
             return None
         origin, places = spec.origin, list(spec.submodule_search_locations or [])
-    file = Path(origin)
+    file = Path(origin or ".")
     return file if file.suffix == ".py" and file.is_file() else None
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fl_app.config import DatasetConfig
 from fl_app.protocol import DatasetInfo
+from fl_app.util.extras import extras
 from fl_app.util.files import user_path
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def find_folder(source: str) -> Path:
 
 def encoded(dataset: datasets.Dataset) -> datasets.Dataset:
     """Return a `datasets.Dataset` whose column ``image`` is left encoded when it is read."""
-    import datasets
+    with extras():
+        import datasets
 
     return dataset.cast_column("image", datasets.Image(decode=False))
 
