@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fl_app.config import DatasetConfig
@@ -111,6 +110,8 @@ def read_image(file: BytesIO | str, where: str, channels: int = 3) -> np.ndarray
     DataError
         If the file is broken or has more than 8 bits a channel; it names `where`.
     """
+    with extras():  # here, so that a client with data of its own needs no Pillow
+        from PIL import Image
     try:
         with Image.open(file) as image:
             mode = image.mode
