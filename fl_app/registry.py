@@ -15,11 +15,14 @@ import ast
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fl_app.util.extras import MissingExtraError, extras
 
 OURS = "flowleak"
 
@@ -51,9 +54,12 @@ class Entry:
         """
         module, _, attribute = self.target.partition(":")
         try:
-            found: Any = importlib.import_module(module)
+            with extras() if self.package == OURS else nullcontext():
+                found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
+        except MissingExtraError:
+            raise
         except Exception as error:  # a plug-in may raise anything
             raise ValueError(
                 f"{self.name!r} of the package {self.package} can't be loaded from "

@@ -84,7 +84,7 @@ class AttackComparison:
         return cls(attacks, budget)
 
     def run(self, folder: Path, console: Console) -> None:
-        """Run what has no line in the log yet, then write ``comparison.md``, ``.json`` and ``.png``.
+        """Run what has no line in the log, then write ``comparison.md``, ``.json`` and ``.png``.
 
         Parameters
         ----------
