@@ -27,6 +27,7 @@ from fl_app.runs.attacking import AttackProcess, only_one, open_pool
 from fl_app.runs.folder import create_run
 from fl_app.runs.states import ModelStore, find_state, load_state
 from fl_app.util.files import user_path, write_text
+from fl_app.util.ray_guard import UnguardedRayError, check_guarded
 from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks.run import create_attack
 from server_strategies.checkpointing import Checkpointing
@@ -54,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
         simulated = isinstance(grid, InMemoryGrid)
         config, knowledge, model = _prepare(context.run_config, simulated)
         wait_for_nodes(grid, config.num_clients)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, UnguardedRayError) as error:
         console.print(f"[bold red]Nothing was started:[/] {error}", highlight=False)
         raise
     run_dir = create_run(config)
@@ -88,7 +89,9 @@ def _prepare(
     except ValueError as error:
         raise ConfigError(f"defense.{error}") from error
     _check_statistics(model, config)
-    if simulated:  # every client would find the same fault
+    if simulated:
+        check_guarded()
+        # Every client would find the same fault.
         load_partition(config.dataset, 0, config.num_clients, config.seed)
     weights = model.state_dict()
     if config.start_from:

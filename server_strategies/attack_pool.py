@@ -16,16 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
-from ray.exceptions import GetTimeoutError, RaySystemError, RayTaskError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fl_app.config import AttackConfig, PoolConfig, PriorConfig
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 from fl_app.util.files import write_text
+from fl_app.util.ray_guard import check_guarded, guarded_ray
 from server_strategies.attacks.run import run_attack
+
+ray = guarded_ray()
 
 Report = Callable[[int, float], None]
 Runner = Callable[[Observation, Knowledge, AttackConfig, PriorConfig, int, Report], Reconstruction]
@@ -37,6 +38,7 @@ _MOST_WORKERS = 64  # in a cluster, each with a thread here that waits for it
 # Where there is no GPU: each takes 1 GB or more. Attacks gain more by each other than by threads:
 # on two cores one took 9.1 s with both of them and 11.3 s with one (by hand).
 _MOST_ON_CPU = 4
+_TOO_LONG = 45.0  # seconds without a worker, after which it is said what to do
 _PATIENCE = 2.0  # seconds between looks whether a worker has started, or has a place to
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
@@ -223,6 +225,7 @@ class AttackPool:
         self._futures: list[Future[None]] = []
         self._closed = False
         self._started_ray = False
+        self._worked = time.monotonic()  # when there was last a worker
 
     def __enter__(self) -> AttackPool:
         return self
@@ -308,11 +311,11 @@ class AttackPool:
             except Exception as error:  # raised by the attack, or the worker died
                 if self._closed:
                     return
-                if isinstance(error, RaySystemError | ConnectionError):
+                if isinstance(error, ray.exceptions.RaySystemError | ConnectionError):
                     raise  # Ray itself is gone: that says nothing of the attack
                 message = _concise(error)
                 _log.warning("attack %s: %s", job.id, message)
-                if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+                if isinstance(getattr(error, "cause", None), ValueError):
                     break  # it was given what it can't use, and would be again
             else:
                 self._deliver(job, result)
@@ -325,7 +328,7 @@ class AttackPool:
         self._running.append(running)
         try:
             result = ray.get(worker.run.remote(job))
-        except RayTaskError:
+        except ray.exceptions.RayTaskError:
             self._give_back(worker)  # it raised, but is alive
             raise
         except Exception:
@@ -372,10 +375,10 @@ class AttackPool:
             self._drop(worker)
 
     def _start_ray(self) -> None:
-        # A Ray of its own has no keys: it listens on the loopback alone.
-        own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        if not self._cluster:
+            check_guarded()
         ray.init(
-            **({} if self._cluster else own),
+            **({} if self._cluster else {"include_dashboard": False, "address": "local"}),
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
@@ -395,13 +398,25 @@ class AttackPool:
             try:
                 ray.get(answer, timeout=_PATIENCE)
                 return True
-            except GetTimeoutError:
+            except ray.exceptions.GetTimeoutError:
                 with self._worker_lock:
                     if self._closed or self._idle or len(self._workers) > self._places():
                         return False
             except Exception:
                 self._drop(worker)
                 raise
+
+    def _advice(self) -> str:
+        """Return what to do where no worker starts."""
+        if self._cluster:
+            return (
+                "no machine of the cluster takes attacks: start flowleak lan worker on one, or "
+                "the server with --attacks 1"
+            )
+        return (
+            "Ray starts no worker: end this by Ctrl-C (the queue stays), look at its logs in "
+            f"{os.environ.get('RAY_TMPDIR', '/tmp')}, and at the memory and disk that are left"
+        )
 
     def _give_back(self, worker: Any) -> None:
         with self._worker_lock:
@@ -449,12 +464,16 @@ class AttackPool:
         if self.unfinished and not words:
             waiting = self.unfinished - recording
             words.append(f"{waiting} wait for a worker" if waiting > 0 else "being scored")
+            if waiting > 0 and time.monotonic() - self._worked > _TOO_LONG:
+                words.append(self._advice())
+        else:
+            self._worked = time.monotonic()
         return min(1.0, done / max(1, len(self._futures) + coming)), "; ".join(words)
 
 
 def _concise(error: Exception) -> str:
     """Return an error's type and first line; of what happened in a worker, the cause's."""
-    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
+    cause = getattr(error, "cause", None)
     shown = cause if isinstance(cause, Exception) else error
     lines = str(shown).strip().splitlines()
     return f"{type(shown).__name__}: {lines[0]}" if lines else type(shown).__name__

@@ -43,6 +43,7 @@ from fl_app.lan.superlink import KEY_FILE
 from fl_app.runs.folder import list_runs
 from fl_app.util.files import user_path
 from fl_app.util.processes import Child, run_together
+from fl_app.util.ray_guard import own_folder
 from server_strategies.attack_pool import SLOT, pending
 
 lan_app = typer.Typer(no_args_is_help=True, help="A federation on several machines.")
@@ -264,6 +265,8 @@ def ray_environment(kit: Kit) -> dict[str, str]:
         "RAY_TLS_CA_CERT": str(kit.file("ca.crt")),
         "RAY_TLS_SERVER_CERT": str(kit.file("tls.crt")),
         "RAY_TLS_SERVER_KEY": str(kit.file("tls.key")),
+        # Ray's own folder is the machine's, where every other Ray would take this for its cluster.
+        "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or str(own_folder()),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker that asks for no GPU may use it
         # A head that is started again knows nobody: who waits for it should join it anew.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "15",

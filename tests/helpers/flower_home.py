@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,24 +24,33 @@ class FlowerHome:
 
     environment: Mapping[str, str]
     port: str
+    enter: tuple[str, ...] = ()
 
     def flwr(self, *arguments: str) -> str:
         """Run `flwr` in the project's folder; return its output."""
         done = subprocess.run(
-            [str(SCRIPTS / "flwr"), *arguments],
+            [*self.enter, str(SCRIPTS / "flwr"), *arguments],
             cwd=PROJECT, env=self.environment, capture_output=True, text=True, timeout=600,
             check=True,
         )  # fmt: skip
         return done.stdout
 
+    def start(self, config: str) -> str:
+        """Start the audit with a run config; return the run's id."""
+        started = self.flwr("run", ".", "local-simulation", "--format", "json", "-c", config)
+        return str(json.loads(started[started.index("{") :])["run-id"])
+
+    def status(self, run_id: str) -> str:
+        """Return a run's status, as Flower words it."""
+        listed = self.flwr("list", "local-simulation", "--run-id", run_id, "--format", "json")
+        return str(json.loads(listed[listed.index("{") :])["runs"][0]["status"])
+
     def audit(self, config: str) -> tuple[str, str]:
         """Run the audit to its end with a run config; return its status and its log."""
-        started = self.flwr("run", ".", "local-simulation", "--format", "json", "-c", config)
-        run_id = json.loads(started[started.index("{") :])["run-id"]
+        run_id = self.start(config)
         deadline = time.monotonic() + 500
         while time.monotonic() < deadline:
-            listed = self.flwr("list", "local-simulation", "--run-id", run_id, "--format", "json")
-            status = json.loads(listed[listed.index("{") :])["runs"][0]["status"]
+            status = self.status(run_id)
             if status.startswith("finished"):
                 return status, self.flwr("log", run_id, "local-simulation", "--show")
             time.sleep(2)
@@ -61,11 +70,21 @@ class FlowerHome:
 
 
 @contextmanager
-def flower_home(folder: Path, **variables: str) -> Iterator[FlowerHome]:
-    """Yield a Flower home in a folder, with variables of its own; its SuperLink ends with it."""
+def flower_home(folder: Path, enter: Sequence[str] = (), **variables: str) -> Iterator[FlowerHome]:
+    """Yield a Flower home in a folder; its SuperLink ends with it.
+
+    Parameters
+    ----------
+    folder : Path
+    enter : sequence of str
+        What precedes every command, see `Host.enter`.
+    variables : str
+        Of the environment, beside its own.
+    """
     http, control = _free_ports(2)
     environment = {
-        **os.environ,
+        # A Ray that this process has set up for itself is not theirs.
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "FLWR_HOME": str(folder),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": http,
         "FLWR_LOCAL_CONTROL_API_PORT": control,
@@ -74,7 +93,7 @@ def flower_home(folder: Path, **variables: str) -> Iterator[FlowerHome]:
         "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
         **variables,
     }
-    home = FlowerHome(environment, http)
+    home = FlowerHome(environment, http, tuple(enter))
     yield home
     assert home.superlinks(), "the first run leaves a SuperLink behind; it must be found"
     for pid in home.superlinks():
