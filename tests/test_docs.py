@@ -1,13 +1,27 @@
-"""What the documents and examples show, run as it stands there."""
+"""What the documents and examples show: tables and links that hold, code that runs."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from fl_app.registry import ATTACKS, OURS
+
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "docs" / "results" / "README.md",
+    ]
+)
+_FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def run_python(*arguments: str, folder: Path) -> str:
@@ -24,3 +38,49 @@ def test_the_example_runs_and_is_short(tmp_path: Path) -> None:
     assert len([line for line in lines if line.strip() and not line.startswith("#")]) < 15
     run_python(str(example), folder=tmp_path)
     assert (tmp_path / "leak.png").exists()
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the names that a link to a document may end in, as GitHub makes them."""
+    text = _FENCED.sub("", document.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
+    return {*plain, *re.findall(r'<a name="([^"]+)">', text)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_between_documents_resolve(document: Path) -> None:
+    text = _FENCED.sub("", document.read_text(encoding="utf-8"))
+    broken = []
+    for link in _LINK.findall(text):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (document.parent / file).resolve() if file else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def option_lines() -> list[str]:
+    """Return the table of the attacks' constants in Markdown, from their fields."""
+    lines = ["| attack | option | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
+    for name in ATTACKS:
+        if ATTACKS.entries[name].package != OURS:
+            continue
+        for option in ATTACKS[name].options():
+            words = {None: "null", True: "true", False: "false"}
+            default = option.default
+            if default is None or isinstance(default, bool):
+                default = words[default]
+            elif not isinstance(default, str):
+                default = f"{default:g}"
+            cells = [name, option.name, default, option.allowed, option.help]
+            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return lines
+
+
+def test_the_table_of_options_is_that_of_the_fields() -> None:
+    text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- options: ")[2].partition("-->")[2].partition("<!-- /options")[0]
+    assert table.strip().replace("`", "").splitlines() == option_lines()
