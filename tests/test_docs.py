@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -62,25 +63,25 @@ def test_links_between_documents_resolve(document: Path) -> None:
     assert not broken
 
 
-def option_lines() -> list[str]:
-    """Return the table of the attacks' constants in Markdown, from their fields."""
-    lines = ["| attack | option | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
-    for name in ATTACKS:
-        if ATTACKS.entries[name].package != OURS:
-            continue
-        for option in ATTACKS[name].options():
-            words = {None: "null", True: "true", False: "false"}
-            default = option.default
-            if default is None or isinstance(default, bool):
-                default = words[default]
-            elif not isinstance(default, str):
-                default = f"{default:g}"
-            cells = [name, option.name, default, option.allowed, option.help]
-            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return lines
+def options() -> list[tuple[str, ...]]:
+    """Return our attacks' constants: attack, option, default, allowed, meaning."""
+    ours = [name for name, entry in ATTACKS.entries.items() if entry.package == OURS]
+    return [
+        (name, option.name, plain(option.default), option.allowed, option.help)
+        for name in ours
+        for option in ATTACKS[name].options()
+    ]
+
+
+def plain(value: object) -> str:
+    """Return a value as it is typed in the configuration."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def test_the_table_of_options_is_that_of_the_fields() -> None:
     text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
-    table = text.partition("<!-- options: ")[2].partition("-->")[2].partition("<!-- /options")[0]
-    assert table.strip().replace("`", "").splitlines() == option_lines()
+    table = re.search(r"<!-- options: .*? -->\n(.*?)<!-- /options -->", text, re.DOTALL)
+    assert table
+    lines = table[1].strip().splitlines()[2:]
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ").replace("`", "")) for line in lines]
+    assert [tuple(cell.replace(r"\|", "|") for cell in row) for row in rows] == options()
