@@ -20,7 +20,7 @@ from helpers.federation import Client, real_client, start, toy_client
 from rich.console import Console
 
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.report import leakage_table
+from fl_app.audit.table import leakage_table
 from fl_app.benchmarks.audit_cost import AuditCost, audit_cost
 from fl_app.config import (
     AttackConfig,

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.metrics import mean_interval
 from fl_app.audit.report import save_grid
 from fl_app.audit.truth import read_truth
 from fl_app.protocol import round_and_node
+from fl_app.util.intervals import mean_interval
 from server_strategies.observations import ObservationStore
 
 NOISE = "uniform noise"

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.special import stdtrit
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from fl_app.audit.truth import Truth
 from fl_app.models import known_model
 from fl_app.protocol import Knowledge, Observation, Reconstruction
+from fl_app.util.intervals import mean_interval
 
 MAX_PSNR = 100.0  # dB, given to an exact copy: infinity would swallow every mean
 
@@ -171,36 +171,6 @@ def target_features(observation: Observation, knowledge: Knowledge) -> Callable[
 
 
 MEASURES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "mse": mse, "tv": total_variation}
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Return a mean and its two-sided 95% interval by Student's t.
-
-    Parameters
-    ----------
-    values : sequence of float
-        At least one.
-
-    Returns
-    -------
-    mean, low, high : float
-        ``mean -+ t(0.975, n - 1) s / sqrt(n)``; low and high are None for a
-        single value.
-
-    Raises
-    ------
-    ValueError
-        If there is no value.
-    """
-    count = len(values)
-    if not count:
-        raise ValueError("no values: an interval needs at least one")
-    mean = math.fsum(values) / count
-    if count == 1:
-        return mean, None, None
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
-    return mean, mean - half, mean + half
 
 
 def with_interval(values: Sequence[float], digits: int) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fl_app.audit.metrics import MetricScore, mean_interval, total_variation
+from fl_app.audit.metrics import MetricScore, total_variation
 from fl_app.protocol import Reconstruction
+from fl_app.util.intervals import mean_interval
 from server_strategies.priors.flow import FlowPrior
 
 FLOW_TIME = 0.8  # t of the residual: the noise hides details and leaves what the image shows

@@ -468,12 +468,12 @@ def run_with(folder: Path, name: str, defense: str, psnr: float, accuracy: float
 def test_advice_says_what_a_defence_bought_and_cost(tmp_path: Path) -> None:
     run = run_with(tmp_path, "noisy", "gaussian", 14.5, 0.38)
     alone = defense_advice(run)
-    assert "14.5 dB, 2.5 dB above a grey image (12.0 dB). No undefended run" in alone
+    assert "14.5 dB, 2.5 dB above the mean colour (12.0 dB). No undefended run" in alone
     plain = run_with(tmp_path, "plain", "none", 21.0, 0.4)
     assert defense_advice(plain) == ""
     assert defense_advice(run) == (
         "Defence noise=gaussian sigma=1 relative=true (known to the attacker): mean PSNR 14.5 dB, "
-        "undefended 21.0 dB (run plain), a grey image 12.0 dB: it bought 6.5 dB; "
+        "undefended 21.0 dB (run plain), the mean colour 12.0 dB: it bought 6.5 dB; "
         "it cost 2.0 points of accuracy (38.0% for 40.0%)."
     )
     useless = run_with(tmp_path, "clipped", "clip", 21.0, 0.41)

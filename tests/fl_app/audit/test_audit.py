@@ -30,7 +30,8 @@ from fl_app.audit.metrics import (
     ssim,
     total_variation,
 )
-from fl_app.audit.report import leakage_table, save_picture
+from fl_app.audit.report import save_picture
+from fl_app.audit.table import leakage_table
 from fl_app.audit.truth import Truth, write_truth
 from fl_app.config import AuditConfig, Config, from_yaml
 from fl_app.models import create_model
@@ -367,7 +368,7 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
 
     text = printed(auditor.lines())
     rows = [row for row in text.splitlines() if "sme" in row or "flow_matching" in row]
-    assert "no better than grey" not in rows[0] and "no better than grey" in rows[1]
+    assert "no better than the mean" not in rows[0] and "no better than the mean" in rows[1]
     assert "client 2 (node 7), sme failed: out of memory [/oops]" in text
     assert "client 2 (node 7), sme: noisy" in text
     assert "(node 9), flow_matching skipped: the update has no arrays" in text
