@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,64 +22,11 @@ from fl_app.util.progress import progress_bar
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
 from server_strategies.priors.flow import find_weights, generate, load_flow
 from server_strategies.priors.networks import check_shape, create_network
+from server_strategies.priors.settings import TrainingSettings
 
 VALIDATION_TIMES = (0.2, 0.5, 0.8, 0.9, 0.95)
 GRID = 6  # rows and columns of a grid of samples
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How a flow prior is trained.
-
-    Attributes
-    ----------
-    network : str
-        A name in `networks.NETWORKS`.
-    images : int
-        Images to see in all; the learning rate falls by cosine towards it.
-    minutes : float
-        Training stops after so many minutes, over all resumptions, with its
-        learning rate fallen as far as by `images`. 0: no limit.
-    batch_size : int
-        Images a step.
-    learning_rate : float
-        Peak rate of AdamW, reached after `warmup` steps.
-    warmup : int
-        Steps of linear warm-up.
-    ema : float
-        Decay of the exponential moving average of the weights.
-    focus : float
-        Share of the flow times drawn from [0.6, 1], where attacks use the
-        network; the others come from [0, 0.6].
-    seed : int
-    start : str
-        Weights to begin with, as `find_weights` takes them; "": at random.
-    """
-
-    network: str = "compact"
-    images: int = 1_500_000
-    minutes: float = 0.0
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup: int = 300
-    ema: float = 0.999
-    focus: float = 0.8
-    seed: int = 0
-    start: str = ""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("images", 1, math.inf),
-            ("minutes", 0, math.inf),
-            ("batch_size", 1, math.inf),
-            ("learning_rate", 0, 1),
-            ("ema", 0, 1),
-            ("focus", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; allowed: {low} to {high}")
 
 
 def draw_times(count: int, focus: float, generator: torch.Generator) -> Tensor:
