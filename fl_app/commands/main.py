@@ -37,7 +37,10 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def _settings(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Its version.")
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="Print the version, and exit."
+        ),
     ] = False,
 ) -> None: ...
 
@@ -50,5 +53,5 @@ def main() -> None:
         from rich.console import Console
         from rich.text import Text
 
-        Console(stderr=True).print(Text(f"flowleak: {error}", style="red"))
+        Console(stderr=True).print(Text(f"flowleak: {error}", style="red"), soft_wrap=True)
         raise SystemExit(2) from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from fl_app.benchmarks import alignment as bench
 from fl_app.benchmarks.alignment import ALIGNMENT, NOISES, START, alignment
 from fl_app.benchmarks.case import Case
 from fl_app.commands import main as cli
@@ -45,7 +46,7 @@ def test_the_benchmark_from_the_command_line(
 ) -> None:
     sgd = LocalTraining("sgd", lr=0.01, local_steps=2, batch_size=1)
     case = Case(sgd, AttackConfig(), rounds=1)
-    monkeypatch.setitem(cli._WITHOUT_ATTACKS, "alignment", replace(ALIGNMENT, clients=(case,)))
+    monkeypatch.setattr(bench, "ALIGNMENT", replace(ALIGNMENT, clients=(case,)))
     out = tmp_path / "landscape.json"
     command = ["bench", "alignment", "--dataset", "photos", "--draws", "2", "--out", str(out)]
     shown = CliRunner().invoke(cli.app, command)

@@ -7,16 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.command import flowleak
 from typer.testing import CliRunner
 
 from client_app.training import choose_batches, in_training_order, train
-from fl_app.audit.auditor import Auditor
-from fl_app.audit.leakage_log import read_lines
-from fl_app.audit.truth import write_truth
 from fl_app.benchmarks import cases as bench_cases
 from fl_app.benchmarks.benchmark import Benchmark
 from fl_app.benchmarks.case import Case
@@ -26,11 +22,7 @@ from fl_app.config import AttackConfig, load_config
 from fl_app.data import ImageSet, dataset_info, load_split
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
-from fl_app.registry import ATTACKS
-from fl_app.runs.folder import create_run
-from server_strategies.attack_pool import pending
 from server_strategies.attacks.run import create_attack
-from server_strategies.observations import ObservationStore
 
 CASE = Case(
     LocalTraining("sgd", lr=0.01, batch_size=2, local_steps=2), AttackConfig("sme", 2), bar=99.0
@@ -230,66 +222,3 @@ def test_every_benchmark_can_run() -> None:
         for case in cases:
             create_attack(case.attack)
             assert case.gain is None or Benchmark(name, cases, info, images, {}).reference(case)
-
-
-def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
-    settings = "client.batch_size=2 client.local_steps=2 client.lr=0.01"
-    config = load_config({"client": "sgd", "overrides": f"{settings} runs_dir={tmp_path} name=x"})
-    info = dataset_info(config.dataset)
-    case = Case(config.client, config.attack)
-    observation, _, truth = draw_client(case, load_split(config.dataset, "test"), info, seed=0)
-    run = create_run(config)
-    ObservationStore(run).save(observation)
-    write_truth(run, truth)
-    runs_dir = ["--runs-dir", str(tmp_path)]
-
-    assert "Nothing to do" in flowleak("attack", "x", *runs_dir)
-    shown = flowleak("attack", "x", "--attack", "sme", "--set", "iterations=2", *runs_dir)
-    assert "sme" in shown
-    lines = read_lines(run / "leakage.jsonl")[0]
-    assert [(line["status"], line["iterations"]) for line in lines] == [("ok", 2)]
-    assert pending(run) == []
-    assert str(run / lines[0]["picture"]) in flowleak("show", "x", *runs_dir)
-    assert "photos" in flowleak("runs", *runs_dir)
-    assert len(Auditor(run, config, config.knowledge(info)).lines()) == 1
-
-    comparison = ["attack", "x", "--attack", "all", "--budget", "iterations=1", *runs_dir]
-    shown = flowleak(*comparison)
-    assert str(run / "comparison.md") in shown and "random training image" in shown
-    lines = read_lines(run / "leakage.jsonl")[0]
-    assert sorted(line["attack"] for line in lines) == sorted([*ATTACKS, "sme"])
-    flowleak(*comparison)  # each has its line
-    assert read_lines(run / "leakage.jsonl")[0] == lines
-    with pytest.raises(ValueError, match="--set and --follow are allowed with one attack"):
-        flowleak(*comparison, "--set", "options.lr=0.5")
-
-    with pytest.raises(ValueError, match=r"options.speed .* allowed for sme"):
-        flowleak("attack", "x", "--attack", "sme", "--set", "options.speed=2", *runs_dir)
-    with pytest.raises(FileNotFoundError, match="no run 'y'"):
-        flowleak("show", "y", *runs_dir)
-
-
-def test_a_prior_is_trained_and_attacks_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), "uint8"))
-    out = tmp_path / "own.safetensors"
-    flowleak(
-        "prior", "train", str(tmp_path / "a.npy"), "--images", "8", "--batch-size", "4",
-        "--folder", str(tmp_path / "c"), "--out", str(out),
-    )  # fmt: skip
-    assert out.is_file()
-    assert "images seen: 8" in out.with_suffix(".md").read_text()
-    attack = AttackConfig("flow_matching", 1)
-    monkeypatch.setitem(bench_cases.BENCHMARKS, "quick", (replace(CASE, attack=attack),))
-    monkeypatch.chdir(tmp_path)
-    bench = ["bench", "quick", "--dataset", "photos", "--draws", "1", "--out", "quick.json"]
-    flowleak(*bench, "--prior", "own.safetensors")
-    assert json.loads(Path("quick.json").read_text())["facts"]["prior"] == "own"
-    assert "--prior own" in Path("quick.md").read_text()
-    with pytest.raises(ValueError, match=r"holds results of .*'prior': 'own'"):
-        flowleak(*bench)
-    with pytest.raises(ValueError, match="prior weights 'nonsense' are not shipped"):
-        flowleak(*bench, "--prior", "nonsense")
-    with pytest.raises(ValueError, match="labels attacks with none"):
-        flowleak("bench", "labels", "--prior", "unet64")

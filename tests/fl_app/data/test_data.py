@@ -15,7 +15,7 @@ from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
 from PIL import Image
 
-from fl_app.commands.main import _named_after
+from fl_app.commands.arguments import _named_after
 from fl_app.config import DatasetConfig, load_config
 from fl_app.data import DataError, dataset_info, load_partition, load_split, photos
 from fl_app.data.base import channel_statistics

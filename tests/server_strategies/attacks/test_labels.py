@@ -226,9 +226,7 @@ def test_the_benchmark_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(replace(SGD, lr=0.01, local_steps=2, batch_size=3), AttackConfig())
-    monkeypatch.setitem(
-        cli._WITHOUT_ATTACKS, "labels", replace(label_bench.LABELS, clients=(case,))
-    )
+    monkeypatch.setattr(label_bench, "LABELS", replace(label_bench.LABELS, clients=(case,)))
     monkeypatch.setattr(label_bench, "BARS", {case.client: 1.01})
     out = tmp_path / "labels.json"
     command = ["bench", "labels", "--dataset", "photos", "--draws", "2", "--out", str(out)]
