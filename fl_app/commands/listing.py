@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fl_app.commands.output import print_json, screen, table_of
-from fl_app.config import ConfigError
+from fl_app.config import GROUPS, ConfigError, config_files, load_config
 from fl_app.registry import ATTACKS, OURS, REGISTRIES, Entry
 
 # Up to a line that ends with a full stop, or to the paragraph's end.
@@ -84,14 +84,11 @@ def choices(kind: str) -> list[Choice]:
     kind : str
         A key of `REGISTRIES`.
     """
-    from fl_app.util.files import project_file
-
     registry = REGISTRIES[kind]
-    folder = project_file("conf") / registry.noun
-    entries = dict(registry.entries)
-    for file in folder.glob("*.yaml"):
-        entries.setdefault(file.stem, Entry(file.stem, "", OURS))
-    return [_choice(entry, registry.noun, folder) for _, entry in sorted(entries.items())]
+    files = config_files(registry.noun) if registry.noun in GROUPS else {}
+    names = sorted({*registry, *files})
+    entries = (registry.entries.get(name, Entry(name, "", OURS)) for name in names)
+    return [_choice(entry, files.get(entry.name)) for entry in entries]
 
 
 def options_of(name: str) -> list[dict[str, Any]]:
@@ -99,8 +96,6 @@ def options_of(name: str) -> list[dict[str, Any]]:
 
     Of a configuration that sets an option, the default is its value.
     """
-    from fl_app.config import load_config
-
     names = list(ATTACKS) if name == "all" else [name]
     configs = {each: load_config({"attack": each}).attack for each in names}
     return [
@@ -116,14 +111,10 @@ def options_of(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _choice(entry: Entry, noun: str, ours: Path) -> Choice:
+def _choice(entry: Entry, file: Path | None) -> Choice:
     """Describe an entry by its configuration's first comment, or its docstring."""
-    folder = entry.folder() if entry.target else None
-    file = (folder / "conf" / noun if folder and entry.package != OURS else ours) / (
-        f"{entry.name}.yaml"
-    )
     try:
-        text = _first_comment(file) if file.exists() else entry.docstring()
+        text = _first_comment(file) if file else entry.docstring()
     except (OSError, SyntaxError, ValueError) as error:  # of another package
         text = f"Can't be read: {error}"
     source = _SOURCE.search(text)

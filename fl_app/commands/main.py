@@ -14,6 +14,7 @@ from fl_app.commands.listing import list_choices
 from fl_app.commands.prior import prior_app
 from fl_app.commands.runs import rounds, runs, show
 from fl_app.lan.commands import lan_app
+from fl_app.util.extras import extras
 
 app = group(
     "A privacy audit of federated learning: look at runs, attack them again, measure attacks.",
@@ -48,7 +49,8 @@ def _settings(
 def main() -> None:
     """Run the command; what a user can mend is one line, not a traceback."""
     try:
-        app()
+        with extras():
+            app()
     except (ValueError, OSError) as error:
         from rich.console import Console
         from rich.text import Text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -167,6 +166,7 @@ def rounds(
 def _save_rounds(folder: Path, lines: Sequence[RoundLine]) -> None:
     """Print the table, and write what is not as it was."""
     from fl_app.audit.rounds import rounds_cells, save_plot
+    from fl_app.util.extras import MissingExtraError, extras
     from fl_app.util.files import write_text
     from fl_app.util.machine import host
     from fl_app.util.markdown import markdown_table, sections_markdown
@@ -177,12 +177,13 @@ def _save_rounds(folder: Path, lines: Sequence[RoundLine]) -> None:
     written, picture = folder / "rounds.md", folder / "rounds.png"
     body = [*markdown_table(cells), "", _ROUNDS_NOTE]
     text = sections_markdown(folder.name, f"flowleak rounds {folder.name}", body, host())
-    # matplotlib takes more time than all else here.
     known = written.exists() and written.read_text(encoding="utf-8") == text
-    if not find_spec("matplotlib"):
-        console.print("No picture: matplotlib is not installed", style="yellow")
-    elif not known or not picture.exists():
-        save_plot(picture, lines, folder.name)
+    if not known or not picture.exists():  # drawing takes more time than all else here
+        try:
+            with extras():
+                save_plot(picture, lines, folder.name)
+        except MissingExtraError as error:
+            console.print(f"No picture: {error}", style="yellow", markup=False)
     write_text(written, text)
     for path in (written, picture):
         if path.exists():
