@@ -24,7 +24,6 @@ from fl_app.audit.metrics import (
     MEASURES,
     assign,
     feature_mse,
-    mean_interval,
     psnr,
     score,
     ssim,
@@ -126,17 +125,6 @@ def test_grey_baseline_is_the_score_of_the_mean_colour() -> None:
     found = leakage.metrics["psnr"]
     assert found is not None and found.baseline == pytest.approx(sum(by_hand) / 3, abs=1e-4)
     assert found.low is not None and found.low < found.mean
-
-
-def test_interval_is_students_t() -> None:
-    # Three values, s = 1, t(0.975, 2) = 4.302653.
-    mean, low, high = mean_interval([1, 2, 3])
-    assert (mean, low, high) == pytest.approx(
-        (2, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5
-    )
-    assert mean_interval([5.0]) == (5.0, None, None)
-    with pytest.raises(ValueError, match="at least one"):
-        mean_interval([])
 
 
 @pytest.mark.parametrize(
