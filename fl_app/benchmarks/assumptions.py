@@ -22,10 +22,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from fl_app.audit.metrics import assign, with_interval
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
-from fl_app.benchmarks.table import markdown_table
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.protocol import DatasetInfo, LocalTraining
+from fl_app.util.markdown import markdown_table
 from server_strategies.attacks.run import run_attack
 from server_strategies.priors.flow import denoise, load_flow
 from server_strategies.priors.networks import check_shape

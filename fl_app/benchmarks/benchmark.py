@@ -37,11 +37,12 @@ from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
 from fl_app.benchmarks.processes import in_processes, shares
 from fl_app.benchmarks.rows import commits, kept_rows, with_commit
-from fl_app.benchmarks.table import half_width, machine, results_markdown, signed
+from fl_app.benchmarks.table import machine, results_markdown
 from fl_app.config import PriorConfig
 from fl_app.data import ImageSet
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
 from fl_app.util.files import write_text
+from fl_app.util.markdown import half_width, signed
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.run import create_attack, run_attack
 

@@ -18,10 +18,10 @@ from fl_app.benchmarks.benchmark import Benchmark
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.processes import in_processes
 from fl_app.benchmarks.rows import commits, kept_rows, with_commit
-from fl_app.benchmarks.table import half_width, signed
 from fl_app.data import ImageSet
 from fl_app.protocol import DatasetInfo, Defense
 from fl_app.util.files import whole_file, write_text
+from fl_app.util.markdown import half_width, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,7 +32,7 @@ from fl_app.benchmarks.defenses import (
 from fl_app.benchmarks.denoising import denoising_table, evaluate_denoising, write_card
 from fl_app.benchmarks.labels import LABELS
 from fl_app.benchmarks.processes import shares
-from fl_app.benchmarks.table import markdown_table, sections_markdown
+from fl_app.benchmarks.table import machine
 from fl_app.config import (
     AttackConfig,
     ConfigError,
@@ -48,6 +48,8 @@ from fl_app.runs.attacking import finish_attacks, only_one, score_later, watch_i
 from fl_app.runs.comparison import AttackComparison
 from fl_app.runs.folder import find_run, git_commit, list_runs
 from fl_app.util.files import user_path, write_text
+from fl_app.util.machine import host
+from fl_app.util.markdown import markdown_table, sections_markdown
 from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks.run import create_attack
 from server_strategies.observations import ObservationStore
@@ -146,7 +148,7 @@ def rounds(run: str, runs_dir: RunsDir = Path("runs")) -> None:
     ]
     written = folder / "rounds.md"
     text = [*markdown_table(cells), *notes]
-    write_text(written, sections_markdown(run, f"flowleak rounds {run}", text, {}))
+    write_text(written, sections_markdown(run, f"flowleak rounds {run}", text, host()))
     save_plot(written.with_suffix(".png"), lines, run)
     for path in (written, written.with_suffix(".png")):
         console.print(path, soft_wrap=True, highlight=False)
@@ -469,7 +471,7 @@ def check_assumptions(
     name = weights if not weights.endswith(".safetensors") else Path(weights).name
     command = f"flowleak prior assumptions {name} --dataset {data.name} --images {images}"
     command += f" --iterations {iterations}"
-    text = sections_markdown("assumptions", command, lines, facts)
+    text = sections_markdown("assumptions", command, lines, {**machine(), **facts})
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if out:
         write_text(out, text)
