@@ -15,11 +15,14 @@ import ast
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fl_app.util.extras import MissingExtraError, extras
 
 OURS = "flowleak"
 
@@ -51,9 +54,12 @@ class Entry:
         """
         module, _, attribute = self.target.partition(":")
         try:
-            found: Any = importlib.import_module(module)
+            with extras() if self.package == OURS else nullcontext():
+                found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
+        except MissingExtraError:
+            raise
         except Exception as error:  # a plug-in may raise anything
             raise ValueError(
                 f"{self.name!r} of the package {self.package} can't be loaded from "
@@ -175,14 +181,14 @@ def _source(module: str) -> Path | None:
     places: list[str] | None = None
     origin = ""
     parts = module.split(".")
-    for depth in range(len(parts)):
+    for depth in range(len(parts) if module else 0):
         name = ".".join(parts[: depth + 1])
         specs = (finder.find_spec(name, places) for finder in sys.meta_path)
         spec = next((found for found in specs if found), None)
         if spec is None or not spec.origin:
             return None
         origin, places = spec.origin, list(spec.submodule_search_locations or [])
-    file = Path(origin)
+    file = Path(origin or ".")
     return file if file.suffix == ".py" and file.is_file() else None
 
 

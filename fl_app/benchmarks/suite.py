@@ -29,6 +29,7 @@ from fl_app.benchmarks.rows import Row
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig
 from fl_app.data import ImageSet, dataset_info, draw_images, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
+from fl_app.registry import PRIORS
 from fl_app.runs.folder import git_commit
 from server_strategies.priors.flow import find_weights
 
@@ -107,8 +108,10 @@ class Setting:
     @property
     def _prior_name(self) -> str:
         """The prior's name, or that of its file; empty for the default."""
-        name = find_weights(self.prior.weights).stem
-        return "" if self.prior == PriorConfig() else name
+        if self.prior == PriorConfig():
+            return ""
+        weights = self.prior.weights
+        return weights if weights in PRIORS else find_weights(weights).stem
 
     def command(self, name: str, trials: int) -> str:
         """Return the command that makes these results."""

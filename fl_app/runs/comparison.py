@@ -15,18 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fl_app.runs.attacking import finish_attacks, only_one
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.comparison import compare, save_comparison_picture
-from fl_app.runs.folder import git_commit
 from fl_app.config import UNBOUNDED, AttackConfig, ConfigError, from_yaml, load_config
 from fl_app.data import dataset_info
+from fl_app.registry import ATTACKS
+from fl_app.runs.attacking import finish_attacks, only_one
+from fl_app.runs.folder import git_commit
 from fl_app.util.files import write_text
 from fl_app.util.machine import host
 from fl_app.util.markdown import half_width, markdown_table, sections_markdown
 from fl_app.util.text import printable
 from server_strategies.attack_pool import QueueEntry, enqueue
-from fl_app.registry import ATTACKS
 from server_strategies.attacks.run import create_attack
 from server_strategies.observations import ObservationStore
 
@@ -85,7 +85,7 @@ class AttackComparison:
         return cls(attacks, budget)
 
     def run(self, folder: Path, console: Console) -> None:
-        """Run what has no line in the log yet, then write ``comparison.md``, ``.json`` and ``.png``.
+        """Run what has no line in the log, then write ``comparison.md``, ``.json`` and ``.png``.
 
         Parameters
         ----------
