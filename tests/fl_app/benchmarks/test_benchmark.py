@@ -26,7 +26,7 @@ from fl_app.config import AttackConfig, load_config
 from fl_app.data import ImageSet, dataset_info, load_split
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
-from fl_app.registry import ATTACKS, BENCHMARKS
+from fl_app.registry import ATTACKS, BENCHMARKS, OURS, Entry
 from fl_app.runs.folder import create_run
 from server_strategies.attack_pool import pending
 from server_strategies.attacks.run import create_attack
@@ -224,7 +224,8 @@ def test_a_part_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_benchmark_can_run() -> None:
     for name, suite in BENCHMARKS.items():
-        assert BENCHMARKS.entries[name].docstring().splitlines()[0].endswith(".")
+        entry = Entry(name, f"fl_app.benchmarks.{name.replace('-', '_')}:SUITE", OURS)
+        assert entry.docstring().splitlines()[0].endswith(".")
         assert len({case.name for case in suite.cases}) == len(suite.cases)
         for case in suite.cases:
             create_attack(case.attack)
