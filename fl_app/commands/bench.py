@@ -50,8 +50,8 @@ def bench(
     lpips_weights: Annotated[
         str,
         typer.Option(
-            help="Folder of LPIPS trunk weights; download: torchvision's; empty: those that are "
-            "at hand."
+            help="Folder of LPIPS trunk weights; download: torchvision's; empty: what the cache "
+            "of torch.hub holds."
         ),
     ] = "",
     workers: Annotated[
