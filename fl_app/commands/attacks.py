@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fl_app.commands.options import RunName, RunsDir
+from fl_app.commands.arguments import RunName, RunsDir
 from fl_app.commands.output import screen
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def attack(
     attack: Annotated[
         str,
         typer.Option(
-            help="A name that flowleak list attacks prints, several with commas between, or all; "
+            help="A name (`flowleak list attacks`), several with commas between, or all; "
             "default: finish what the run left unfinished."
         ),
     ] = "",
@@ -35,7 +35,7 @@ def attack(
         typer.Option(
             "--set",
             help="Setting of the attack, as iterations=500 or options.lr=0.4; repeatable. "
-            "flowleak list attacks NAME prints the options.",
+            "`flowleak list attacks NAME` prints the options.",
         ),
     ] = None,
     follow: Annotated[

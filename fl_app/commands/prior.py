@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fl_app.commands.arguments import DatasetChoice, Weights
 from fl_app.commands.group import group
-from fl_app.commands.options import DatasetChoice, Weights
 from fl_app.commands.output import screen
 from server_strategies.priors.settings import TrainingSettings
 
@@ -48,7 +48,7 @@ def train_prior(
     start: Annotated[
         str,
         typer.Option(
-            help="Weights to begin with: a name that flowleak list priors prints, or a "
+            help="Weights to begin with: a shipped prior's name (`flowleak list priors`), or a "
             ".safetensors file; default: at random."
         ),
     ] = TrainingSettings.start,
@@ -126,7 +126,7 @@ def check_assumptions(
 ) -> None:
     """Measure the paper's assumptions A1 and A2 on a flow prior."""
     from fl_app.benchmarks.assumptions import assumption_tables
-    from fl_app.benchmarks.table import machine
+    from fl_app.benchmarks.rows import machine
     from fl_app.commands.arguments import dataset_config, prior_weights
     from fl_app.data import dataset_info, load_split
     from fl_app.runs.folder import git_commit

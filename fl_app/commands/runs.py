@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fl_app.commands.options import RunName, RunsDir
+from fl_app.commands.arguments import RunName, RunsDir
 from fl_app.commands.output import print_json, screen, table_of
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fl_app.commands.arguments import RunsDir
 from fl_app.commands.group import group
-from fl_app.commands.options import RunsDir
 from fl_app.commands.output import screen
 from fl_app.config import at_least
 from fl_app.util.files import user_path
@@ -174,7 +174,9 @@ def cost(
         int, typer.Option(help="Steps of each client, with one image, 1 or more.")
     ] = 50,
     folder: Annotated[Path, typer.Option(help="On the disk that runs are written to.")] = Path("."),
-    bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 where a figure misses its threshold.")
+    ] = False,
 ) -> None:
     """Measure what the audit costs the training, with every client watched."""
     for name, value in (("rounds", rounds), ("clients", clients), ("local_steps", local_steps)):
@@ -185,8 +187,8 @@ def cost(
     measured = audit_cost(rounds, clients, local_steps, folder)
     console.print(measured.table())
     for words in measured.shortfalls():
-        console.print(f"Short of its bar: {words}", style="yellow")
-    if bars and measured.shortfalls():
+        console.print(f"Misses its threshold: {words}", style="yellow")
+    if check and measured.shortfalls():
         raise typer.Exit(1)
 
 

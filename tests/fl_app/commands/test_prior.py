@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from helpers.command import flowleak
 
-from fl_app.benchmarks import cases as bench_cases
 from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.suite import AttackSuite
 from fl_app.config import AttackConfig
 from fl_app.protocol import LocalTraining
+from fl_app.registry import BENCHMARKS
 from server_strategies.priors.networks import NETWORKS
 
 
@@ -29,9 +30,9 @@ def test_a_prior_is_trained_and_attacks_from_the_command_line(
     assert "images seen: 8" in out.with_suffix(".md").read_text()
     attack = AttackConfig("flow_matching", 1)
     case = Case(LocalTraining("sgd", lr=0.01, batch_size=2, local_steps=2), attack)
-    monkeypatch.setitem(bench_cases.BENCHMARKS, "quick", (case,))
+    monkeypatch.setitem(BENCHMARKS, "quick", AttackSuite((case,)))
     monkeypatch.chdir(tmp_path)
-    bench = ["bench", "quick", "--dataset", "photos", "--draws", "1", "--out", "quick.json"]
+    bench = ["bench", "quick", "--dataset", "photos", "--trials", "1", "--out", "quick.json"]
     flowleak(*bench, "--prior", "own.safetensors")
     assert json.loads(Path("quick.json").read_text())["facts"]["prior"] == "own"
     assert "--prior own" in Path("quick.md").read_text()
