@@ -46,7 +46,7 @@ def evolve(
             "(labels, or a position); allowed: adam"
         )
     run = Run(matching, observation, budget, report)
-    shape = (matching.copies * observation.num_examples, *matching.knowledge.image_shape)
+    shape = (matching.candidates * observation.num_examples, *matching.knowledge.image_shape)
     noise = np.random.default_rng(budget.seed)
     strategy = cma.CMAEvolutionStrategy(
         np.zeros(int(np.prod(shape))),

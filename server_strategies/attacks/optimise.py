@@ -116,7 +116,7 @@ def optimise(
     generator = torch.Generator(device).manual_seed(budget.seed)
     start = objective.start
     if start is None or decode:
-        shape = (objective.copies * observation.num_examples, *knowledge.image_shape)
+        shape = (objective.candidates * observation.num_examples, *knowledge.image_shape)
         start = torch.randn(shape, generator=generator, device=device)
     else:
         lr = _NEAR * lr

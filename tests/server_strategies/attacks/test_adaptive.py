@@ -143,7 +143,7 @@ def test_the_truth_explains_a_defended_update_to_who_knows_the_defence(
     at_truth = []
     for knowledge in (unaware, aware):
         model = create_model("convnet", 10, SHAPE).double()
-        objective = OBJECTIVES[kind](model, observation, knowledge, "")
+        objective = OBJECTIVES[kind](Setting(model, observation, knowledge, ""))
         at_truth.append(float(objective(seen[2], 1.0)))
     assert abs(at_truth[1]) < 1e-9
     # The direction alone is all that a cosine sees anyway.
