@@ -46,7 +46,7 @@ def test_a_healthy_update_has_no_sign(name: str, architecture: str) -> None:
     [
         ("noise", "noise with sigma of about"),
         ("clamp", "exactly the largest amount"),
-        ("top-k", "70% of the weights did not move"),
+        ("top-k", "70% of the weights did not change"),
         ("random mask", "it is sparsified"),
         ("bf16", "rounded to bfloat16"),
         ("fp16", "rounded to float16"),
@@ -132,8 +132,8 @@ def test_signs_of_a_failed_optimisation() -> None:
     assert [any(words in sentence for sentence in failed) for words in
             ("does not match", "hardly fell", "alpha ran to 0.00")] == [True] * 3  # fmt: skip
     assert unmatched([0.9, 0.5], floor=0.4) is None
-    one_step, knowledge, _ = client(ONE_STEP["sgd"])
-    assert "alpha ran to 1.00" in diagnose(one_step, knowledge, MATCHED, 1.0)[0]
+    one_step, single, _ = client(ONE_STEP["sgd"])
+    assert "alpha ran to 1.00" in diagnose(one_step, single, MATCHED, 1.0)[0]
     same = replace(observation, w1=observation.w0)
     assert "the update is zero" in diagnose(same, knowledge, [], None)[0]
 

@@ -195,7 +195,7 @@ def test_gradinversion_returns_its_restart_of_least_loss() -> None:
         (replace(ADAM, local_steps=2), "cosine"),
     ],
 )
-def test_updates_of_sgd_are_matched_with_their_length(training: LocalTraining, expected: str) -> None:
+def test_sgd_is_matched_with_its_length(training: LocalTraining, expected: str) -> None:
     observation, knowledge, _ = client(training, count=training.local_steps)
     objective = matching_objective("auto", observation, knowledge, distance="auto")
     assert isinstance(objective, Trajectory | GradientMatch)

@@ -36,7 +36,9 @@ def test_simulation_is_the_clients_own_training(
 
 
 @pytest.mark.parametrize("name", CLIENTS)
-@pytest.mark.parametrize("graphs", [5, 2, 0])  # kept; the others are computed again in the backward pass
+@pytest.mark.parametrize(
+    "graphs", [5, 2, 0]
+)  # kept; the others are computed again in the backward pass
 def test_the_adjoint_is_autograds_gradient(
     name: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,13 +47,15 @@ def test_the_adjoint_is_autograds_gradient(
     labels = torch.tensor(knowledge.labels)
     model = create_model("convnet", 10, SHAPE).to(torch.float64)
     generator = torch.Generator().manual_seed(0)
-    adjoint = {k: torch.randn(w.shape, generator=generator).to(w) for k, w in observation.w0.items()}
+    adjoint = {
+        k: torch.randn(w.shape, generator=generator).to(w) for k, w in observation.w0.items()
+    }
 
     def gradient(simulation: Callable[..., dict[str, Tensor]]) -> Tensor:
         start = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
         start.requires_grad_()
         batches = [(start[list(b)], labels[list(b)]) for b in training.batches(6)]
-        weights = simulation(model, dict(observation.w0), batches, training, 0.3)
+        weights = simulation(model, w0, batches, training, 0.3)
         sum((adjoint[k] * w).sum() for k, w in weights.items()).backward()
         assert start.grad is not None
         return start.grad
@@ -215,3 +219,12 @@ def test_cosine_distance_is_its_formula() -> None:
     )
     with pytest.raises(ValueError, match="the update is zero"):
         CosineDistance([torch.zeros(2)])
+
+
+def test_a_masked_cosine_ignores_what_is_masked() -> None:
+    seen, mask = [torch.tensor([1.0, 5.0, 1.0])], [torch.tensor([True, False, True])]
+    distance = CosineDistance(seen, mask)
+    assert distance([torch.tensor([2.0, -9.0, 2.0])]).item() == pytest.approx(0, abs=1e-6)
+    assert distance([torch.tensor([1.0, 5.0, 0.0])]).item() == pytest.approx(1 - 0.5**0.5)
+    with pytest.raises(ValueError, match="zero"):
+        CosineDistance(seen, [torch.tensor([False] * 3)])
