@@ -181,36 +181,11 @@ class Auditor:
 
     def record_unreadable(self, id_: str, attack: str, error: str, job: str) -> None:
         """Log an attack whose Observation, by its id, can't be read from the store."""
-        round_, node = round_and_node(id_)
-        reasons = _absent(error) | {"client": error, "num_examples": error}
-        line = LogLine(
-            round=round_,
-            node=node,
-            client=None,
-            attack=attack,
-            status="failed",
-            labels=self.config.audit.labels,
-            error=error,
-            job=job,
-            reasons=reasons,
-            **self._defense,
-        )
-        self._write(line)
+        self._append_unobserved(*round_and_node(id_), attack, error, status="failed", job=job)
 
     def record_skipped(self, round_: int, node: int, reason: str) -> None:
         """Log an update on which no attack was run."""
-        line = LogLine(
-            round=round_,
-            node=node,
-            client=None,
-            attack=self.config.attack.name,
-            status="skipped",
-            labels=self.config.audit.labels,
-            error=reason,
-            reasons=_absent(reason) | {"client": reason, "num_examples": reason},
-            **self._defense,
-        )
-        self._write(line)
+        self._append_unobserved(round_, node, self.config.attack.name, reason, status="skipped")
 
     def has_truth(self, observation: Observation) -> bool:
         """Say whether the private batch is there, for a sum those of all its clients."""
@@ -228,37 +203,46 @@ class Auditor:
             fields["reasons"] = {**fields["reasons"], "update_bytes": why}
         else:
             size, encoding = update_bytes(observation.update, self.config.defense.quantize)
-        line = LogLine(
+        self._write(
             round=observation.round,
             node=observation.node,
             client=observation.client,
             clients=observation.clients,
             num_examples=observation.num_examples,
             attack=attack,
-            labels=self.config.audit.labels,
             truth=self.has_truth(observation),
             update_bytes=size,
             update_encoding=encoding,
-            **self._defense,
             **fields,
         )
-        self._write(line)
 
-    @property
-    def _defense(self) -> dict[str, Any]:
-        """What a line says of the clients' defence."""
-        known = self.config.audit.defense == "given"
-        return {"defense": str(self.config.defense), "defense_known": known}
+    def _append_unobserved(
+        self, round_: int, node: int, attack: str, why: str, **fields: Any
+    ) -> None:
+        """Log an update without an Observation, and why there is none."""
+        reasons = _absent(why) | {"client": why, "num_examples": why}
+        self._write(
+            round=round_, node=node, client=None, attack=attack, error=why, reasons=reasons,
+            **fields,
+        )  # fmt: skip
 
-    def _write(self, line: LogLine) -> None:
+    def _write(self, **fields: Any) -> None:
+        """Append a line: the given fields, and what all lines of the run have in common."""
         model = self.config.model
         protocol = {
             "model": model.name,
             "norm": chosen_norm(model.name, model.norm),
             **asdict(self.config.client),
         }
+        line = LogLine(
+            labels=self.config.audit.labels,
+            defense=str(self.config.defense),
+            defense_known=self.config.audit.defense == "given",
+            protocol=protocol,
+            **fields,
+        )
         with self._lock:  # training and the attack pool log from their own threads
-            append_line(self._log, replace(line, protocol=protocol))
+            append_line(self._log, line)
 
     def _truth(self, observation: Observation) -> Truth | None:
         if not observation.nodes:

@@ -58,9 +58,7 @@ class GradientMatch(MatchingObjective):
     gradients. Where the gradient determines the image in closed form, see `image_of`,
     `start` holds it.
 
-    Parameters
-    ----------
-    setting : Setting
+    Parameters are `MatchingObjective`'s.
 
     Raises
     ------

@@ -19,9 +19,7 @@ class Passes(Trajectory):
     reconstruction averages each image of the first pass with those of later passes
     that a linear assignment on the squared error gives it.
 
-    Parameters
-    ----------
-    setting : Setting
+    Parameters are `MatchingObjective`'s.
 
     Attributes
     ----------

@@ -19,9 +19,7 @@ class Summed(MatchingObjective):
     displacement. Images are numbered client by client, as labels are. Defences of
     single updates are not modelled: a sum of clipped updates, say, is not clipped.
 
-    Parameters
-    ----------
-    setting : Setting
+    Parameters are `MatchingObjective`'s.
 
     Raises
     ------

@@ -58,10 +58,7 @@ class Decoded(Trajectory):
     After `restart` the decoded images move little, and `Trajectory` is added for the
     others.
 
-    Parameters
-    ----------
-    setting : Setting
-        Its distance is the trajectory's.
+    Parameters are `MatchingObjective`'s; the distance is the trajectory's.
 
     Raises
     ------

@@ -55,7 +55,7 @@ def test_the_adjoint_is_autograds_gradient(
         start = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
         start.requires_grad_()
         batches = [(start[list(b)], labels[list(b)]) for b in training.batches(6)]
-        weights = simulation(model, w0, batches, training, 0.3)
+        weights = simulation(model, dict(observation.w0), batches, training, 0.3)
         sum((adjoint[k] * w).sum() for k, w in weights.items()).backward()
         assert start.grad is not None
         return start.grad
