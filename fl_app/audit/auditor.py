@@ -1,4 +1,4 @@
-"""The auditor of a run: grants labels, scores reconstructions, keeps the log."""
+"""The auditor of a run: grants labels, scores reconstructions, and writes the log."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from server_strategies.priors.flow import load_flow
 
 
 class Auditor:
-    """Stands between the attacks, which may not see the Truth, and the log, which needs it.
+    """Compares reconstructions with the Truth, which attacks may not see, and logs the scores.
 
     Parameters
     ----------
@@ -148,14 +148,14 @@ class Auditor:
         )
 
     def baselines(self, observation: Observation) -> tuple[dict[str, Leakage], dict[str, str]]:
-        """Score what could be guessed without the update, see `baseline_images`.
+        """Score the baselines that do not use the update, see `baseline_images`.
 
         Returns
         -------
         scores : dict of str to Leakage
             By baseline; empty where there is no truth.
         reasons : dict of str to str
-            Why one of them could not be had.
+            Why a baseline is missing.
         """
         truth = self._truth(observation)
         if truth is None:
@@ -291,9 +291,9 @@ class Auditor:
         if leakage:
             psnr = leakage.metrics["psnr"]
             assert psnr is not None
-            verdict = "" if psnr.mean > psnr.baseline else ": no better than grey"
+            verdict = "" if psnr.mean > psnr.baseline else ": no better than the mean colour"
             caption.append(
-                f"mean PSNR {psnr.mean:.1f} dB, a grey image {psnr.baseline:.1f} dB{verdict}"
+                f"mean PSNR {psnr.mean:.1f} dB, the mean colour {psnr.baseline:.1f} dB{verdict}"
             )
             images = images[list(leakage.assignment)]
             tensors["assignment"] = torch.tensor(leakage.assignment)

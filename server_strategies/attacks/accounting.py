@@ -1,4 +1,4 @@
-"""The books of an attack's run: its budget, its losses, and what it costs."""
+"""Accounting of an attack's run: its budget, its losses, and its costs."""
 
 from __future__ import annotations
 

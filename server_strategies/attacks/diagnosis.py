@@ -173,8 +173,8 @@ def wrong_optimiser(update: Update) -> str | None:
     90% are within 1% of the largest, they are those of a single step.
     """
     training, steps, size = update.training, update.steps, update.size
-    moved = size[size > 0]
-    longest = moved.max().item()
+    changed = size[size > 0]
+    longest = changed.max().item()
     narrow = spread(size) > SIGN_LIKE
     if training.optimizer == "sgd":
         return (
@@ -190,7 +190,7 @@ def wrong_optimiser(update: Update) -> str | None:
             f"the largest coordinate update is {longest / (training.lr * steps):.3g} lr K, which "
             f"{training.optimizer} can't make: lr or K is larger than assumed, or there is noise"
         )
-    if steps > 1 and (moved > 0.99 * longest).float().mean() > 0.9:
+    if steps > 1 and (changed > 0.99 * longest).float().mean() > 0.9:
         return f"all weights changed alike, as by one step of {training.optimizer}, not {steps}"
     return None
 
@@ -269,9 +269,9 @@ def sparse(update: Update) -> str | None:
     (healthy: under 19%, measured; Adam at lr 0.1, which kills units, 37%).
     """
     size = torch.cat([u.flatten().abs() for u in update.parts])
-    moved = size[size > 0].sort().values
-    share = 1 - len(moved) / len(size)
-    smallest, median, longest = (moved[int(q * (len(moved) - 1))] for q in (1e-3, 0.5, 1))
+    changed = size[size > 0].sort().values
+    share = 1 - len(changed) / len(size)
+    smallest, median, longest = (changed[int(q * (len(changed) - 1))] for q in (1e-3, 0.5, 1))
     gap = share > 0.01 and smallest > 0.1 * median and median < 0.9 * longest
     zeros = alive = 0
     for matrix in (u.flatten(1) != 0 for u in update.parts if u.dim() > 1):

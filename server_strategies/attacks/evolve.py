@@ -30,8 +30,8 @@ def evolve(
     Raises
     ------
     ValueError
-        If the matching has unknowns of its own, such as labels, which are fitted by
-        their gradient, or the package `cma` is missing.
+        If the matching has unknowns of its own, such as labels, which need their
+        gradient, or the package `cma` is missing.
     AttackError
         If the loss is not finite.
     """

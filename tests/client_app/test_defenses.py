@@ -92,10 +92,10 @@ def test_clipping_by_value_and_by_norm() -> None:
 
 def test_sparsifying_drops_the_smallest_of_what_moved() -> None:
     before = flat(UPDATE)
-    moved = int(before.count_nonzero())
-    assert moved < len(before)  # some coordinates never move: a share of all would do nothing
+    nonzero = int(before.count_nonzero())
+    assert nonzero < len(before)  # a share of all coordinates would set no others to zero
     sent = flat(defend(UPDATE, Defense(sparsify=0.3), generator()))
-    assert int(sent.count_nonzero()) == moved - math.floor(0.3 * moved)
+    assert int(sent.count_nonzero()) == nonzero - math.floor(0.3 * nonzero)
     assert torch.equal(sent[sent != 0], before[sent != 0])
     assert before[(sent == 0) & (before != 0)].abs().max() <= sent[sent != 0].abs().min()
 
@@ -110,7 +110,7 @@ def test_noise_has_its_distribution(kind: str, relative: bool) -> None:
     n = len(noise)
     assert abs(noise.mean()) < 5 * sigma / math.sqrt(n)
     assert noise.std() == pytest.approx(sigma, rel=0.02)
-    kurtosis = {"gaussian": 3.0, "laplace": 6.0}[kind]  # tells the one from the other
+    kurtosis = {"gaussian": 3.0, "laplace": 6.0}[kind]  # distinguishes the two
     assert ((noise / sigma) ** 4).mean() == pytest.approx(kurtosis, rel=0.15)
 
 
@@ -336,7 +336,7 @@ def test_a_machine_may_keep_the_noises_seed_to_itself() -> None:
         "config": ConfigRecord({"server-round": 1}),
     }
     message = Message(RecordDict(content), dst_node_id=7, message_type="train")  # type: ignore
-    # Relative noise of an update that did not move would be none.
+    # Relative noise of a zero update would be none.
     noisy = {"defense": "gaussian", "overrides": "defense.relative=false"}
     noises = []
     for own in ({}, {"noise-seed": 0}, {"noise-seed": 12}, {"noise-seed": "x"}):

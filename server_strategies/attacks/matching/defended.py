@@ -255,5 +255,5 @@ def _threshold(size: Tensor, defense: Defense) -> float:
         return 0.0
     if defense.sigma:  # zeros became noise: take as many of the smallest coordinates
         return size.kthvalue(math.ceil(defense.sparsify * len(size))).values.item()
-    moved = size[size > 0]
-    return moved.min().item() if len(moved) else 0.0
+    changed = size[size > 0]
+    return changed.min().item() if len(changed) else 0.0

@@ -91,8 +91,8 @@ def spread(size: Tensor) -> float:
     size : Tensor
         |u| by coordinate, not all zero.
     """
-    moved = size[size > 0]
-    return (moved > moved.max() / 10).float().mean().item()
+    changed = size[size > 0]
+    return (changed > changed.max() / 10).float().mean().item()
 
 
 def _guess_adam(size: Tensor, num_examples: int, batch_size: int | None) -> Guess:

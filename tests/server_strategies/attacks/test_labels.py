@@ -198,7 +198,7 @@ def test_label_accuracy_and_its_chance() -> None:
     true = [0, 0, 0, 2, 2, 1, 4]
     assert label_accuracy(torch.tensor([2, 1, 3, 1, 0]), true) == pytest.approx(5 / 7)
     assert label_accuracy(torch.tensor(true).bincount(), true) == 1
-    with pytest.raises(ValueError, match="6 labels counted for 7 images"):
+    with pytest.raises(ValueError, match="6 labels inferred for 7 images"):
         label_accuracy(torch.tensor([2, 1, 3, 0, 0]), true)
     with pytest.raises(ValueError, match="labels from 0 to 4; allowed: 0 to 2"):
         label_chance(true, 3)

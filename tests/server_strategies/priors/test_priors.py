@@ -165,18 +165,20 @@ class Edges(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["denoiser", "velocity"])
-def test_a_grey_image_is_pulled_by_the_mean_of_its_channels_pulls(mode: str) -> None:
+def test_a_grey_image_is_pulled_by_the_mean_of_its_channels_gradients(mode: str) -> None:
     network = create_network("compact")
     nn.init.normal_(network.tail.weight, std=0.1)  # type: ignore[union-attr, arg-type]
     grey = torch.rand((2, 1, 8, 8), requires_grad=True)
     colour = grey.detach().expand(-1, 3, -1, -1).clone().requires_grad_()
-    pulls = []
+    gradients = []
     for images in (grey, colour):
         prior = FlowPrior(network, 2.0, mode, 0.8, 0.9, torch.Generator().manual_seed(5))
-        pulls.append(torch.autograd.grad(prior(images, 0.5), images)[0])
-    assert pulls[0].abs().max() > 0
+        gradients.append(torch.autograd.grad(prior(images, 0.5), images)[0])
+    assert gradients[0].abs().max() > 0
     # The penalty is a mean over pixels, of which the colour image has three times as many.
-    torch.testing.assert_close(pulls[0], pulls[1].sum(1, keepdim=True), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        gradients[0], gradients[1].sum(1, keepdim=True), rtol=1e-4, atol=1e-8
+    )
 
 
 def test_grey_images_can_be_attacked_and_ggl_says_why_not() -> None:

@@ -102,10 +102,10 @@ def _invertible(
         return False, f"the client makes {num_steps} local steps; allowed: 1"
     size = torch.cat([r.abs().flatten() for r in steps])
     error = torch.cat([t.flatten() for t in tolerance])
-    moved = size > error
-    if not moved.any():
+    changed = size > error
+    if not changed.any():
         return False, "the update is zero"
-    size, error = size[moved], error[moved]
+    size, error = size[changed], error[changed]
     # Adam's first step is never longer than lr and reaches it wherever |g| >> eps.
     longer = (size > 1 + error).float().mean().item()
     if longer > 1e-3:
