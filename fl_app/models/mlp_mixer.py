@@ -18,11 +18,7 @@ class MLPMixer(PatchModel):
     the paper. The features are the mean over the tokens. 1,132,170 parameters for
     10 classes of (3, 32, 32).
 
-    Parameters
-    ----------
-    num_classes : int
-    image_shape : tuple of int
-        See `PatchModel`, which also says what is raised.
+    Parameters as in `Family.build`. H and W have to be divisible by 4, see `PatchModel`.
     """
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:

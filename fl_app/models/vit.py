@@ -22,11 +22,7 @@ class ViT(PatchModel):
     Attention is computed by its formula: torch's fused kernels can't be
     differentiated twice, as an attack does.
 
-    Parameters
-    ----------
-    num_classes : int
-    image_shape : tuple of int
-        See `PatchModel`, which also says what is raised.
+    Parameters as in `Family.build`. H and W have to be divisible by 4, see `PatchModel`.
     """
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:

@@ -90,7 +90,7 @@ def test_clipping_by_value_and_by_norm() -> None:
     assert distortion(UPDATE, loose) == 0
 
 
-def test_sparsifying_drops_the_smallest_of_what_moved() -> None:
+def test_sparsifying_drops_the_smallest_nonzero_coordinates() -> None:
     before = flat(UPDATE)
     nonzero = int(before.count_nonzero())
     assert nonzero < len(before)  # a share of all coordinates would set no others to zero
@@ -221,7 +221,7 @@ def test_epsilon_falls_with_noise_and_grows_with_rounds() -> None:
     assert epsilon(Defense(dp_clip=1.0, dp_noise=3.0), once, 100, 1) <= known
 
 
-def test_soteria_prunes_what_tells_most_of_the_image() -> None:
+def test_soteria_prunes_the_entries_that_reveal_most_of_the_image() -> None:
     model = create_model("mlp", 10, (3, 4, 4), seed=0)
     x = torch.rand((1, 3, 4, 4), requires_grad=True)
     r = model.features(x)  # type: ignore[operator]

@@ -116,7 +116,7 @@ def slow_simulation(
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_coordinates_that_never_moved_have_a_finite_gradient(smoothing: float) -> None:
+def test_coordinates_that_never_changed_have_a_finite_gradient(smoothing: float) -> None:
     observation, knowledge, _ = client(CLIENTS["adam"])
     x = torch.zeros((6, *SHAPE)).requires_grad_()  # no gradient reaches the first layer's weights
     labels = torch.tensor(knowledge.labels)
