@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fl_app.protocol import Defense, LocalTraining
+from fl_app.registry import DEFENSES
+from fl_app.util.extras import extras
 
 
 @contextmanager
@@ -53,8 +55,9 @@ def _private(
     noise is torch's global one.
     """
     # Opacus is slow to import, and few runs need it.
-    from opacus import GradSampleModule
-    from opacus.optimizers import DPOptimizer
+    with extras():
+        from opacus import GradSampleModule
+        from opacus.optimizers import DPOptimizer
 
     wrapped = GradSampleModule(model)
     private = DPOptimizer(
@@ -96,7 +99,8 @@ def epsilon(defense: Defense, training: LocalTraining, num_local: int, rounds: i
     rounds : int
         Rounds so far, >= 1.
     """
-    from opacus.accountants import RDPAccountant
+    with extras():
+        from opacus.accountants import RDPAccountant
 
     accountant = RDPAccountant()
     share = min(1.0, training.batch_size / num_local)
@@ -175,6 +179,8 @@ def check_defense(defense: Defense, training: LocalTraining, model: nn.Module) -
     ValueError
         With the setting, its value, and what is allowed instead.
     """
+    if defense.custom and defense.custom not in DEFENSES:
+        raise ValueError(f"custom: {DEFENSES.unknown(defense.custom)}")
     normalised = [name for name, part in model.named_modules() if _is_batch_norm(part)]
     if defense.dp_clip:
         if training.max_grad_norm:
@@ -182,7 +188,8 @@ def check_defense(defense: Defense, training: LocalTraining, model: nn.Module) -
                 f"dp_clip is {defense.dp_clip}; allowed with client.max_grad_norm "
                 f"{training.max_grad_norm}: 0, for DP-SGD clips the gradients itself"
             )
-        from opacus.validators import ModuleValidator
+        with extras():
+            from opacus.validators import ModuleValidator
 
         errors = ModuleValidator.validate(model.train(), strict=False)
         if errors:

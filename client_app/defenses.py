@@ -2,8 +2,8 @@
 
 The update is ``delta = w1 - w0``, by name, of the weights that were trained;
 BatchNorm's running statistics are not part of it and are passed on unmodified. `defend`
-composes the steps in one order: clip, sparsify, noise, quantise. Defences within local
-training are in `client_app.defended_steps`.
+composes the steps in one order: clip, sparsify, noise, a plug-in's own, quantise. Defences
+within local training are in `client_app.defended_steps`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from client_app.training import local_seed
 from fl_app.protocol import Defense, trained_names
+from fl_app.registry import DEFENSES
 
 Update = Mapping[str, Tensor]
 
@@ -166,6 +167,8 @@ def defend(update: Update, defense: Defense, generator: torch.Generator) -> dict
         sent = sparsify(sent, defense.sparsify)
     if defense.noise != "none":
         sent = add_noise(sent, defense.noise, defense.sigma, defense.relative, generator)
+    if defense.custom:
+        sent = DEFENSES[defense.custom](sent, generator)
     if defense.quantize != "none":
         sent = quantize(sent, defense.quantize)
     return sent

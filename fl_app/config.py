@@ -18,15 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining
+from fl_app.registry import DATASETS, OURS, REGISTRIES, Registry
 from fl_app.util.files import project_file
 
 UNBOUNDED = 1_000_000
 """Iterations that no attack makes in its seconds."""
 
 GROUPS = ("dataset", "model", "client", "defense", "attack", "prior")
-DATASETS = (
-    "photos", "cifar10", "cifar100", "tiny_imagenet", "mnist", "fashion_mnist", "imagefolder",
-)  # fmt: skip
+# The groups that plug-ins add to, and the key that names one there.
+_KEYS = {
+    "dataset": "name", "model": "name", "attack": "name", "defense": "custom", "prior": "weights",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -54,7 +56,7 @@ class DatasetConfig:
     dirichlet_alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, DATASETS)
+        _one_of("name", self.name, tuple(DATASETS))
         _one_of("partitioner", self.partitioner, ("iid", "dirichlet"))
         if not 0 < self.dirichlet_alpha < math.inf:
             raise ValueError(f"dirichlet_alpha is {self.dirichlet_alpha}; allowed: more than 0")
@@ -246,7 +248,8 @@ def load_config(run_config: Mapping[str, Any] | None = None) -> Config:
     for key, value in chosen.items():
         if not isinstance(value, str):
             raise ConfigError(f"run-config key {key} is {value!r}; allowed: a string")
-    defaults = _read("config", "config")
+    defaults = OmegaConf.load(project_file("conf/config.yaml"))
+    assert isinstance(defaults, DictConfig)
     groups = {**defaults.pop("groups")}
     experiment = DictConfig({})
     if "experiment" in chosen:
@@ -268,15 +271,44 @@ def load_config(run_config: Mapping[str, Any] | None = None) -> Config:
     return _merge(layers)
 
 
+def config_files(group: str) -> dict[str, Path]:
+    """Return the configuration files of a group by name: ours, and those of plug-ins.
+
+    A plug-in's lie in ``conf/GROUP/`` of the package that holds it, see `fl_app.registry`.
+
+    Parameters
+    ----------
+    group : str
+        One of `GROUPS`, or ``experiment``.
+    """
+    folders = [project_file(f"conf/{group}")]
+    for entry in _registry(group).entries.values() if group in _KEYS else ():
+        package = entry.folder() if entry.package != OURS else None
+        folders += [package / "conf" / group] if package else []
+    files = (file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml")))
+    return {file.stem: file for file in files}
+
+
+def choices(group: str) -> list[str]:
+    """Return what a group's key in the run config takes: its files, and plug-ins without one."""
+    plug_ins = _registry(group).entries if group in _KEYS else ()
+    return sorted({*config_files(group), *plug_ins})
+
+
+def _registry(group: str) -> Registry:
+    return REGISTRIES[f"{group}s"]
+
+
 def _read(group: str, name: str) -> DictConfig:
-    """Read one file of conf/."""
-    folder = project_file("conf") if group == "config" else project_file(f"conf/{group}")
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"{group} is {name!r}; allowed: {', '.join(known) or 'none yet'}")
-    loaded = OmegaConf.load(folder / f"{name}.yaml")
-    assert isinstance(loaded, DictConfig)
-    return loaded
+    """Read one file of a group, or the defaults of a plug-in that has none."""
+    files = config_files(group)
+    if name in files:
+        loaded = OmegaConf.load(files[name])
+        assert isinstance(loaded, DictConfig)
+        return loaded
+    if name in choices(group):
+        return DictConfig({_KEYS[group]: name})
+    raise ConfigError(f"{group} is {name!r}; allowed: {', '.join(choices(group)) or 'none yet'}")
 
 
 def _unlock(node: Any) -> None:

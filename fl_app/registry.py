@@ -15,11 +15,14 @@ import ast
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fl_app.util.extras import MissingExtraError, extras
 
 OURS = "flowleak"
 
@@ -51,9 +54,12 @@ class Entry:
         """
         module, _, attribute = self.target.partition(":")
         try:
-            found: Any = importlib.import_module(module)
+            with extras() if self.package == OURS else nullcontext():
+                found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
+        except MissingExtraError:
+            raise
         except Exception as error:  # a plug-in may raise anything
             raise ValueError(
                 f"{self.name!r} of the package {self.package} can't be loaded from "
@@ -175,14 +181,14 @@ def _source(module: str) -> Path | None:
     places: list[str] | None = None
     origin = ""
     parts = module.split(".")
-    for depth in range(len(parts)):
+    for depth in range(len(parts) if module else 0):
         name = ".".join(parts[: depth + 1])
         specs = (finder.find_spec(name, places) for finder in sys.meta_path)
         spec = next((found for found in specs if found), None)
         if spec is None or not spec.origin:
             return None
         origin, places = spec.origin, list(spec.submodule_search_locations or [])
-    file = Path(origin)
+    file = Path(origin or ".")
     return file if file.suffix == ".py" and file.is_file() else None
 
 
@@ -261,8 +267,31 @@ DATASETS = Registry(
 )
 """Data sets: instances of `Source`."""
 
-BENCHMARKS = Registry("benchmark", {}, "fl_app.benchmarks.suite:Suite")
-"""Benchmarks, see `flowleak bench`."""
+BENCHMARKS = Registry(
+    "benchmark",
+    {
+        "quick": "fl_app.benchmarks.quick:SUITE",
+        "matching": "fl_app.benchmarks.matching:SUITE",
+        "ablation": "fl_app.benchmarks.ablation:SUITE",
+        "tv-weights": "fl_app.benchmarks.tv_weights:SUITE",
+        "prior-strength": "fl_app.benchmarks.prior_strength:SUITE",
+        "relu-smoothing": "fl_app.benchmarks.relu_smoothing:SUITE",
+        "distances": "fl_app.benchmarks.distances:SUITE",
+        "learning-rates": "fl_app.benchmarks.learning_rates:SUITE",
+        "prior": "fl_app.benchmarks.prior:SUITE",
+        "models": "fl_app.benchmarks.models:SUITE",
+        "closed-form": "fl_app.benchmarks.closed_form:SUITE",
+        "batch-sizes": "fl_app.benchmarks.batch_sizes:SUITE",
+        "tiny-imagenet": "fl_app.benchmarks.tiny_imagenet:SUITE",
+        "family": "fl_app.benchmarks.family:SUITE",
+        "family-constants": "fl_app.benchmarks.family_constants:SUITE",
+        "defenses": "fl_app.benchmarks.defenses:SUITE",
+        "labels": "fl_app.benchmarks.labels:SUITE",
+        "alignment": "fl_app.benchmarks.alignment:SUITE",
+    },
+    "fl_app.benchmarks.suite:Suite",
+)
+"""Benchmarks: instances of `Suite`, see `flowleak bench`."""
 
 REGISTRIES = {
     registry.group.partition(".")[2]: registry

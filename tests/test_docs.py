@@ -1,13 +1,28 @@
-"""What the documents and examples show, run as it stands there."""
+"""What the documents and examples show: tables and links that hold, code that runs."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from fl_app.registry import ATTACKS, OURS
+
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "docs" / "results" / "README.md",
+    ]
+)
+_FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def run_python(*arguments: str, folder: Path) -> str:
@@ -24,3 +39,49 @@ def test_the_example_runs_and_is_short(tmp_path: Path) -> None:
     assert len([line for line in lines if line.strip() and not line.startswith("#")]) < 15
     run_python(str(example), folder=tmp_path)
     assert (tmp_path / "leak.png").exists()
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the names that a link to a document may end in, as GitHub makes them."""
+    text = _FENCED.sub("", document.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
+    return {*plain, *re.findall(r'<a name="([^"]+)">', text)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_between_documents_resolve(document: Path) -> None:
+    text = _FENCED.sub("", document.read_text(encoding="utf-8"))
+    broken = []
+    for link in _LINK.findall(text):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (document.parent / file).resolve() if file else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def options() -> list[tuple[str, ...]]:
+    """Return our attacks' constants: attack, option, default, allowed, meaning."""
+    ours = [name for name, entry in ATTACKS.entries.items() if entry.package == OURS]
+    return [
+        (name, option.name, plain(option.default), option.allowed, option.help)
+        for name in ours
+        for option in ATTACKS[name].options()
+    ]
+
+
+def plain(value: object) -> str:
+    """Return a value as it is typed in the configuration."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def test_the_table_of_options_is_that_of_the_fields() -> None:
+    text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- options: .*? -->\n(.*?)<!-- /options -->", text, re.DOTALL)
+    assert table
+    lines = table[1].strip().splitlines()[2:]
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ").replace("`", "")) for line in lines]
+    assert [tuple(cell.replace(r"\|", "|") for cell in row) for row in rows] == options()

@@ -1,4 +1,4 @@
-"""The images that clients hold: three sources, one way to read and to partition them."""
+"""The images that clients hold: a source each, one way to read and to partition them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fl_app.config import DatasetConfig
-from fl_app.data import hub, imagefolder, photos
 from fl_app.data.base import DataError, ImageSet, read_images
 from fl_app.protocol import DatasetInfo
+from fl_app.registry import DATASETS
+from fl_app.util.extras import extras
 
 if TYPE_CHECKING:
     import datasets
@@ -26,12 +27,6 @@ __all__ = [
     "load_split",
 ]
 
-_SOURCES = {
-    "photos": photos.SOURCE,
-    **dict.fromkeys(hub.LAYOUTS, hub.SOURCE),
-    "imagefolder": imagefolder.SOURCE,
-}
-
 
 @lru_cache(maxsize=4)
 def dataset_info(config: DatasetConfig) -> DatasetInfo:
@@ -44,14 +39,14 @@ def dataset_info(config: DatasetConfig) -> DatasetInfo:
     DataError
         If an image folder is missing or can't be used.
     """
-    return _SOURCES[config.name].info(config)
+    return DATASETS[config.name].info(config)
 
 
 @lru_cache(maxsize=4)
 def _encoded_split(config: DatasetConfig, split: str) -> datasets.Dataset:
     if split not in ("train", "test"):
         raise DataError(f"split is {split!r}; allowed: train, test")
-    encoded = _SOURCES[config.name].split(config, split)
+    encoded = DATASETS[config.name].split(config, split)
     if split == "train" and len(encoded.unique("label")) < 2:
         raise DataError(f"{config.name}: the train split has fewer than two classes")
     return encoded
@@ -60,7 +55,8 @@ def _encoded_split(config: DatasetConfig, split: str) -> datasets.Dataset:
 @lru_cache(maxsize=2)
 def _partitioner(config: DatasetConfig, num_partitions: int, seed: int) -> Partitioner:
     """Return flwr-datasets' partitioner over the train split, shuffled as FederatedDataset does."""
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+    with extras():
+        from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
     train = _encoded_split(config, "train")
     if not 1 <= num_partitions <= len(train):

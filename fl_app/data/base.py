@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fl_app.config import DatasetConfig
 from fl_app.protocol import DatasetInfo
+from fl_app.util.extras import extras
 from fl_app.util.files import user_path
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def find_folder(source: str) -> Path:
 
 def encoded(dataset: datasets.Dataset) -> datasets.Dataset:
     """Return a `datasets.Dataset` whose column ``image`` is left encoded when it is read."""
-    import datasets
+    with extras():
+        import datasets
 
     return dataset.cast_column("image", datasets.Image(decode=False))
 
@@ -109,6 +110,8 @@ def read_image(file: BytesIO | str, where: str, channels: int = 3) -> np.ndarray
     DataError
         If the file is broken or has more than 8 bits a channel; it names `where`.
     """
+    with extras():  # here, so that a client with data of its own needs no Pillow
+        from PIL import Image
     try:
         with Image.open(file) as image:
             mode = image.mode

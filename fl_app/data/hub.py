@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fl_app.config import DatasetConfig
 from fl_app.data.base import DataError, Source, encoded, find_folder
 from fl_app.protocol import DatasetInfo
+from fl_app.util.extras import extras
 
 if TYPE_CHECKING:
     import datasets
@@ -69,7 +70,8 @@ def _location(source: str) -> str:
 
 
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
-    from flwr_datasets import FederatedDataset
+    with extras():
+        from flwr_datasets import FederatedDataset
 
     layout = LAYOUTS[config.name]
     location = _location(config.source)

@@ -19,6 +19,7 @@ from fl_app.data.base import (
     read_images,
 )
 from fl_app.protocol import DatasetInfo
+from fl_app.util.extras import extras
 
 if TYPE_CHECKING:
     import datasets
@@ -40,7 +41,8 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
-    import datasets
+    with extras():
+        import datasets
 
     root = find_folder(config.source)
     known = _classes(root / "train")

@@ -18,6 +18,7 @@ from PIL import Image
 from fl_app.config import DatasetConfig
 from fl_app.data.base import DataError, Source, encoded
 from fl_app.protocol import DatasetInfo
+from fl_app.util.extras import extras
 
 if TYPE_CHECKING:
     import datasets
@@ -110,7 +111,8 @@ def crops(split: str) -> tuple[Crop, ...]:
 
 
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
-    import datasets
+    with extras():
+        import datasets
 
     chosen = crops(split)
     columns = {"image": [crop.image for crop in chosen], "label": [crop.label for crop in chosen]}

@@ -38,6 +38,9 @@ class Defense:
     relative : bool
         Whether `sigma` is in units of the update's root mean square before the
         noise, or absolute.
+    custom : str
+        A defence of another package by its name in `fl_app.registry.DEFENSES`, which acts
+        on the update after the noise; "": none.
     quantize : {"none", "bf16", "int8"}
         The number format that the update is sent in; int8 with one scale a tensor.
     local_dp : float
@@ -62,6 +65,7 @@ class Defense:
     noise: str = "none"
     sigma: float = 0.0
     relative: bool = False
+    custom: str = ""
     quantize: str = "none"
     local_dp: float = 0.0
     secagg: bool = False
@@ -104,11 +108,11 @@ class Defense:
                 f"soteria is {self.soteria}; allowed with dp_clip: 0, for DP-SGD takes its "
                 "own gradients of single images"
             )
-        others = (self.noise, self.quantize, self.sparsify) != ("none", "none", 0)
+        others = (self.noise, self.quantize, self.sparsify, self.custom) != ("none", "none", 0, "")
         if self.local_dp and (not self.clip or self.clip_by != "norm" or others):
             raise ValueError(
                 f"local_dp is {self.local_dp}; allowed above 0 only with clip above 0 and "
-                "clip_by=norm, without sparsify, noise and quantize"
+                "clip_by=norm, without sparsify, noise, custom and quantize"
             )
 
     def plain(self) -> Defense:

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fl_app.runs.folder import find_run
 from fl_app.config import ConfigError
+from fl_app.runs.folder import find_run
 from fl_app.util.files import user_path, whole_file
 from fl_app.util.text import reason
 

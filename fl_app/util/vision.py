@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from fl_app.util.extras import extras
+
 _MISSING = "operator torchvision::nms does not exist"
 # The schemas live only as long as this object.
 _schemas: torch.library.Library | None = None
@@ -24,14 +26,15 @@ def import_torchvision() -> ModuleType:
 
     Raises
     ------
-    ImportError
+    MissingExtraError
         If torchvision is not installed.
     RuntimeError
         If its import fails for any reason but the missing operators.
     """
     global _schemas
     try:
-        return importlib.import_module("torchvision")
+        with extras():
+            return importlib.import_module("torchvision")
     except RuntimeError as error:
         if _MISSING not in str(error) or _schemas is not None:
             raise
@@ -48,8 +51,9 @@ def import_lpips() -> ModuleType:
 
     Raises
     ------
-    ImportError, RuntimeError
+    MissingExtraError, RuntimeError
         As `import_torchvision`.
     """
     import_torchvision()
-    return importlib.import_module("lpips")
+    with extras():
+        return importlib.import_module("lpips")

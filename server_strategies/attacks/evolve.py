@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import Budget, Observation, Reconstruction
+from fl_app.util.extras import extras
 from server_strategies.attacks.accounting import Report, Run
 from server_strategies.attacks.optimise import Parts
 
@@ -31,14 +32,12 @@ def evolve(
     ------
     ValueError
         If the matching has unknowns of its own, such as labels, which need their
-        gradient, or the package `cma` is missing.
+        gradient, or the package cma is not installed.
     AttackError
         If the loss is not finite.
     """
-    try:
-        import cma  # an extra, slow to import, and few attacks need it
-    except ImportError as error:
-        raise ValueError("search is 'cma', which needs: pip install 'flowleak[cma]'") from error
+    with extras():
+        import cma  # slow to import, and few attacks need it
     matching = parts.matching
     if matching.unknowns:
         raise ValueError(

@@ -25,11 +25,11 @@ from fl_app.benchmarks.clients import draw_client
 from fl_app.config import AttackConfig, Config, ConfigError, load_config
 from fl_app.data import dataset_info, load_split
 from fl_app.protocol import Reconstruction
+from fl_app.registry import ATTACKS
 from fl_app.runs import comparison
 from fl_app.runs.comparison import AttackComparison, budgeted
 from fl_app.runs.folder import create_run
 from server_strategies.attack_pool import pending, queue_path
-from fl_app.registry import ATTACKS
 from server_strategies.attacks.run import run_attack
 from server_strategies.observations import ObservationStore
 from server_strategies.priors.flow import load_flow

@@ -10,11 +10,11 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import FedAvg
-from PIL import Image
-from safetensors.torch import load_file, save_file
 from helpers.command import flowleak
 from helpers.federation import LocalGrid, average, real_client, toy_client, watch
 from helpers.federation import start as start_toy
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fl_app import server_app
 from fl_app.audit.auditor import Auditor

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from client_app.training import train
 from fl_app.audit.metrics import label_accuracy, label_chance, score
 from fl_app.audit.truth import Truth
-from fl_app.benchmarks import labels as label_bench
-from fl_app.benchmarks.case import Case
-from fl_app.commands import main as cli
-from fl_app.config import AttackConfig
 from fl_app.models import create_model
 from fl_app.models.family import Family
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
@@ -220,26 +213,3 @@ def test_inferred_labels_are_scored_and_given_ones_are_not() -> None:
     inferred = score(replace(given, labels_source="dlf"), truth, (0.5,) * 3, num_classes=10)
     assert inferred.label_accuracy == pytest.approx(2 / 3)  # counts: the order does not matter
     assert inferred.label_chance == pytest.approx(0.3 * 2 / 3)
-
-
-def test_the_benchmark_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case(replace(SGD, lr=0.01, local_steps=2, batch_size=3), AttackConfig())
-    monkeypatch.setitem(
-        cli._WITHOUT_ATTACKS, "labels", replace(label_bench.LABELS, clients=(case,))
-    )
-    monkeypatch.setattr(label_bench, "BARS", {case.client: 1.01})
-    out = tmp_path / "labels.json"
-    command = ["bench", "labels", "--dataset", "photos", "--draws", "2", "--out", str(out)]
-    command += ["--workers", "2"]
-    shown = CliRunner().invoke(cli.app, [*command, "--bars"])
-    assert shown.exit_code == 1 and "the bar is 101%" in shown.output
-    kept = json.loads(out.read_text())
-    assert kept["facts"]["workers"] == 2
-    rows = kept["rows"]
-    assert {(row["method"], row["seed"]) for row in rows} == {
-        (method, seed) for method in (*label_bench.METHODS, "auto") for seed in (0, 1)
-    }
-    assert all(0 <= row["chance"] <= 1 for row in rows)
-    assert "| sgd 0.01 K=2 B=3 | auto | 2 | " in out.with_suffix(".md").read_text()
