@@ -185,7 +185,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.steps += 1
-        # A young average forgets faster, or it would remember the start.
+        # Early averages decay faster, so that they do not keep the initial weights.
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
         get_ema_multi_avg_fn(decay)([*self.average.values()], [*self.weights.values()], 0)
         loss = loss.detach().float()
@@ -288,7 +288,7 @@ class Trainer:
         save_checkpoint(self.folder, tensors, facts)
 
     def _created(self) -> nn.Module:
-        """Return the network as the training begins; `began` says with what, for the card."""
+        """Return the network to begin with, and set `began`, its description for the card."""
         network, start = create_network(self.settings.network), self.settings.start
         self.began = "random weights"
         if start:
@@ -311,13 +311,13 @@ class Trainer:
             return
         tensors, facts = found
         for name in ("network", "seed", "batch_size", "start"):
-            # What a checkpoint does not name was not yet to be chosen.
+            # Settings that an older checkpoint lacks had their default then.
             before = facts["settings"].get(name, getattr(TrainingSettings, name))
             now = getattr(self.settings, name)
             if before != now:
                 raise ValueError(
                     f"the checkpoint in {self.folder} was trained with {name}={before}, not {now}; "
-                    "choose another folder to start anew"
+                    "choose another folder to start again"
                 )
         self.network.load_state_dict({k: tensors[f"network/{k}"] for k in self.average})
         for name, value in self.average.items():
