@@ -52,7 +52,7 @@ def _partition(context: Context, config: Config) -> tuple[int, int]:
 
 
 def _config(context: Context) -> Config:
-    """Return the run's configuration, with this machine's own place of the data."""
+    """Return the run's configuration, with this machine's own path of the data."""
     config = load_config(context.run_config)
     source = context.node_config.get("data-path")
     if source is None:
@@ -63,7 +63,7 @@ def _config(context: Context) -> Config:
 def _agreed(info: DatasetInfo, settings: ConfigRecord) -> DatasetInfo:
     """Return the facts of the data with the server's normalisation, which all clients share.
 
-    A folder of images gives its own: on two machines they differ.
+    A folder of images has its own, which differs between machines.
     """
     if "mean" not in settings:
         return info

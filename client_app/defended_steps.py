@@ -21,8 +21,8 @@ def defended_steps(
 ) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
     """Yield a model and an optimiser for local training, whose steps are defended.
 
-    To be used as the ones that were passed: forward, backward, step. The model's
-    weights are trained in place, and it is left as it was otherwise.
+    Use them as the ones that were passed: forward, backward, step. The model's weights
+    are trained in place. In all else it is left as it was.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def epsilon(defense: Defense, training: LocalTraining, num_local: int, rounds: i
     Renyi accounting of the subsampled Gaussian mechanism (Mironov et al., 2019,
     arXiv:1908.10530), by opacus: all steps of all rounds so far, each on a share
     ``q = min(1, B / n)`` of the client's images. It takes batches to be drawn
-    independently (Poisson) where ours are cuts of a shuffle, as is usual, and the
+    independently (Poisson), while here they are slices of a shuffle, as is usual, and the
     client to have trained in every round.
 
     Parameters
@@ -129,12 +129,12 @@ def _pruned_representation(model: nn.Module, share: float) -> Iterator[None]:
         images[:] = [inputs[0].detach().requires_grad_()]
         return (images[0],)
 
-    def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    def take_masks(module: nn.Module, inputs: tuple[Tensor]) -> None:
         masks[:] = [kept_entries(inputs[0], images[0], share)]
 
     handles = [
         model.register_forward_pre_hook(take_input),
-        last.register_forward_pre_hook(look),
+        last.register_forward_pre_hook(take_masks),
         last.weight.register_hook(lambda gradient: gradient * masks[0]),
     ]
     try:
@@ -165,14 +165,14 @@ def kept_entries(representation: Tensor, images: Tensor, share: float) -> Tensor
         (slope,) = torch.autograd.grad(representation[:, i].sum(), images, retain_graph=True)
         length = slope.flatten(1).norm(dim=1)
         size = representation[:, i].detach().abs()
-        # An entry that no pixel moves, a dead ReLU, tells nothing of the image.
+        # An entry that depends on no pixel, of a dead ReLU, reveals nothing of the image.
         score[i] = torch.where(length > 0, size / length, 0.0).sum()
     pruned = score.argsort(descending=True)[: math.floor(share * len(score))]
     return torch.ones_like(score).index_fill_(0, pruned, 0.0)
 
 
 def check_defense(defense: Defense, training: LocalTraining, model: nn.Module) -> None:
-    """Refuse a defence that the client or its model can't carry.
+    """Refuse a defence that does not work with the client's training or its model.
 
     Raises
     ------

@@ -1,9 +1,9 @@
-"""What a client does to its update before it sends it: plain functions, and a Flower mod.
+"""Defences of an update before a client sends it: plain functions, and a Flower mod.
 
 The update is ``delta = w1 - w0``, by name, of the weights that were trained;
-BatchNorm's running statistics are no update and are passed on as they are.
-`defend` composes the steps in one order: clip, sparsify, noise, a plug-in's own, quantise. What
-happens within local training stands in `client_app.defended_steps`.
+BatchNorm's running statistics are not part of it and are passed on unmodified. `defend`
+composes the steps in one order: clip, sparsify, noise, a plug-in's own, quantise. Defences
+within local training are in `client_app.defended_steps`.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def sparsify(update: Update, share: float) -> dict[str, Tensor]:
 
     ``delta_i = 0`` for the ``floor(share n)`` smallest ``|delta_i|`` among the n
     coordinates that are not zero, over all tensors together: magnitude pruning
-    (Zhu et al., 2019, arXiv:1906.08935, section 5.2). Coordinates that training left
-    where they were do not count; a fifth of a ConvNet's are such, and a share of
-    all would change nothing.
+    (Zhu et al., 2019, arXiv:1906.08935, section 5.2). Coordinates that training did not
+    change are not counted: they are a fifth of a ConvNet's, so that a small share of all
+    coordinates would set no others to zero.
 
     Parameters
     ----------
@@ -72,8 +72,8 @@ def sparsify(update: Update, share: float) -> dict[str, Tensor]:
         In [0, 1). Of equal magnitudes the first are set to zero.
     """
     sizes = torch.cat([delta.flatten().abs() for delta in update.values()])
-    moved = sizes.nonzero().flatten()
-    smallest = moved[sizes[moved].argsort(stable=True)[: math.floor(share * len(moved))]]
+    changed = sizes.nonzero().flatten()
+    smallest = changed[sizes[changed].argsort(stable=True)[: math.floor(share * len(changed))]]
     kept = torch.ones_like(sizes).index_fill_(0, smallest, 0.0)
     masks = kept.split([delta.numel() for delta in update.values()])
     return {
@@ -88,7 +88,7 @@ def add_noise(
     """Add independent noise of mean 0 and standard deviation s to every coordinate.
 
     ``gaussian``: N(0, s^2) (Zhu et al., 2019, section 5.1). ``laplace``: Laplace(0, b)
-    with ``b = s / sqrt(2)``, as the same section has it. ``s = sigma``, or
+    with ``b = s / sqrt(2)``, as in the same section. ``s = sigma``, or
     relative: ``s = sigma sqrt(mean_i delta_i^2)`` over all coordinates.
 
     Parameters
@@ -222,12 +222,12 @@ def update_bytes(update: Update, number_format: str) -> tuple[int, str]:
         `Defense.quantize`; none: float32.
     """
     width, count = _BYTES[number_format], sum(delta.numel() for delta in update.values())
-    moved = sum(int(delta.count_nonzero()) for delta in update.values())
+    nonzero = sum(int(delta.count_nonzero()) for delta in update.values())
     scales = _SCALE * len(update) * (number_format == "int8")
     sizes = {
         "dense": count * width,
-        "bitmap": moved * width + math.ceil(count / 8),
-        "indices": moved * (width + _INDEX),
+        "bitmap": nonzero * width + math.ceil(count / 8),
+        "indices": nonzero * (width + _INDEX),
     }
     best = min(sizes, key=lambda name: sizes[name])
     words = {"none": "float32"}.get(number_format, number_format)
@@ -245,7 +245,7 @@ def _square(update: Update) -> float:
 
 
 def noise_generator(seed: int, partition: int, round_: int) -> torch.Generator:
-    """Return the generator of a client's noise in a round: not that of its batches' order."""
+    """Return the generator of a client's noise in a round; its batches' order has another."""
     own = local_seed(local_seed(seed, partition, round_), 1, 0)
     return torch.Generator().manual_seed(own)
 
@@ -257,16 +257,16 @@ def defended(defense: Defense, seed: int | None = None) -> Mod:
 
         app = ClientApp(mods=[defended(Defense(noise="gaussian", sigma=0.01))])
 
-    `Defense.local_dp` is Flower's own LocalDpMod. What is to happen within local
-    training (`soteria`, DP-SGD) no mod can do: see `defended_steps`.
+    `Defense.local_dp` is Flower's own LocalDpMod. A mod can't defend the steps within
+    local training (`soteria`, DP-SGD): see `defended_steps`.
 
     Parameters
     ----------
     defense : Defense
     seed : int, optional
         The noise then depends on nothing but it, the client (``partition-id`` of
-        its node config, else its node id) and the round; who knows it can take
-        the noise off again. By default it is drawn anew from the system.
+        its node config, else its node id) and the round; whoever knows it can remove the
+        noise. By default every update gets a new seed from the system.
 
     Raises
     ------

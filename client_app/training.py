@@ -57,8 +57,8 @@ def choose_batches(
 ) -> list[Tensor]:
     """Draw the images of each local step, as a shuffling DataLoader does.
 
-    Each pass over the client's data is shuffled anew and cut into batches of B;
-    the last batch of a pass may be smaller.
+    The client's data are shuffled again for each pass and split into batches of B. The
+    last batch of a pass may be smaller.
 
     Parameters
     ----------

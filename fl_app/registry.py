@@ -267,8 +267,31 @@ DATASETS = Registry(
 )
 """Data sets: instances of `Source`."""
 
-BENCHMARKS = Registry("benchmark", {}, "fl_app.benchmarks.suite:Suite")
-"""Benchmarks, see `flowleak bench`."""
+BENCHMARKS = Registry(
+    "benchmark",
+    {
+        "quick": "fl_app.benchmarks.quick:SUITE",
+        "matching": "fl_app.benchmarks.matching:SUITE",
+        "ablation": "fl_app.benchmarks.ablation:SUITE",
+        "tv-weights": "fl_app.benchmarks.tv_weights:SUITE",
+        "prior-strength": "fl_app.benchmarks.prior_strength:SUITE",
+        "relu-smoothing": "fl_app.benchmarks.relu_smoothing:SUITE",
+        "distances": "fl_app.benchmarks.distances:SUITE",
+        "learning-rates": "fl_app.benchmarks.learning_rates:SUITE",
+        "prior": "fl_app.benchmarks.prior:SUITE",
+        "models": "fl_app.benchmarks.models:SUITE",
+        "closed-form": "fl_app.benchmarks.closed_form:SUITE",
+        "batch-sizes": "fl_app.benchmarks.batch_sizes:SUITE",
+        "tiny-imagenet": "fl_app.benchmarks.tiny_imagenet:SUITE",
+        "family": "fl_app.benchmarks.family:SUITE",
+        "family-constants": "fl_app.benchmarks.family_constants:SUITE",
+        "defenses": "fl_app.benchmarks.defenses:SUITE",
+        "labels": "fl_app.benchmarks.labels:SUITE",
+        "alignment": "fl_app.benchmarks.alignment:SUITE",
+    },
+    "fl_app.benchmarks.suite:Suite",
+)
+"""Benchmarks: instances of `Suite`, see `flowleak bench`."""
 
 REGISTRIES = {
     registry.group.partition(".")[2]: registry

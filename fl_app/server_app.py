@@ -17,7 +17,7 @@ from torch import nn
 
 from client_app.defended_steps import check_defense
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.report import leakage_table
+from fl_app.audit.table import leakage_table
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, dataset_info, load_partition
 from fl_app.models import known_model

@@ -1,1 +1,1 @@
-"""What the server runs: honest training, a curious copy, and the attacks on it."""
+"""The server: Flower strategies that observe the training, and the attacks on what they see."""

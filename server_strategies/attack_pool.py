@@ -35,11 +35,11 @@ SLOT = "attack"  # the Ray resource by which a machine of a cluster says how man
 
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 _MOST_WORKERS = 64  # in a cluster, each with a thread here that waits for it
-# Where there is no GPU: each takes 1 GB or more. Attacks gain more by each other than by threads:
-# on two cores one took 9.1 s with both of them and 11.3 s with one (by hand).
+# Without a GPU. Each attack takes 1 GB or more, and several attacks at a time use the cores better
+# than one attack with more threads.
 _MOST_ON_CPU = 4
 _TOO_LONG = 45.0  # seconds without a worker, after which it is said what to do
-_PATIENCE = 2.0  # seconds between looks whether a worker has started, or has a place to
+_PATIENCE = 2.0  # seconds between checks whether a worker has started, or may start
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
 
@@ -76,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """A job that was submitted and has no outcome yet, as it lies on disk.
+    """A job that was submitted and has no outcome yet, as it is on disk.
 
     Attributes
     ----------
@@ -145,7 +145,7 @@ def pending(folder: Path, known: Container[str] = ()) -> list[QueueEntry]:
 
 
 class _Worker:
-    """Lives in a worker's process: runs one attack at a time, and tells how far it is."""
+    """A worker, in a process of its own: runs one attack at a time, and reports its progress."""
 
     def __init__(self, runner: Runner, threads: int) -> None:
         self._runner = runner
@@ -153,7 +153,7 @@ class _Worker:
         self._progress: tuple[int, float] | None = None
 
     def run(self, job: Job) -> Reconstruction:
-        # Both settings belong to the calling thread. Training comes first.
+        # Both settings are per thread. The training has priority.
         if hasattr(os, "nice"):
             os.nice(19)
         if self._threads:
@@ -173,13 +173,13 @@ class _Worker:
 class AttackPool:
     """A queue of attacks on disk, and the workers that empty it.
 
-    Workers are Ray actors, made when there is something to do: in the
-    simulation's own Ray, in the cluster that ``RAY_ADDRESS`` names, or in a local
-    Ray that the pool starts and ends itself. In a cluster there are as many as
-    its machines have slots (the resource `SLOT`): one that joins takes attacks,
-    and those of one that leaves go to another. They get the observation by value
-    and never see a Truth. Use it as a context manager; leaving it ends the
-    workers, and what has no outcome by then stays in ``queue/`` for another time.
+    Workers are Ray actors, started when there is something to do: in the simulation's
+    own Ray, in the cluster that ``RAY_ADDRESS`` names, or in a local Ray that the pool
+    starts and ends itself. In a cluster there are as many as its machines have slots
+    (the resource `SLOT`). A machine that joins takes attacks, and those of one that
+    leaves go to another. Workers get the observation by value and never see a Truth. Use
+    the pool as a context manager: leaving it ends the workers, and jobs without an
+    outcome stay in ``queue/`` for a later run.
 
     Parameters
     ----------
@@ -254,7 +254,7 @@ class AttackPool:
         return sum(not future.done() for future in self._futures)
 
     def drain(self, console: Console, feed: Callable[[], int] | None = None) -> None:
-        """Wait until every job has an outcome, and show how far the attacks are.
+        """Wait until every job has an outcome, and show the progress of the attacks.
 
         A terminal gets a progress bar; anything else a line every five seconds.
 
@@ -272,7 +272,7 @@ class AttackPool:
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
         )
-        told = time.monotonic()
+        last_line = time.monotonic()
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=1.0)
             while (coming := feed() if feed else 0) or self.unfinished:
@@ -280,8 +280,8 @@ class AttackPool:
                     time.sleep(0.5)
                 share, state = self._state(coming)
                 progress.update(bar, completed=share, description=state)
-                if not console.is_terminal and time.monotonic() - told > _LINE_EVERY:
-                    told = time.monotonic()
+                if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY:
+                    last_line = time.monotonic()
                     drawn = "#" * int(20 * share) + "-" * (20 - int(20 * share))
                     line = f"attacks [{drawn}] {share:4.0%}  {state}"
                     console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -312,11 +312,11 @@ class AttackPool:
                 if self._closed:
                     return
                 if isinstance(error, ray.exceptions.RaySystemError | ConnectionError):
-                    raise  # Ray itself is gone: that says nothing of the attack
+                    raise  # Ray itself is gone: it is not the attack that failed
                 message = _concise(error)
                 _log.warning("attack %s: %s", job.id, message)
                 if isinstance(getattr(error, "cause", None), ValueError):
-                    break  # it was given what it can't use, and would be again
+                    break  # invalid input, which a retry would not change
             else:
                 self._deliver(job, result)
                 return
@@ -351,12 +351,12 @@ class AttackPool:
                 if isinstance(outcome, str):
                     self._on_error(job, outcome)
                 queue_path(self._folder, job.id).unlink(missing_ok=True)
-            except Exception as error:  # the entry stays, for another time
+            except Exception as error:  # the entry stays, for a later run
                 _log.error("attack %s has no outcome: %s", job.id, _concise(error))
         self._recording.remove(job.id)
 
     def _take_worker(self) -> Any:
-        """Return an idle worker, or a new one as soon as there is a place for it."""
+        """Return an idle worker, or a new one as soon as one may be started."""
         while True:
             with self._worker_lock:
                 if self._closed:
@@ -365,7 +365,7 @@ class AttackPool:
                     return self._idle.pop()
                 if not ray.is_initialized():
                     self._start_ray()
-                if len(self._workers) >= self._places():
+                if len(self._workers) >= self._capacity():
                     self._worker_lock.wait(_PATIENCE)
                     continue
                 worker = self._new_worker()
@@ -385,14 +385,14 @@ class AttackPool:
         )
         self._started_ray = True
 
-    def _places(self) -> int:
+    def _capacity(self) -> int:
         """Return how many workers there may be; in a cluster that changes with its machines."""
         if not self._cluster:
             return self._size
         return min(self._size, int(ray.cluster_resources().get(SLOT, 0)))
 
     def _started(self, worker: Any) -> bool:
-        """Wait for a worker to start; False: its place is gone, or another is idle meanwhile."""
+        """Wait for a worker to start; False: its slot is gone, or another is idle meanwhile."""
         answer = worker.progress.remote()
         while True:
             try:
@@ -400,7 +400,7 @@ class AttackPool:
                 return True
             except ray.exceptions.GetTimeoutError:
                 with self._worker_lock:
-                    if self._closed or self._idle or len(self._workers) > self._places():
+                    if self._closed or self._idle or len(self._workers) > self._capacity():
                         return False
             except Exception:
                 self._drop(worker)
@@ -431,11 +431,11 @@ class AttackPool:
             ray.kill(worker)
 
     def _new_worker(self) -> Any:
-        # The simulation's clients hold every CPU that Ray counts: a worker that
-        # asked for one would wait for ever. GPUs are asked for if they are free.
+        # The simulation's clients hold every CPU that Ray counts: a worker that requests
+        # one would never start. GPUs are requested if they are free.
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2}
         threads = max(1, self._cores // self._size)
-        if self._cluster:  # its machines say by themselves what a slot may use
+        if self._cluster:  # its machines define what a slot may use
             options["resources"], threads = {SLOT: 1}, 0
         else:
             gpus = ray.available_resources().get("GPU", 0.0)
@@ -472,7 +472,7 @@ class AttackPool:
 
 
 def _concise(error: Exception) -> str:
-    """Return an error's type and first line; of what happened in a worker, the cause's."""
+    """Return the type and first line of an error, or of its cause in a worker."""
     cause = getattr(error, "cause", None)
     shown = cause if isinstance(cause, Exception) else error
     lines = str(shown).strip().splitlines()

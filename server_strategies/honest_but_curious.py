@@ -25,10 +25,9 @@ _log = logging.getLogger("flwr")  # Flower streams it to the user
 class HonestButCurious(Wrapper):
     """Wrap a strategy; hand out an Observation of each watched client's update.
 
-    Nothing of the training changes: messages and replies are passed on as they
-    came, and an error while observing is logged and goes no further. Make this
-    the outermost wrapper, so that it sees replies before the server clips or
-    adds noise to them.
+    The training does not change: messages and replies are passed on unmodified, and an
+    error while observing is only logged. Make this the outermost wrapper, so that it
+    sees replies before the server clips or adds noise to them.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Recorder: takes observations off the training's hands, and writes them in its own time."""
+"""Recorder: writes observations in a thread of its own, so that the training does not wait."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ _MOST_BYTES = 2**31  # waiting in memory, before observations are skipped
 class Recorder:
     """Calls `record` with each observation in one thread of its own.
 
-    A slow disk makes the training wait for nothing, and a full one fails
-    nothing but the record. What does not fit into memory while the disk lags
-    behind is skipped, with a line that says so. Use it as a context manager;
-    leaving it waits for what was added.
+    A slow disk does not delay the training, and a full one fails only the record.
+    Observations that do not fit into memory meanwhile are skipped, with a line in the
+    log. Use it as a context manager: leaving it waits for the observations added.
 
     Parameters
     ----------
@@ -29,7 +28,7 @@ class Recorder:
     on_skipped : callable
         Takes round, node and the reason, if `record` raised.
     most_bytes : int
-        Of the weights that wait.
+        Of the weights that wait to be recorded.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reading clients' replies as updates of the model, and refusing what is none."""
+"""Reading clients' replies as updates of the model, and refusing any others."""
 
 from __future__ import annotations
 

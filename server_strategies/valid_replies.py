@@ -19,7 +19,7 @@ _log = logging.getLogger("flwr")  # Flower streams it to the user
 
 
 class ValidReplies(Wrapper):
-    """Wrap a strategy; leave replies out that it could not average.
+    """Wrap a strategy, and leave out replies that it could not average.
 
     Flower's strategies average what they get: an array of another shape, or one
     that can't be read, raises in the server, and a NaN spreads to every client.
@@ -62,8 +62,8 @@ class ValidReplies(Wrapper):
     def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
         """Return aggregated arrays with whole numbers, as BatchNorm's counts, whole again.
 
-        Their mean is a fraction, of which clients would return a whole number: no
-        update of what they were sent.
+        Their mean is a fraction. Clients would return whole numbers, and so no valid update
+        of what they were sent.
         """
         whole = {
             name: Array(array_tensor(array).round().to(self._model[name].dtype).numpy())

@@ -1,4 +1,4 @@
-"""Wrapper: a strategy that leaves every decision to another one."""
+"""Wrapper: a strategy that delegates every decision to another one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import Strategy
 
 
 class Wrapper(Strategy):
-    """Delegate all that a strategy does; a subclass overrides what it adds to.
+    """Delegate every method to an inner strategy; a subclass overrides what it changes.
 
     Parameters
     ----------

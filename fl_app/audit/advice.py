@@ -19,7 +19,7 @@ _Scores = dict[tuple[object, ...], float]
 def defense_advice(run_dir: Path) -> str:
     """Say how much PSNR a run's defence took from the attacks, and what accuracy it cost.
 
-    Beside it stand the grey image and, where there is one, the latest undefended
+    Beside it stand the mean-colour baseline and, where there is one, the latest undefended
     run of the same setting: the same attacks on the same clients in the same
     rounds; a sum over clients is set against the mean over single ones. Accuracy
     is that of the last round's global model.
@@ -49,12 +49,13 @@ def defense_advice(run_dir: Path) -> str:
         kept = [line for line in lines if _key(line, summed) in both]
         defended, plain = (_mean([scores[key] for key in both]) for scores in (ours, theirs))
         words += f"{defended:.1f} dB, undefended {plain:.1f} dB (run {other.name}), "
-        words += f"a grey image {_grey(kept):.1f} dB: {_bought(plain - defended)}"
+        words += f"the mean colour {_baseline(kept):.1f} dB: {_bought(plain - defended)}"
         return f"{words}; {_cost(run_dir, other)}."
-    mean, grey = _mean(list(ours.values())), _grey(lines)
-    words += f"{mean:.1f} dB, {abs(mean - grey):.1f} dB {'above' if mean > grey else 'below'} "
+    mean, baseline = _mean(list(ours.values())), _baseline(lines)
+    where = "above" if mean > baseline else "below"
+    words += f"{mean:.1f} dB, {abs(mean - baseline):.1f} dB {where} "
     return words + (
-        f"a grey image ({grey:.1f} dB). No undefended run of the same setting is there: "
+        f"the mean colour ({baseline:.1f} dB). No undefended run of the same setting is there: "
         "what it bought and cost is open."
     )
 
@@ -115,7 +116,7 @@ def _accuracy(run_dir: Path) -> float | None:
     return rounds[-1]["evaluate"].get("accuracy") if rounds else None
 
 
-def _grey(lines: Sequence[dict[str, Any]]) -> float:
+def _baseline(lines: Sequence[dict[str, Any]]) -> float:
     return _mean([line["metrics"]["psnr"]["baseline"] for line in lines])
 
 

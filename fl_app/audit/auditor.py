@@ -1,4 +1,4 @@
-"""The auditor of a run: grants labels, scores reconstructions, keeps the log."""
+"""The auditor of a run: grants labels, scores reconstructions, and writes the log."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from server_strategies.priors.flow import load_flow
 
 
 class Auditor:
-    """Stands between the attacks, which may not see the Truth, and the log, which needs it.
+    """Compares reconstructions with the Truth, which attacks may not see, and logs the scores.
 
     Parameters
     ----------
@@ -148,14 +148,14 @@ class Auditor:
         )
 
     def baselines(self, observation: Observation) -> tuple[dict[str, Leakage], dict[str, str]]:
-        """Score what could be guessed without the update, see `baseline_images`.
+        """Score the baselines that do not use the update, see `baseline_images`.
 
         Returns
         -------
         scores : dict of str to Leakage
             By baseline; empty where there is no truth.
         reasons : dict of str to str
-            Why one of them could not be had.
+            Why a baseline is missing.
         """
         truth = self._truth(observation)
         if truth is None:
@@ -181,36 +181,11 @@ class Auditor:
 
     def record_unreadable(self, id_: str, attack: str, error: str, job: str) -> None:
         """Log an attack whose Observation, by its id, can't be read from the store."""
-        round_, node = round_and_node(id_)
-        reasons = _absent(error) | {"client": error, "num_examples": error}
-        line = LogLine(
-            round=round_,
-            node=node,
-            client=None,
-            attack=attack,
-            status="failed",
-            labels=self.config.audit.labels,
-            error=error,
-            job=job,
-            reasons=reasons,
-            **self._defense,
-        )
-        self._write(line)
+        self._append_unobserved(*round_and_node(id_), attack, error, status="failed", job=job)
 
     def record_skipped(self, round_: int, node: int, reason: str) -> None:
         """Log an update on which no attack was run."""
-        line = LogLine(
-            round=round_,
-            node=node,
-            client=None,
-            attack=self.config.attack.name,
-            status="skipped",
-            labels=self.config.audit.labels,
-            error=reason,
-            reasons=_absent(reason) | {"client": reason, "num_examples": reason},
-            **self._defense,
-        )
-        self._write(line)
+        self._append_unobserved(round_, node, self.config.attack.name, reason, status="skipped")
 
     def has_truth(self, observation: Observation) -> bool:
         """Say whether the private batch is there, for a sum those of all its clients."""
@@ -228,37 +203,46 @@ class Auditor:
             fields["reasons"] = {**fields["reasons"], "update_bytes": why}
         else:
             size, encoding = update_bytes(observation.update, self.config.defense.quantize)
-        line = LogLine(
+        self._write(
             round=observation.round,
             node=observation.node,
             client=observation.client,
             clients=observation.clients,
             num_examples=observation.num_examples,
             attack=attack,
-            labels=self.config.audit.labels,
             truth=self.has_truth(observation),
             update_bytes=size,
             update_encoding=encoding,
-            **self._defense,
             **fields,
         )
-        self._write(line)
 
-    @property
-    def _defense(self) -> dict[str, Any]:
-        """What a line says of the clients' defence."""
-        known = self.config.audit.defense == "given"
-        return {"defense": str(self.config.defense), "defense_known": known}
+    def _append_unobserved(
+        self, round_: int, node: int, attack: str, why: str, **fields: Any
+    ) -> None:
+        """Log an update without an Observation, and why there is none."""
+        reasons = _absent(why) | {"client": why, "num_examples": why}
+        self._write(
+            round=round_, node=node, client=None, attack=attack, error=why, reasons=reasons,
+            **fields,
+        )  # fmt: skip
 
-    def _write(self, line: LogLine) -> None:
+    def _write(self, **fields: Any) -> None:
+        """Append a line: the given fields, and what all lines of the run have in common."""
         model = self.config.model
         protocol = {
             "model": model.name,
             "norm": chosen_norm(model.name, model.norm),
             **asdict(self.config.client),
         }
+        line = LogLine(
+            labels=self.config.audit.labels,
+            defense=str(self.config.defense),
+            defense_known=self.config.audit.defense == "given",
+            protocol=protocol,
+            **fields,
+        )
         with self._lock:  # training and the attack pool log from their own threads
-            append_line(self._log, replace(line, protocol=protocol))
+            append_line(self._log, line)
 
     def _truth(self, observation: Observation) -> Truth | None:
         if not observation.nodes:
@@ -307,9 +291,9 @@ class Auditor:
         if leakage:
             psnr = leakage.metrics["psnr"]
             assert psnr is not None
-            verdict = "" if psnr.mean > psnr.baseline else ": no better than grey"
+            verdict = "" if psnr.mean > psnr.baseline else ": no better than the mean colour"
             caption.append(
-                f"mean PSNR {psnr.mean:.1f} dB, a grey image {psnr.baseline:.1f} dB{verdict}"
+                f"mean PSNR {psnr.mean:.1f} dB, the mean colour {psnr.baseline:.1f} dB{verdict}"
             )
             images = images[list(leakage.assignment)]
             tensors["assignment"] = torch.tensor(leakage.assignment)

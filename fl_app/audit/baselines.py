@@ -1,4 +1,4 @@
-"""Images that need no update: what an attack has to beat before its score means anything."""
+"""Baselines without the update: images that an attack has to beat for its score to matter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fl_app.data import draw_images
 from server_strategies.priors.flow import fit, unfit
 from server_strategies.priors.training import sample
 
-GREY, TRAINING, PRIOR = "grey image", "random training image", "prior alone"
+MEAN_COLOUR, TRAINING, PRIOR = "mean colour", "random training image", "prior alone"
 
 _STEPS = 50  # of a sample from the prior, as in the grids that its training draws
 
@@ -25,7 +25,7 @@ def baseline_images(
     network: nn.Module | None,
     seed: Sequence[int],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what could be guessed of a client's N images without its update.
+    """Return guesses of a client's N images that do not use its update.
 
     Parameters
     ----------
@@ -43,12 +43,12 @@ def baseline_images(
     Returns
     -------
     images : dict of str to Tensor, shape (N, C, H, W)
-        In [0, 1]. `GREY`: the mean colour; `TRAINING`: images of the train split,
+        In [0, 1]. `MEAN_COLOUR`: one colour; `TRAINING`: images of the train split,
         none of which is one of `private`; `PRIOR`: samples of the flow prior.
     reasons : dict of str to str
-        Why one of them could not be had.
+        Why a baseline is missing.
     """
-    images = {GREY: torch.tensor(mean).view(-1, 1, 1).expand(private.shape)}
+    images = {MEAN_COLOUR: torch.tensor(mean).view(-1, 1, 1).expand(private.shape)}
     reasons = {}
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
     try:

@@ -1,4 +1,4 @@
-"""Attacks on the same updates, side by side, beside what needs no update.
+"""A comparison of attacks on the same updates, with baselines that do not use the update.
 
 Of a job's lines in the log the last one counts, whatever it scored: nothing is
 chosen by its likeness to the truth.
@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.metrics import mean_interval
 from fl_app.audit.report import save_grid
 from fl_app.audit.truth import read_truth
 from fl_app.protocol import round_and_node
+from fl_app.util.intervals import mean_interval
 from server_strategies.observations import ObservationStore
 
 NOISE = "uniform noise"
@@ -46,7 +46,7 @@ class Comparison:
     baselines : mapping of str to Scores
         By baseline, see `baseline_images`; `NOISE` where there is no truth.
     reasons : mapping of str to str
-        Why a baseline or a metric could not be had.
+        Why a baseline or a metric is missing.
     """
 
     observations: tuple[str, ...]
@@ -67,7 +67,7 @@ class Comparison:
             and ``options``. A metric has ``mean``, ``low``, ``high``, ``values``
             by observation and, for an attack, ``chance``: each baseline's mean
             over the same observations. ``label_accuracy`` is among the metrics
-            where labels were counted.
+            where labels were inferred.
         """
         return {
             "observations": list(self.observations),
@@ -91,11 +91,11 @@ class Comparison:
             for metric, values in _collected(done).items()
         }
         accuracy = {i: line["label_accuracy"] for i, line in done.items()}
-        if counted := {i: share for i, share in accuracy.items() if share is not None}:
-            chance = mean_interval([done[id_]["label_chance"] for id_ in counted])[0]
+        if inferred := {i: share for i, share in accuracy.items() if share is not None}:
+            chance = mean_interval([done[id_]["label_chance"] for id_ in inferred])[0]
             metrics["label_accuracy"] = {
-                **_spread(counted),
-                "chance": {"counted without the update": chance},
+                **_spread(inferred),
+                "chance": {"guessed without the update": chance},
             }
         reasons = [line["stop_reason"] for line in done.values()]
         return {
@@ -121,7 +121,7 @@ class Comparison:
 def compare(
     auditor: Auditor, store: ObservationStore, jobs: Mapping[str, Mapping[str, str]]
 ) -> Comparison:
-    """Gather what the log holds of some jobs, and score the baselines on the same observations.
+    """Read some jobs from the log, and score the baselines on the same observations.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def _chances(
             if score:
                 yield name, metric, score.mean
     if not scores:
-        reasons["metrics"] = "no truth: only what needs none, beside uniform noise"
+        reasons["metrics"] = "no truth: only scores without one, and those of uniform noise"
     for found in lines.values():
         for metric, score in (found.get(id_) or {}).get("reference_free", {}).items():
             if _scored(score):
@@ -175,7 +175,7 @@ def _chances(
 def save_comparison_picture(
     path: Path, auditor: Auditor, comparison: Comparison, caption: Sequence[str]
 ) -> None:
-    """Write a grid of a few private images: the truth, and what each attack made of it.
+    """Write a grid of a few private images: the ground truth, and each attack's reconstruction.
 
     Images are the first of the first observations, in training order.
 
@@ -225,7 +225,7 @@ def _in_order_of_truth(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _collected(lines: Mapping[str, Mapping[str, Any]]) -> Scores:
-    """Return the scores of some lines; without a truth those that need none."""
+    """Return the scores of some lines; without a truth the reference-free ones."""
     scores: Scores = {}
     for id_, line in lines.items():
         for metric, score in (line["metrics"] or line.get("reference_free") or {}).items():

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.special import stdtrit
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from fl_app.audit.truth import Truth
 from fl_app.models import known_model
 from fl_app.protocol import Knowledge, Observation, Reconstruction
+from fl_app.util.intervals import mean_interval
 
 MAX_PSNR = 100.0  # dB, given to an exact copy: infinity would swallow every mean
 
@@ -34,8 +33,8 @@ class MetricScore:
     low, high : float or None
         95% interval of the mean; None for a single image.
     baseline : float
-        The metric's mean when a grey image, the data set's mean colour, stands
-        in for every reconstruction: what is known without an attack.
+        The metric's mean if every reconstruction were the data set's mean colour: the
+        mean-colour baseline, known without an attack.
     """
 
     values: tuple[float, ...]
@@ -56,13 +55,13 @@ class Leakage:
         one assignment serves all metrics.
     metrics : mapping of str to MetricScore or None
         psnr (dB), ssim, lpips_vgg, lpips_alex, mse, fmse and tv; None where a
-        metric could not be had.
+        metric is missing.
     psnr_by_step : tuple of (float or None)
         For each local step the mean PSNR of the images first used in it; None
         where a step uses no new image.
     label_accuracy, label_chance : float or None
-        Share of the private images whose label the attack counted, and the
-        best expected without the update; None where the labels were given.
+        Share of the private images whose label the attack inferred, and the best
+        expected without the update; None where the labels were given.
     reasons : mapping of str to str
         Why a field is None, by the field's or metric's name.
     """
@@ -173,36 +172,6 @@ def target_features(observation: Observation, knowledge: Knowledge) -> Callable[
 MEASURES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "mse": mse, "tv": total_variation}
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Return a mean and its two-sided 95% interval by Student's t.
-
-    Parameters
-    ----------
-    values : sequence of float
-        At least one.
-
-    Returns
-    -------
-    mean, low, high : float
-        ``mean -+ t(0.975, n - 1) s / sqrt(n)``; low and high are None for a
-        single value.
-
-    Raises
-    ------
-    ValueError
-        If there is no value.
-    """
-    count = len(values)
-    if not count:
-        raise ValueError("no values: an interval needs at least one")
-    mean = math.fsum(values) / count
-    if count == 1:
-        return mean, None, None
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
-    return mean, mean - half, mean + half
-
-
 def with_interval(values: Sequence[float], digits: int) -> str:
     """Return a mean in words, with half the width of its 95% interval where it has one."""
     mean, low, high = mean_interval(values)
@@ -226,13 +195,13 @@ def score(
         Its images in any order.
     truth : Truth
     mean : sequence of float
-        The data set's mean colour in [0, 1], one a channel: the grey baseline.
+        The data set's mean colour in [0, 1], one a channel.
     measures : mapping of str to Measure
         Metrics by name. One that raises ValueError gives None and its message.
     reasons : mapping of str to str, optional
-        Metrics that could not be had, and why; they appear as None.
+        Missing metrics, and why; they appear as None.
     num_classes : int, optional
-        For the accuracy of recovered labels; not read where they were given.
+        For the accuracy of inferred labels; not read where they were given.
 
     Raises
     ------
@@ -244,14 +213,14 @@ def score(
     check_images(images, reconstruction.labels)
     order = assign(images, true)
     images = images[order].clamp(0, 1)
-    grey = torch.tensor(mean).view(-1, 1, 1).expand_as(true)
+    mean_colour = torch.tensor(mean).view(-1, 1, 1).expand_as(true)
 
     why = dict(reasons or {})
     metrics: dict[str, MetricScore | None] = dict.fromkeys(why)
     for name, measure in measures.items():
         try:
             values = tuple(measure(images, true).tolist())
-            baseline = float(measure(grey, true).mean())
+            baseline = float(measure(mean_colour, true).mean())
         except ValueError as error:
             metrics[name], why[name] = None, str(error)
             continue
@@ -275,7 +244,7 @@ def score(
 
 
 def label_accuracy(counts: Tensor, true_labels: Sequence[int]) -> float:
-    """Return the share of images whose label was counted, ``sum_c min(n_c, true_c) / N``.
+    """Return the share of images whose label was inferred, ``sum_c min(n_c, true_c) / N``.
 
     Parameters
     ----------
@@ -290,17 +259,17 @@ def label_accuracy(counts: Tensor, true_labels: Sequence[int]) -> float:
         If the counts are not of N images, or a label is no class.
     """
     if not true_labels or int(counts.sum()) != len(true_labels):
-        raise ValueError(f"{int(counts.sum())} labels counted for {len(true_labels)} images")
+        raise ValueError(f"{int(counts.sum())} labels inferred for {len(true_labels)} images")
     return float(torch.minimum(counts, _counts(true_labels, len(counts))).sum()) / len(true_labels)
 
 
 def label_chance(true_labels: Sequence[int], num_classes: int) -> float:
-    """Return the expected `label_accuracy` of counting without the update.
+    """Return the expected `label_accuracy` of the best guess without the update.
 
     With classes equally likely the best counts are equal: ``q = floor(N / C)``
     of each, and one more of ``r = N mod C`` classes drawn at random. Class c is
     then expected to have ``(1 - r/C) min(q, true_c) + r/C min(q + 1, true_c)``
-    images counted.
+    images guessed right.
 
     Parameters
     ----------
@@ -348,7 +317,7 @@ def check_images(images: Tensor, labels: Sequence[int]) -> None:
     if not images.isfinite().all():
         raise ValueError("the reconstruction holds values that are not finite")
     low, high = float(images.min()), float(images.max())
-    if low < -1e-4 or high > 1 + 1e-4:  # beyond what rounding explains
+    if low < -1e-4 or high > 1 + 1e-4:  # beyond rounding
         raise ValueError(f"the reconstruction's pixels span {low:.4g} to {high:.4g}; allowed: 0..1")
 
 

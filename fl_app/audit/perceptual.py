@@ -31,7 +31,7 @@ _CHUNK = 32  # images at once, to bound the memory of VGG's first layers
 
 
 def load_lpips(folder: str = "") -> tuple[dict[str, Measure], dict[str, str]]:
-    """Load both LPIPS networks as far as their weights can be had.
+    """Load both LPIPS networks, as far as their weights are available.
 
     Parameters
     ----------

@@ -1,8 +1,7 @@
-"""Scores of a reconstruction that need no Truth: what a deployment's auditor has.
+"""Scores of a reconstruction that need no Truth, for the auditor of a deployment.
 
-None says how much leaked. They tell a reconstruction that explains the update
-and looks like an image from one that does not; only a Truth tells whether it
-is the client's.
+None of them measures how much leaked. They show whether a reconstruction matches the
+update and looks like an image. Whether it is the client's image only a Truth shows.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fl_app.audit.metrics import MetricScore, mean_interval, total_variation
+from fl_app.audit.metrics import MetricScore, total_variation
 from fl_app.protocol import Reconstruction
+from fl_app.util.intervals import mean_interval
 from server_strategies.priors.flow import FlowPrior
 
-FLOW_TIME = 0.8  # t of the residual: the noise hides details and leaves what the image shows
+FLOW_TIME = 0.8  # t of the residual: the noise hides details and leaves the image's content
 
 
 def reference_free(reconstruction: Reconstruction, network: nn.Module | None) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def reference_free(reconstruction: Reconstruction, network: nn.Module | None) ->
         ``tv``: `total_variation`, and ``prior_residual``:
         ``mean|x - D(t x + (1 - t) e, t)|^2`` on pixels in [-1, 1] with t = 0.8 and
         one fixed noise e, each a `MetricScore` whose baseline is that of uniform
-        noise; ``label_counts``: images of each label, by label. What can't be had
-        is None.
+        noise; ``label_counts``: images of each label, by label. Missing scores are
+        None.
     """
     images = reconstruction.images.detach().cpu().float().clamp(0, 1)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fl_app.audit.leakage_log import read_lines
-from fl_app.audit.metrics import mean_interval
 from fl_app.util.files import whole_file
+from fl_app.util.intervals import mean_interval
+from fl_app.util.markdown import half_width
 
 METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips_vgg": "LPIPS VGG", "lpips_alex": "LPIPS Alex"}
 _DIGITS = {"psnr": 1}  # after the point; 3 otherwise
@@ -26,14 +27,14 @@ class RoundScore:
         Of the updates' means.
     low, high : float or None
         The 95% interval of the mean; None for a single update.
-    grey : float
-        The mean of a grey image's scores on the same images.
+    mean_colour : float
+        The mean of the mean-colour baseline's scores on the same images.
     """
 
     mean: float
     low: float | None
     high: float | None
-    grey: float
+    mean_colour: float
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,20 @@ def _line(
         known = [score for score in known if None not in (score["mean"], score["baseline"])]
         if known:
             mean, low, high = mean_interval([score["mean"] for score in known])
-            grey = sum(score["baseline"] for score in known) / len(known)
-            scores[name] = RoundScore(mean, low, high, grey)
+            mean_colour = sum(score["baseline"] for score in known) / len(known)
+            scores[name] = RoundScore(mean, low, high, mean_colour)
     return RoundLine(round_, accuracy, attack, len(good), len(lines), scores)
 
 
 def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
     """Return the table's rows, its head first; a metric that no line has is left out.
 
-    The note says where the mean PSNR is no better than a grey image's.
+    The note says where the mean PSNR is no better than the mean colour's.
     """
     there = [name for name in METRICS if any(name in line.scores for line in lines)]
     head = ["round", "accuracy %", "attack", "updates"]
     for name in there:
-        head += [METRICS[name], "grey"]
+        head += [METRICS[name], "mean colour"]
     rows = [[*head, "note"]]
     for line in lines:
         accuracy = "-" if line.accuracy is None else f"{100 * line.accuracy:.1f}"
@@ -119,21 +120,20 @@ def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
         for name in there:
             cells += _score_cells(line.scores.get(name), _DIGITS.get(name, 3))
         psnr = line.scores.get("psnr")
-        rows.append([*cells, "no better than grey" if psnr and psnr.mean <= psnr.grey else ""])
+        beaten = psnr is None or psnr.mean > psnr.mean_colour
+        rows.append([*cells, "" if beaten else "no better than the mean colour"])
     return rows
 
 
 def _score_cells(score: RoundScore | None, digits: int) -> list[str]:
     if score is None:
         return ["-", "-"]
-    words = f"{score.mean:.{digits}f}"
-    if score.low is not None and score.high is not None:
-        words += f" ± {(score.high - score.low) / 2:.{digits}f}"
-    return [words, f"{score.grey:.{digits}f}"]
+    words = f"{score.mean:.{digits}f}" + half_width(asdict(score), digits)
+    return [words, f"{score.mean_colour:.{digits}f}"]
 
 
 def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:
-    """Draw accuracy and each metric by round, attacks beside their grey image.
+    """Draw accuracy and each metric by round, attacks beside the mean-colour baseline.
 
     Parameters
     ----------
@@ -164,8 +164,8 @@ def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:
                 for score in scores
             ]
             panel.fill_between(x, *zip(*ends, strict=True), alpha=0.2, color=drawn.get_color())
-            greys = [score.grey for score in scores]
-            panel.plot(x, greys, "--", color=drawn.get_color(), label=f"{attack}: grey image")
+            baseline = [score.mean_colour for score in scores]
+            panel.plot(x, baseline, "--", color=drawn.get_color(), label=f"{attack}: mean colour")
         panel.set_ylabel(METRICS[name])
     if there:
         panels[1].legend(fontsize="small")

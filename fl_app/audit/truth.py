@@ -18,7 +18,7 @@ from fl_app.util.files import whole_file
 
 @dataclass(frozen=True)
 class Truth:
-    """What a client really trained on in one round.
+    """What a client actually trained on in one round.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Truth:
     batches : tuple of tuple of int
         For each local step the indices of its images in [0, N).
     round, node : int
-        As in the Observation that they explain.
+        As in the Observation of the same client and round.
     """
 
     images: Tensor

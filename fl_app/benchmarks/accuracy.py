@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from client_app.defenses import defended_weights, noise_generator
 from client_app.training import NO_DEFENSE, choose_batches, evaluate, local_seed, train
-from fl_app.data import ImageSet
+from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.processes import in_processes
+from fl_app.benchmarks.rows import Row, commits, kept_results, with_commit
+from fl_app.benchmarks.suite import Setting
+from fl_app.data import ImageSet, load_split
 from fl_app.models import create_model
 from fl_app.protocol import DatasetInfo, Defense, LocalTraining
+from fl_app.util.files import write_text
 from server_strategies.updates import weighted_mean
 
 
@@ -116,3 +125,109 @@ def _train_client(
 
 def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in weights.items()}
+
+
+def federation_of(case: Case) -> Federation | None:
+    """Return the federation whose accuracy says what a case's defence costs.
+
+    Its clients train as the case's, but for whole epochs in batches of 32, or nothing
+    would be learnt in a few rounds. None for Soteria, which takes hundreds of
+    backward passes a step.
+    """
+    if case.defense.soteria:
+        return None
+    training = replace(case.training, batch_size=32, local_steps=0, local_epochs=1, reshuffle=True)
+    return Federation(training, case.defense, model=case.model)
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """What federations reached.
+
+    Attributes
+    ----------
+    reached : mapping
+        By `Federation.name`: the accuracy in [0, 1] by seed.
+    """
+
+    reached: Mapping[str, Mapping[int, float]]
+
+    def of(self, case: Case) -> Mapping[int, float]:
+        """Return the accuracy in [0, 1] by seed; nothing where it was not measured."""
+        federation = federation_of(case)
+        return self.reached.get(federation.name, {}) if federation else {}
+
+
+def measure_accuracies(cases: Iterable[Case], setting: Setting, console: Console) -> Accuracies:
+    """Train each defence's federation and its undefended counterpart on the same seeds.
+
+    As many of each as its case says (`Case.federations`), without those that the file beside
+    `setting.path` (``.accuracy.json``) holds; none where `setting.trials` is 0. The file is
+    written after each.
+
+    Parameters
+    ----------
+    cases : iterable of Case
+    setting : Setting
+    console : Console
+        Shows the progress.
+
+    Raises
+    ------
+    ValueError
+        If the file holds results of other facts.
+    """
+    path = setting.path.with_suffix(".accuracy.json") if setting.path else None
+    if not setting.trials:
+        return _accuracies(_kept_rows(path, setting.facts, beside=("images",)))
+    train_set = load_split(setting.data, "train")
+    facts = {**setting.facts, "images": len(train_set)}
+    rows = _kept_rows(path, facts)
+    done = {(row["federation"], row["seed"]) for row in rows}
+    todo = [
+        (federation, seed)
+        for federation, seed in _wanted(cases, setting.seed)
+        if (federation.name, seed) not in done
+    ]
+    if todo:
+        data = train_set, setting.images, setting.info
+        for row in in_processes(_measure, data, todo, setting.workers, "accuracy", console):
+            rows.append(with_commit(row, facts))
+            if path:
+                content = {"facts": {**facts, "commit": commits(rows)}, "rows": rows}
+                write_text(path, json.dumps(content, indent=1) + "\n")
+    return _accuracies(rows)
+
+
+def _kept_rows(
+    path: Path | None, facts: Mapping[str, Any], beside: tuple[str, ...] = ()
+) -> list[Row]:
+    return kept_results(path, facts, beside)["rows"] if path and path.exists() else []
+
+
+def _wanted(cases: Iterable[Case], seed: int) -> list[tuple[Federation, int]]:
+    """Return the federations of all cases with their seeds, each once, seed by seed."""
+    wanted: dict[tuple[str, int], Federation] = {}
+    for case in cases:
+        federation = federation_of(case)
+        if not federation:
+            continue
+        for number in range(seed, seed + case.federations):
+            for each in (replace(federation, defense=NO_DEFENSE), federation):
+                wanted[each.name, number] = each
+    by_seed = sorted(wanted.items(), key=lambda item: item[0][1])
+    return [(federation, number) for (_, number), federation in by_seed]
+
+
+def _accuracies(rows: Iterable[Row]) -> Accuracies:
+    reached: dict[str, dict[int, float]] = {}
+    for row in rows:
+        reached.setdefault(row["federation"], {})[row["seed"]] = row["accuracy"]
+    return Accuracies(reached)
+
+
+def _measure(
+    data: tuple[ImageSet, ImageSet, DatasetInfo], federation: Federation, seed: int
+) -> Row:
+    accuracy = federated_accuracy(federation, *data, seed)
+    return {"federation": federation.name, "seed": seed, "accuracy": accuracy}

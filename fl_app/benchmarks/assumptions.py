@@ -1,7 +1,7 @@
 """Whether the paper's assumptions on the flow hold: `flowleak prior assumptions`.
 
 A1 (eq. 9): v(., t) is Lipschitz continuous. A2 (eq. 10): |v(x, t)| does not fall
-as x moves away from the natural images, and v points along the way back. What
+as x moves away from the natural images, and v points back to them. What
 the prior's penalty does to an image rests on both. It lies here and not beside
 the priors because it looks at private images, which attackers' code can't.
 """
@@ -22,10 +22,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from fl_app.audit.metrics import assign, with_interval
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
-from fl_app.benchmarks.table import markdown_table
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.protocol import DatasetInfo, LocalTraining
+from fl_app.util.markdown import markdown_table
 from server_strategies.attacks.run import run_attack
 from server_strategies.priors.flow import denoise, load_flow
 from server_strategies.priors.networks import check_shape
@@ -76,8 +76,8 @@ class Alignment:
         |x - clean| by strength and image.
     values : dict of str to Tensor, shape (S, T, N)
         By strength, flow time and image: ``|v|`` of v(x, t); ``|x - D|``, D at
-        ``t x + (1 - t) e`` with one draw of noise e; the cosine between each one's
-        way, v and D - x, and the way back, clean - x. Not a number for D at
+        ``t x + (1 - t) e`` with one draw of noise e; the cosine of each,
+        v and D - x, with the direction to the clean image, clean - x. Not a number for D at
         t = 1, where D = x, nor for a cosine at clean images.
     """
 
@@ -135,9 +135,9 @@ def measure_alignment(
             values["cos(v, clean - x)"][row, column] = _cosine(velocity, back)
             if t == 1:
                 continue  # D = x
-            pull = (denoise(network, torch.lerp(noise, x, t), t) - x).flatten(1)
-            values["|x - D|"][row, column] = _length(pull)
-            values["cos(D - x, clean - x)"][row, column] = _cosine(pull, back)
+            step = (denoise(network, torch.lerp(noise, x, t), t) - x).flatten(1)
+            values["|x - D|"][row, column] = _length(step)
+            values["cos(D - x, clean - x)"][row, column] = _cosine(step, back)
     return Alignment(kind, tuple(strengths), distance, values)
 
 
@@ -381,9 +381,9 @@ def _length(difference: Tensor) -> Tensor:
     return difference.square().mean(-1).sqrt()
 
 
-def _cosine(way: Tensor, back: Tensor) -> Tensor:
+def _cosine(step: Tensor, back: Tensor) -> Tensor:
     """Return the cosine of each pair of rows, not a number where one is zero."""
-    return (way * back).sum(-1) / (way.norm(dim=-1) * back.norm(dim=-1))
+    return (step * back).sum(-1) / (step.norm(dim=-1) * back.norm(dim=-1))
 
 
 def _with_interval(values: Tensor) -> str:

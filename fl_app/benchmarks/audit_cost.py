@@ -56,8 +56,8 @@ class AuditCost:
         return statistics.median(self.watched) / statistics.median(self.plain) - 1
 
     def table(self) -> Table:
-        """Return the figures beside their bars."""
-        table = Table("", "without", "with", "", "bar")
+        """Return the figures beside their thresholds."""
+        table = Table("", "without", "with", "", "threshold")
         plain, watched = statistics.median(self.plain), statistics.median(self.watched)
         table.add_row(
             f"round, median of {len(self.plain)}", f"{plain:.3f} s", f"{watched:.3f} s",
@@ -69,7 +69,7 @@ class AuditCost:
         return table
 
     def shortfalls(self) -> list[str]:
-        """Say what falls short of its bar."""
+        """Say what misses its threshold."""
         short = []
         if self.overhead > MOST_OVERHEAD:
             short.append(f"a round takes {self.overhead:.1%} longer")

@@ -19,11 +19,11 @@ class Case:
     training : LocalTraining
         `local_steps` above 0.
     attack : AttackConfig
-    bar : float or None
-        Mean PSNR in dB over the draws that the case has to reach.
+    threshold : float or None
+        Mean PSNR in dB over the trials that the case has to reach.
     gain : float or None
         Mean PSNR in dB by which it has to beat the case that it is compared with
-        (`Benchmark.reference`); its LPIPS VGG has to be the lower one, too.
+        (`AttackResults.reference`); its LPIPS VGG has to be the lower one, too.
     first : bool
         Whether no other case of its client and its budget may have a higher mean PSNR.
     model, norm : str
@@ -31,11 +31,11 @@ class Case:
     num_examples : int
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
     labels_known : bool
-        Whether the attacker is given the labels; otherwise it counts them.
+        Whether the attacker is given the labels; otherwise it infers their counts.
     rounds : int
         Global rounds that the model was trained for before, see `global_model`.
     above_mean_colour : float or None
-        Mean PSNR in dB by which it has to beat a grey image.
+        Mean PSNR in dB by which it has to beat an image of the mean colour.
     defense : Defense
         What the client does so that less is seen; without `secagg`.
     defense_known : bool
@@ -46,7 +46,7 @@ class Case:
 
     training: LocalTraining
     attack: AttackConfig
-    bar: float | None = None
+    threshold: float | None = None
     gain: float | None = None
     first: bool = False
     model: str = "convnet"
@@ -89,7 +89,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Names the case in the results: everything that decides it but the draw."""
+        """Names the case in the results: everything that decides it but the trial."""
         options = "".join(f" {key}={value}" for key, value in sorted(self.attack.options.items()))
         limit = f" {self.attack.seconds:g} s" if self.attack.seconds else ""
         limit = limit or f" x{self.attack.iterations}"

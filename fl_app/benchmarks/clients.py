@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -19,6 +19,28 @@ from fl_app.protocol import DatasetInfo, Defense, Knowledge, Observation
 from server_strategies.updates import weighted_mean
 
 _CLIENTS = 4  # of earlier rounds
+
+
+@dataclass(frozen=True)
+class Clients:
+    """What clients are drawn from.
+
+    Attributes
+    ----------
+    images : ImageSet
+        Their own.
+    info : DatasetInfo
+    train_images : ImageSet or None
+        What earlier rounds train on; None where no case has any.
+    """
+
+    images: ImageSet
+    info: DatasetInfo
+    train_images: ImageSet | None = None
+
+    def draw(self, case: Case, seed: int) -> tuple[Observation, Knowledge, Truth]:
+        """See `draw_client`."""
+        return draw_client(case, self.images, self.info, seed, self.train_images)
 
 
 def draw_client(
@@ -64,7 +86,7 @@ def draw_client(
     model.load_state_dict(dict(earlier))
     with torch.random.fork_rng():  # a defence may draw noise of its own in every step
         torch.manual_seed(seed)
-        private, labels, batches = _train_on_draw(
+        private, labels, batches = _train_on_drawn(
             model, agreed, case.count, images, generator, case.defense
         )
     known, round_ = tuple(labels.tolist()), case.rounds + 1
@@ -86,7 +108,7 @@ def global_model(
     agreed : Knowledge
         The model and the training of every client; none defends its update.
     count : int
-        Images of a client, drawn anew in every round.
+        Images of a client, fresh ones in every round.
     rounds : int
         0: as it is initialised.
     seed : int
@@ -106,13 +128,13 @@ def global_model(
         returned = []
         for _ in range(_CLIENTS):
             network.load_state_dict(weights)
-            _train_on_draw(network, agreed, count, images, generator)
+            _train_on_drawn(network, agreed, count, images, generator)
             returned.append({name: w.clone() for name, w in network.state_dict().items()})
         weights = weighted_mean(returned, [count] * _CLIENTS)
     return weights
 
 
-def _train_on_draw(
+def _train_on_drawn(
     model: nn.Module,
     agreed: Knowledge,
     count: int,

@@ -1,4 +1,4 @@
-"""What an iteration costs: the notes below `flowleak bench explain` and `prior`."""
+"""What an iteration costs: the notes below `flowleak bench matching` and `prior`."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def prior_cost(
     """Return the time of the flow prior's step as a share of the matching step's.
 
     Both with the defaults of flow_matching, on the CPU, and each with its
-    gradient in the images, averaged over an attack's progress: fingerprints alone
-    are matched in a fraction of the time of the trajectory that follows. They take
+    gradient in the images, averaged over an attack's progress: single-step
+    gradient rows are matched in a fraction of the time of the trajectory that follows. They take
     turns, as in `surrogate_speedup`.
 
     Parameters
@@ -101,10 +101,10 @@ def prior_cost(
     def matching(progress: float) -> None:
         torch.autograd.grad(objective(x, progress), [x, *unknowns], allow_unused=True)
 
-    def pull(progress: float) -> None:
+    def prior_step(progress: float) -> None:
         torch.autograd.grad(flow(pixels, progress), pixels)
 
-    return _time_ratio(pull, matching, rounds)
+    return _time_ratio(prior_step, matching, rounds)
 
 
 def _time_ratio(

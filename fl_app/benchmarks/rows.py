@@ -7,16 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def kept_rows(path: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a results file, each with the commit that made it.
+from fl_app.util.machine import host
+
+Row = dict[str, Any]
+
+# What is measured in parts, over several versions, says so: these may differ in one file.
+_MAY_DIFFER = ("workers", "threads", "commit")
+
+
+def kept_results(path: Path, facts: Mapping[str, Any], beside: Sequence[str] = ()) -> Row:
+    """Return the content of a results file; each of its rows has the commit that made it.
 
     Parameters
     ----------
     path : Path
     facts : mapping
-        What the results that are wanted depend on. How the work was shared out, and the
-        commit, may be others: what is measured in parts, over several versions, says so.
+        What the results that are wanted depend on.
+    beside : sequence of str
+        Facts that need not be the same, beside how the work was shared out and the commit.
 
     Raises
     ------
@@ -25,15 +35,15 @@ def kept_rows(path: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     kept = json.loads(path.read_text(encoding="utf-8"))
     theirs, ours = (
-        {k: v for k, v in of.items() if k not in ("workers", "threads", "commit")}
+        {k: v for k, v in of.items() if k not in (*_MAY_DIFFER, *beside)}
         for of in (kept["facts"], facts)
     )
     if theirs != ours:
         raise ValueError(f"{path} holds results of {theirs}, not of {ours}; choose another --out")
-    return [with_commit(row, kept["facts"]) for row in kept["rows"]]
+    return {**kept, "rows": [with_commit(row, kept["facts"]) for row in kept["rows"]]}
 
 
-def with_commit(row: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+def with_commit(row: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
     """Return a row with the commit that made it: its own, or that of the facts."""
     return {"commit": facts.get("commit", "unknown"), **row}
 
@@ -45,3 +55,12 @@ def commits(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{commit} ({made.count(commit)} of {len(made)} rows)" if len(set(made)) > 1 else commit
         for commit in dict.fromkeys(made)
     )
+
+
+def machine() -> dict[str, Any]:
+    """Return what a time depends on: processor, cores, versions, threads and device."""
+    return {
+        **host(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }

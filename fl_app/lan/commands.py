@@ -15,39 +15,22 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import httpx
 import typer
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_ssh_public_key,
-)
-from flwr.cli.auth_plugin import OidcCliPlugin
-from flwr.cli.flower_config import (
-    init_flwr_config,
-    read_superlink_connection,
-    write_superlink_connection,
-)
-from flwr.cli.typing import SuperLinkConnection
-from flwr.cli.utils import init_http_client_from_connection
-from flwr.proto.control_pb2 import RegisterNodeRequest
-from flwr.supercore.auth.typing import AccountAuthCredentials
-from rich.console import Console
 
-from fl_app.benchmarks.audit_cost import audit_cost
+from fl_app.commands.arguments import RunsDir
+from fl_app.commands.group import group
+from fl_app.commands.output import screen
 from fl_app.config import at_least
-from fl_app.lan.keys import Kit, make_kits, read_kit
-from fl_app.lan.superlink import KEY_FILE
-from fl_app.runs.folder import list_runs
 from fl_app.util.files import user_path
 from fl_app.util.processes import Child, run_together
 from fl_app.util.ray_guard import own_folder
-from server_strategies.attack_pool import SLOT, pending
 
-lan_app = typer.Typer(no_args_is_help=True, help="A federation on several machines.")
-console = Console()
+if TYPE_CHECKING:
+    from fl_app.lan.keys import Kit
+
+lan_app = group("A federation on several machines: one command a role.")
 
 _SCRIPTS = Path(sys.executable).parent
 _RAY_WITH_TOKENS = (2, 52)
@@ -60,7 +43,9 @@ _QUIET = {
     "PATH": f"{_SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}",
 }
 
-KitFolder = Annotated[Path, typer.Argument(help="This machine's kit, from flowleak lan init.")]
+KitFolder = Annotated[
+    Path, typer.Argument(help="This machine's kit, a folder from flowleak lan init.")
+]
 
 
 @lan_app.command()
@@ -73,14 +58,17 @@ def init(
         list[str] | None, typer.Option(help="Address of a machine that takes attacks; repeatable.")
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where the kits are made.")] = Path("lan"),
-    port: Annotated[int, typer.Option(help="Of the SuperLink.")] = 9400,
-    ray_port: Annotated[int, typer.Option(help="Of the Ray head.")] = 9401,
+    port: Annotated[int, typer.Option(help="TCP port of the SuperLink.")] = 9400,
+    ray_port: Annotated[int, typer.Option(help="TCP port of the Ray head.")] = 9401,
     connection: Annotated[str, typer.Option(help="Flower's name for it in flwr run.")] = "lan",
 ) -> None:
     """Make certificates, keys and the connection entry; run it again to add machines."""
+    from fl_app.lan.keys import make_kits
+
+    console = screen()
     for kit in make_kits(folder, server, clients, worker or [], port, ray_port):
         console.print(f"{kit.folder}", highlight=False, soft_wrap=True)
-    _connect(read_kit(folder / "server"), connection)
+    _connect(_kit(folder / "server"), connection)
     console.print(
         f"Copy each kit to its machine, and to no other. {folder / 'ca.key'} stays here. "
         f"Runs are started with: flwr run . {connection} --stream",
@@ -92,15 +80,17 @@ def init(
 @lan_app.command()
 def server(
     kit: KitFolder = Path("lan/server"),
-    attacks: Annotated[int, typer.Option(help="Attacks that this machine takes itself.")] = 0,
+    attacks: Annotated[
+        int, typer.Option(help="Attacks at a time that this machine takes itself, 0 or more.")
+    ] = 0,
     resume: Annotated[
         bool, typer.Option(help="First finish the attacks that killed runs left.")
     ] = False,
-    runs_dir: Annotated[Path, typer.Option(help="Where the runs are.")] = Path("runs"),
+    runs_dir: RunsDir = Path("runs"),
     connection: Annotated[str, typer.Option(help="Flower's name for it in flwr run.")] = "lan",
 ) -> None:
     """Run the SuperLink and the Ray head; clients and workers may come, go and come back."""
-    this = read_kit(kit)
+    this = _kit(kit)
     at_least("attacks", attacks, 0)
     _connect(this, connection)
     ray_ = ray_environment(this)
@@ -115,7 +105,7 @@ def server(
         commands = [
             shlex.join([*attack, run.name, "--runs-dir", str(run.parent)]) for run in unfinished
         ]
-        console.print(f"Finishing the attacks of {', '.join(run.name for run in unfinished)}")
+        _tell(f"Finishing the attacks of {', '.join(run.name for run in unfinished)}")
         children.append(
             Child(
                 "resume",
@@ -130,7 +120,9 @@ def server(
 @lan_app.command()
 def client(
     kit: KitFolder,
-    partition: Annotated[int, typer.Option(help="Which part of the data is this client's.")],
+    partition: Annotated[
+        int, typer.Option(help="Which part of the data is this client's, counted from 0.")
+    ],
     data: Annotated[
         Path | None, typer.Option(help="The data set's folder here; default: as the run says.")
     ] = None,
@@ -143,7 +135,7 @@ def client(
     ] = None,
 ) -> None:
     """Run a SuperNode that trains on this machine's data."""
-    this = read_kit(kit)
+    this = _kit(kit)
     at_least("partition", partition, 0)
     at_least("partitions", partitions, 0)
     config: dict[str, str | int] = {"partition-id": partition}
@@ -163,36 +155,48 @@ def client(
 def worker(
     kit: KitFolder,
     attacks: Annotated[
-        int, typer.Option(help="Attacks at a time; a worker for each GPU, see docs/lan.md.")
+        int,
+        typer.Option(help="Attacks at a time, 1 or more; a worker for each GPU, see docs/lan.md."),
     ] = 1,
 ) -> None:
     """Join the server's Ray cluster and take attacks, on a GPU if there is one."""
-    this = read_kit(kit)
+    this = _kit(kit)
     at_least("attacks", attacks, 1)
     raise typer.Exit(run_together([ray_worker(this, attacks)], _tell))
 
 
 @lan_app.command()
 def cost(
-    rounds: Annotated[int, typer.Option(help="Rounds with, and as many without the audit.")] = 20,
-    clients: int = 4,
-    local_steps: Annotated[int, typer.Option(help="Of each client, with one image.")] = 50,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds with, and as many without the audit, 1 or more.")
+    ] = 20,
+    clients: Annotated[int, typer.Option(help="Clients, all in every round, 1 or more.")] = 4,
+    local_steps: Annotated[
+        int, typer.Option(help="Steps of each client, with one image, 1 or more.")
+    ] = 50,
     folder: Annotated[Path, typer.Option(help="On the disk that runs are written to.")] = Path("."),
-    bars: Annotated[bool, typer.Option(help="Fail where a figure falls short of its bar.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 where a figure misses its threshold.")
+    ] = False,
 ) -> None:
     """Measure what the audit costs the training, with every client watched."""
     for name, value in (("rounds", rounds), ("clients", clients), ("local_steps", local_steps)):
         at_least(name, value, 1)
+    from fl_app.benchmarks.audit_cost import audit_cost
+
+    console = screen()
     measured = audit_cost(rounds, clients, local_steps, folder)
     console.print(measured.table())
     for words in measured.shortfalls():
-        console.print(f"Short of its bar: {words}", style="yellow")
-    if bars and measured.shortfalls():
+        console.print(f"Misses its threshold: {words}", style="yellow")
+    if check and measured.shortfalls():
         raise typer.Exit(1)
 
 
 def superlink(kit: Kit) -> Child:
     """Return the SuperLink: TLS, registered nodes only, the run key, and a state that stays."""
+    from fl_app.lan.superlink import KEY_FILE
+
     command = [sys.executable, "-m", "fl_app.lan.superlink"]
     command += ["--ssl-ca-certfile", str(kit.file("ca.crt"))]
     command += ["--ssl-certfile", str(kit.file("tls.crt"))]
@@ -240,6 +244,8 @@ def ray_worker(kit: Kit, attacks: int) -> Child:
 
 
 def _ray(kit: Kit, name: str, command: list[str], attacks: int) -> Child:
+    from server_strategies.attack_pool import SLOT
+
     command += ["--num-cpus", "0", "--resources", json.dumps({SLOT: attacks})]
     command += ["--disable-usage-stats", "--block"]
     # `ray start` may outlast a SIGTERM; its own processes end with it, however it ends.
@@ -282,8 +288,19 @@ def _ray_address(kit: Kit) -> str:
     return f"{kit.server}:{kit.ray_port}"
 
 
+def _kit(folder: Path) -> Kit:
+    from fl_app.lan.keys import read_kit
+
+    return read_kit(folder)
+
+
 def _connect(kit: Kit, name: str) -> None:
     """Write Flower's connection entry and the run key where `flwr` looks for them."""
+    from flwr.cli.auth_plugin import OidcCliPlugin
+    from flwr.cli.flower_config import init_flwr_config, write_superlink_connection
+    from flwr.cli.typing import SuperLinkConnection
+    from flwr.supercore.auth.typing import AccountAuthCredentials
+
     address = f"{kit.server}:{kit.port}"
     init_flwr_config()
     write_superlink_connection(
@@ -297,6 +314,11 @@ def _connect(kit: Kit, name: str) -> None:
 
 def _register(kit: Kit, connection: str) -> None:
     """Wait until the SuperLink listens, and register the nodes that it does not know yet."""
+    import httpx
+    from flwr.cli.flower_config import read_superlink_connection
+    from flwr.cli.utils import init_http_client_from_connection
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+
     deadline = time.monotonic() + _START
     while True:
         try:
@@ -319,15 +341,24 @@ def _register(kit: Kit, connection: str) -> None:
                 # It is registered already, in the SuperLink's database.
     finally:
         control.close()
-    console.print(f"Ready: {len(nodes)} clients may join {kit.server}:{kit.port}", highlight=False)
+    _tell(f"Ready: {len(nodes)} clients may join {kit.server}:{kit.port}")
 
 
 def _public_key(path: Path) -> bytes:
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        PublicFormat,
+        load_ssh_public_key,
+    )
+
     key = load_ssh_public_key(path.read_bytes())
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _unfinished(runs_dir: Path) -> list[Path]:
+    from fl_app.runs.folder import list_runs
+    from server_strategies.attack_pool import pending
+
     return [run for run in list_runs(runs_dir) if pending(run)]
 
 
@@ -337,4 +368,4 @@ def _free_port() -> int:
 
 
 def _tell(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    screen().print(line, highlight=False, soft_wrap=True, markup=False)

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fl_app.models.family import TOKENS, Family
-from fl_app.models.mlp_mixer import PATCH, check_patches
+from fl_app.models.patches import PatchModel
 
 _WIDTH, _HEADS, _LAYERS = 192, 3, 12
 
 
-class ViT(nn.Module):
+class ViT(PatchModel):
     """ViT-tiny (Dosovitskiy et al., 2021; its size as in Touvron et al., 2021): patches of 4.
 
     Width 192, 3 heads, 12 layers with an MLP of 768 units and GELU, normalised
@@ -22,26 +22,13 @@ class ViT(nn.Module):
     Attention is computed by its formula: torch's fused kernels can't be
     differentiated twice, as an attack does.
 
-    Parameters
-    ----------
-    num_classes : int
-    image_shape : tuple of int
-        (C, H, W); H and W divisible by 4.
-
-    Raises
-    ------
-    ValueError
-        If H or W is not divisible by 4.
+    Parameters as in `Family.build`. H and W have to be divisible by 4, see `PatchModel`.
     """
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        channels, height, width = image_shape
-        check_patches("vit_tiny", image_shape)
-        tokens = (height // PATCH) * (width // PATCH)
-        self.patches = nn.Conv2d(channels, _WIDTH, PATCH, stride=PATCH)
+        super().__init__("vit_tiny", image_shape, _WIDTH)
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, _WIDTH))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, tokens + 1, _WIDTH))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, self.num_tokens + 1, _WIDTH))
         self.layers = nn.Sequential(
             *(
                 nn.TransformerEncoderLayer(
@@ -61,14 +48,9 @@ class ViT(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the class token at the end, shape (batch, 192)."""
-        tokens = self.patches(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), self.tokens(x)], 1)
         with sdpa_kernel(SDPBackend.MATH):
             return self.norm(self.layers(tokens + self.positions)[:, 0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits, shape (batch, num_classes)."""
-        return self.classifier(self.features(x))
 
 
 VIT_TINY = Family(lambda classes, shape, _: ViT(classes, shape), ("layer",), TOKENS)

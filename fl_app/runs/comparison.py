@@ -17,13 +17,14 @@ from rich.text import Text
 
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.comparison import compare, save_comparison_picture
-from fl_app.benchmarks.table import half_width, markdown_table, sections_markdown
 from fl_app.config import UNBOUNDED, AttackConfig, ConfigError, from_yaml, load_config
 from fl_app.data import dataset_info
 from fl_app.registry import ATTACKS
 from fl_app.runs.attacking import finish_attacks, only_one
 from fl_app.runs.folder import git_commit
 from fl_app.util.files import write_text
+from fl_app.util.machine import host
+from fl_app.util.markdown import half_width, markdown_table, sections_markdown
 from fl_app.util.text import printable
 from server_strategies.attack_pool import QueueEntry, enqueue
 from server_strategies.attacks.run import create_attack
@@ -125,7 +126,7 @@ class AttackComparison:
         write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
         cells = _cells(summary)
         lines = [*markdown_table(cells), "", *_notes(summary, self.budget)]
-        facts = {"commit": git_commit()}
+        facts = {**host(), "commit": git_commit()}
         write_text(path.with_suffix(".md"), sections_markdown("Comparison", command, lines, facts))
         caption = [f"{folder.name}, budget: {self.budget}"]
         save_comparison_picture(path.with_suffix(".png"), auditor, comparison, caption)

@@ -27,7 +27,7 @@ def _origin() -> tuple[Path, bool] | None:
 
 def _roots() -> Iterator[Path]:
     """Yield the folders that may hold the project's files, nearest first."""
-    yield Path(__file__).resolve().parents[1]
+    yield Path(__file__).resolve().parents[2]
     # Flower runs an unpacked copy of the app that lacks every binary file, so
     # look beside the installed distribution as well.
     origin = _origin()

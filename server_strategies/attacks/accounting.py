@@ -1,4 +1,4 @@
-"""The books of an attack's run: its budget, its losses, and what it costs."""
+"""Accounting of an attack's run: its budget, its losses, and its costs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Run:
         budget: Budget,
         report: Report | None = None,
     ) -> None:
-        self._explanation, self._observation = objective, observation
+        self._objective, self._observation = objective, observation
         self._budget, self._report = budget, report
         device = torch.device(budget.device)
         scale = (objective.knowledge.mean, objective.knowledge.std)
@@ -78,7 +78,7 @@ class Run:
 
     def counted(self, progress: float) -> AbstractContextManager[object]:
         """Return a context for an iteration's work on the objective and the priors."""
-        return self._counter.watch(progress >= self._explanation.restart)
+        return self._counter.watch(progress >= self._objective.restart)
 
     def note(self, matching: Tensor) -> None:
         """Record the matching loss, shape (), of an iteration that is done.
@@ -102,7 +102,7 @@ class Run:
 
         Parameters
         ----------
-        x : Tensor, shape (copies * N, C, H, W)
+        x : Tensor, shape (candidates * N, C, H, W)
             Normalised images.
 
         Raises
@@ -112,7 +112,7 @@ class Run:
         """
         self._check_finite(self._losses[: self._done])
         history = tuple(self._losses[: self._done].tolist())
-        objective = self._explanation
+        objective = self._objective
         knowledge, images = objective.knowledge, objective.found_images(x).detach()
         return Reconstruction(
             matching="; ".join([objective.reason, *knowledge.inferred]),

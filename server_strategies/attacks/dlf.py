@@ -5,8 +5,8 @@ The authors simulate SGD; here the client's own optimiser is, and so Adam too.
 
 Two of the authors' constants are in other units. They optimise pixels in [0, 1],
 by steps of 0.1: ``0.1 / std`` on normalised ones, 0.4 where the standard
-deviation is CIFAR-10's. Their total variation weighs 2e-4 beside a distance that
-is not relative to the update b: ``2e-4 std^2 / sum_l e^-l |b_l|^2`` here, 0.1 for
+deviation is CIFAR-10's. The weight of their total variation is 2e-4, with a distance
+that is not relative to the update b: ``2e-4 std^2 / sum_l e^-l |b_l|^2`` here, 0.1 for
 a client with SGD 0.01 and five steps (0.12, 0.11 on two). Taken literally for
 Adam's updates, a thousand times larger in the square, there would be none. Their
 penalty of pixels outside [0, 1] is void here, where pixels are boxed.

@@ -1,7 +1,7 @@
-"""Dropout inversion: inverting gradients, with the masks of dropout fitted beside the images.
+"""Dropout inversion: inverting gradients, with masks of dropout optimised jointly.
 
-A mask starts as one that the client may have drawn, and stays in [0, 1]. It is
-fitted whether or not `Knowledge.defense` names the dropout. Without dropout
+A mask starts as a random one of the client's distribution, and stays in [0, 1]. It is
+optimised whether or not `Knowledge.defense` names the dropout. Without dropout
 this is `inverting_gradients`.
 """
 

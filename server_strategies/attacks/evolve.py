@@ -31,8 +31,8 @@ def evolve(
     Raises
     ------
     ValueError
-        If the matching has unknowns of its own, such as labels, which are fitted by
-        their gradient, or the package cma is not installed.
+        If the matching has unknowns of its own, such as labels, which need their
+        gradient, or the package cma is not installed.
     AttackError
         If the loss is not finite.
     """
@@ -45,7 +45,7 @@ def evolve(
             "(labels, or a position); allowed: adam"
         )
     run = Run(matching, observation, budget, report)
-    shape = (matching.copies * observation.num_examples, *matching.knowledge.image_shape)
+    shape = (matching.candidates * observation.num_examples, *matching.knowledge.image_shape)
     noise = np.random.default_rng(budget.seed)
     strategy = cma.CMAEvolutionStrategy(
         np.zeros(int(np.prod(shape))),

@@ -1,13 +1,12 @@
-"""GradInversion: distances of gradients at w0, layer by layer, from several starts that agree.
+"""GradInversion: distances of gradients at w0, layer by layer, over restarts that agree.
 
-Beside the group's consistency total variation, the images' norm, noise, and the
-statistics of BatchNorm, where the update holds them.
+Its priors are group consistency, total variation and the images' norm. Every step adds
+noise. An additional matching term is BatchNorm's statistics, where the update holds them.
 
-All weights are beside a matching loss that is 1 for a candidate without a gradient.
-The authors' are 1e-4 for `tv`, 1e-6 for `l2` and 0.01 for `group` beside 1e-3 for the
-sum of the layers' distances: the same ratios where the layers' norms sum to 10. Their
-weight of the statistics is 0.1, too, but they use the running ones and absolute
-distances.
+All weights are relative to a matching loss that is 1 for a candidate without a gradient.
+The authors' are 1e-4 for `tv`, 1e-6 for `l2`, 0.01 for `group`, and 1e-3 for the sum of
+the layers' distances: the same ratios where the layers' norms sum to 10. Their weight of
+the statistics is 0.1 too, but they use the running ones and absolute distances.
 """
 
 from __future__ import annotations

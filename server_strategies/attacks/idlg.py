@@ -12,7 +12,7 @@ from server_strategies.attacks.dlg import DLG
 class IDLG(DLG):
     """DLG after the labels, from the signs of the last layer's gradient.
 
-    Labels are fitted beside the images where several of a batch are alike.
+    Labels are fitted jointly with the images where several of a batch are alike.
 
     Source: Zhao, Mopuri & Bilen, iDLG, 2020.
     """

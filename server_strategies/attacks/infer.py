@@ -1,4 +1,4 @@
-"""What the server does not know of a client, and an attack works out itself."""
+"""Inferring from an update what the server does not know of a client."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from server_strategies.attacks.matching.guess import guess_training
 def infer(
     observation: Observation, knowledge: Knowledge, device: str = "cpu", labels: str = "auto"
 ) -> Knowledge:
-    """Return the knowledge with the client's training and labels filled in from its update.
+    """Return the knowledge with the client's training and labels inferred from its update.
 
     What is known stays as it is. The training is guessed by `guess_training`, the
-    labels are counted by `infer_labels`; where that can't be they stay unknown, and
-    an objective fits them beside the images.
+    labels are inferred by `infer_labels`. Where that is impossible they stay unknown,
+    and the matching objective fits them jointly with the images.
 
     Parameters
     ----------
@@ -25,20 +25,20 @@ def infer(
     device : str
         The torch device to work on.
     labels : str
-        How unknown labels are counted, see `infer_labels`; ``fitted``: not at all.
+        How unknown labels are inferred, see `infer_labels`; ``fitted``: not at all.
 
     Raises
     ------
     ValueError
-        If the training is missing and the update does not tell it, as a zero one.
+        If the training is unknown and can't be guessed, as from a zero update.
     """
     inferred = list(knowledge.inferred)
     if knowledge.training is None:
         guess = guess_training(observation)
         t = guess.training
-        told = f"{t.optimizer}, lr {t.lr:.2g}, {t.local_steps} steps of {t.batch_size}"
-        surely = "" if guess.confident else ", unsure"
-        inferred.append(f"training guessed ({told}{surely}): {guess.reason}")
+        words = f"{t.optimizer}, lr {t.lr:.2g}, {t.local_steps} steps of {t.batch_size}"
+        words += "" if guess.confident else ", unsure"
+        inferred.append(f"training guessed ({words}): {guess.reason}")
         knowledge = replace(knowledge, training=t)
     if knowledge.labels is None and labels == "fitted":
         knowledge = replace(knowledge, labels_source="fitted")
@@ -46,9 +46,9 @@ def infer(
         try:
             estimate = infer_labels(labels, observation, knowledge, device)
         except ValueError as error:
-            inferred.append(f"labels fitted beside the images: {error}")
+            inferred.append(f"labels fitted jointly with the images: {error}")
             knowledge = replace(knowledge, labels_source="fitted")
         else:
-            inferred.append(f"labels recovered by {estimate.reason}")
+            inferred.append(f"labels inferred by {estimate.reason}")
             knowledge = replace(knowledge, labels=estimate.labels, labels_source=estimate.method)
     return replace(knowledge, inferred=tuple(inferred))

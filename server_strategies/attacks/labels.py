@@ -1,9 +1,9 @@
-"""Recovering a client's labels from its update, by the classifier's last linear layer.
+"""Inferring a client's labels from its update, by the classifier's last linear layer.
 
-With softmax p and one-hot label y, cross-entropy's gradient in that layer's bias
-is the batch's mean of p - y: what moved each class's bias tells how often it
-occurred. An optimiser such as Adam hides the size of a gradient but not its
-course over the steps, so there the counts are found by trying: `simulate`.
+With softmax p and one-hot label y, cross-entropy's gradient in that layer's bias is the
+batch's mean of p - y. So the update of a class's bias shows how often the class
+occurred. An optimiser such as Adam hides the size of a gradient but not its course over
+the steps. There the label counts are found by simulating candidates: `simulate`.
 
 See docs/labels.md.
 """
@@ -27,30 +27,30 @@ from fl_app.protocol.optimizer import create_optimizer
 METHODS = ("auto", "idlg", "llg", "dlf", "simulate")
 
 _RANDOM_IMAGES = 64
-_MAX_FEATURES = 256  # of the last hidden layer: more cost time and tell little
+_MAX_FEATURES = 256  # of the last hidden layer: more cost time and add little
 
 # Of `simulate`, chosen on CIFAR-10 clients that no reported figure uses.
 _SAMPLES = 32  # batches of random images behind each likelihood
-_RESTARTS, _SWEEPS, _MOVES = 3, 6, 60
+_RESTARTS, _SWEEPS, _CHANGES = 3, 6, 60
 _HOT = 3.0  # the first sweep's temperature, falling to zero
 _FEATURE_WIDTH, _BIAS_WIDTH = 0.15, 0.05  # of a likelihood's kernel, in the displacement's rms
 _FEATURE_WEIGHT = 0.2  # the features' errors are not independent
 # Relative error of the simulated softmax: at w0, and for its relative change since.
 _P_ERROR, _P_DRIFT = 0.02, 0.5
-_FEATURE_FLOOR, _BIAS_FLOOR = -4.0, -12.0  # log likelihood of a coordinate not explained at all
+_FEATURE_FLOOR, _BIAS_FLOOR = -4.0, -12.0  # log likelihood of a coordinate that does not fit at all
 
 
 @dataclass(frozen=True)
 class LabelEstimate:
-    """How often a client's update says each label occurred.
+    """The labels inferred from a client's update.
 
     Attributes
     ----------
     counts : Tensor of int64, shape (num_classes,)
         Images of each class; they sum to N.
     labels : tuple of int
-        N labels: by local step where the method can tell, ascending in each
-        step, else ascending over all.
+        N labels: by local step where the method infers it, ascending in each step,
+        else ascending over all.
     method : str
         The method used, never ``auto``.
     reason : str
@@ -66,7 +66,7 @@ class LabelEstimate:
 def infer_labels(
     method: str, observation: Observation, knowledge: Knowledge, device: str = "cpu"
 ) -> LabelEstimate:
-    """Estimate how many images of each class a client trained on.
+    """Infer how many images of each class a client trained on.
 
     Parameters
     ----------
@@ -75,8 +75,8 @@ def infer_labels(
         (Zhao et al., 2020). `llg`: repeated subtraction of one image's impact
         (Wainakh et al., 2022). `dlf`: counts corrected for the model's output
         over K steps (Dimitrov et al., 2022). `simulate`: the client's optimiser
-        on the last layer, tried on labels until its displacement fits. `auto`
-        chooses by the client's training.
+        on the last layer, simulated with candidate labels until its displacement
+        fits. `auto` chooses by the client's training.
     observation : Observation
     knowledge : Knowledge
         Its labels are not read.
@@ -94,7 +94,7 @@ def infer_labels(
     if observation.num_examples < 1:
         raise ValueError(f"num_examples is {observation.num_examples}; allowed: 1 or more")
     if knowledge.defense.secagg:
-        raise ValueError("labels are counted of one client's update, not of a sum of several")
+        raise ValueError("labels are inferred from one client's update, not from a sum of several")
     reason = "asked for"
     if method == "auto":
         method, reason = choose_method(knowledge.client, observation.num_examples)
@@ -128,7 +128,7 @@ def _labels(counts: Tensor) -> list[int]:
 
 
 class _Head:
-    """The classifier's last layer before and after, and what random images do in it."""
+    """The classifier's last layer before and after, and random images to run through it."""
 
     def __init__(
         self, observation: Observation, knowledge: Knowledge, device: torch.device
@@ -136,11 +136,11 @@ class _Head:
         self.training, self.num_examples = knowledge.client, observation.num_examples
         self.model = clients_model(knowledge, observation.w0).to(device)
         batch_norm = any(layer.training for _, layer in batch_norms(self.model))
-        # An image's features depend on the others of its batch where BatchNorm sees them.
+        # With BatchNorm in training mode an image's features depend on the others of its batch.
         self.together = self.training.batch_size if batch_norm else _RANDOM_IMAGES
         linear = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
         if not linear:
-            raise ValueError(f"{knowledge.model} has no linear layer: its labels can't be counted")
+            raise ValueError(f"{knowledge.model} has no linear layer: its labels can't be inferred")
         self.name = linear[-1]
         self.layer = self.model.get_submodule(self.name)
         if self.layer.out_features != knowledge.num_classes:
@@ -156,7 +156,7 @@ class _Head:
         if not update.isfinite().all():
             raise ValueError(f"the update of {self.name} is not finite")
         if not update.any():
-            raise ValueError(f"the update of {self.name} is zero: it tells no label")
+            raise ValueError(f"the update of {self.name} is zero: no label follows from it")
         self.generator = torch.Generator().manual_seed(0)
         self.images = random_images(_RANDOM_IMAGES, knowledge, self.generator).to(device)
 
@@ -169,7 +169,7 @@ class _Head:
 
     @torch.no_grad()
     def inputs(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """Return the layer's inputs, shape (n, d), a one beside them where it has a bias."""
+        """Return the layer's inputs, shape (n, d), with a column of ones where it has a bias."""
         kept: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
         for batch in images.split(self.together):
@@ -180,14 +180,14 @@ class _Head:
         return torch.cat([features, ones], 1)
 
     def between(self, share: float) -> dict[str, Tensor]:
-        """Return the weights at a share in [0, 1] of the way from w0 to w1."""
+        """Return the weights interpolated between w0 (share 0) and w1 (share 1)."""
         return {name: torch.lerp(w, self.w1[name], share) for name, w in self.w0.items()}
 
     def average_gradient(self) -> Tensor:
         """Return the mean gradient over the local steps, shape (C,): the bias's, or row sums.
 
-        Exact for SGD without momentum; with momentum each step counts by its
-        weight in the update. With Adam only the sign of one step's is meant.
+        Exact for SGD without momentum. With momentum each step counts by its weight in
+        the update. With Adam only the sign is meaningful, and only for one step.
         """
         training = self.training
         steps = len(training.batches(self.num_examples))
@@ -213,8 +213,8 @@ def random_images(count: int, knowledge: Knowledge, generator: torch.Generator) 
     Returns
     -------
     Tensor, shape (count, C, H, W)
-        Clipped to what pixels in [0, 1] give; channels have a correlation of 0.8,
-        as neighbouring colours of photographs do.
+        Clipped to the range of pixels in [0, 1]. Channels have a correlation of 0.8,
+        as in photographs.
     """
     channels, height, width = knowledge.image_shape
     noise = torch.randn((count, channels + 1, height, width), generator=generator)
@@ -229,7 +229,7 @@ def random_images(count: int, knowledge: Knowledge, generator: torch.Generator) 
 
 
 def displacement(gradients: Sequence[Tensor], start: Tensor, training: LocalTraining) -> Tensor:
-    """Return how far the client's optimiser moves weights that see these gradients.
+    """Return the displacement of weights by the client's optimiser under given gradients.
 
     Parameters
     ----------
@@ -242,7 +242,7 @@ def displacement(gradients: Sequence[Tensor], start: Tensor, training: LocalTrai
     Returns
     -------
     Tensor, shape (...)
-        The weights after, less those before.
+        The weights after minus those before.
     """
     before = start.expand_as(gradients[0])
     weights = nn.Parameter(before.clone())
@@ -321,15 +321,14 @@ def _dlf(head: _Head) -> Tensor:
 class _Search:
     """Labels by local step whose simulated displacement of the last layer is the observed one.
 
-    The gradient that class c sees in a step is ``mean_i p_ic h_i - sum_{y_i = c}
-    h_i / B`` for last hidden activations h with a one beside them for the bias. Given p
-    it depends on the class's own counts alone, so a class's displacement can be
-    simulated for any course of its counts, on batches of random images in place
-    of the private ones. They give every coordinate a distribution, and the
-    course a likelihood of the displacement that was observed. Courses of all
-    classes, whose counts sum to B in each step, are searched by annealing: a
-    move gives one image of one step another label. Between sweeps p is
-    simulated anew with the labels found.
+    The gradient of class c in a step is ``mean_i p_ic h_i - sum_{y_i = c} h_i / B`` for
+    last hidden activations h, with a one appended for the bias. Given p it depends on the
+    class's own counts alone. So a class's displacement can be simulated for any sequence
+    of its counts over the steps, on batches of random images in place of the private
+    ones. They give every coordinate a distribution, and the sequence a likelihood of the
+    observed displacement. Sequences of all classes, whose counts sum to B in each step,
+    are searched by annealing: one change gives one image of one step another label.
+    Between sweeps p is simulated again with the labels found.
     """
 
     def __init__(self, head: _Head, observation: Observation, knowledge: Knowledge) -> None:
@@ -371,16 +370,17 @@ class _Search:
             self.likelihoods = {}
             gains = torch.stack([self._gains(counts, c) for c in range(classes)])
             temperature = _HOT * (1 - sweep / (_SWEEPS - 1))
-            for _ in range(_MOVES):
+            for _ in range(_CHANGES):
                 # Class a loses an image of a batch to class b: (a, b, batch).
-                moves = gains[:, None, :, 0] + gains[None, :, :, 1]
-                moves[range(classes), range(classes)] = 0.0  # to stay
+                changes = gains[:, None, :, 0] + gains[None, :, :, 1]
+                changes[range(classes), range(classes)] = 0.0  # no change
                 if temperature:
-                    chances = (moves.flatten() / temperature).softmax(0)
-                    move = int(torch.multinomial(chances, 1, generator=self.generator))
+                    chances = (changes.flatten() / temperature).softmax(0)
+                    change = int(torch.multinomial(chances, 1, generator=self.generator))
                 else:
-                    move = int(moves.argmax())
-                a, b, batch = (int(i) for i in torch.unravel_index(torch.tensor(move), moves.shape))
+                    change = int(changes.argmax())
+                index = torch.unravel_index(torch.tensor(change), changes.shape)
+                a, b, batch = (int(i) for i in index)
                 if a == b:
                     if temperature:
                         continue
@@ -389,8 +389,9 @@ class _Search:
                 counts[batch, b] += 1
                 for c in (a, b):
                     gains[c] = self._gains(counts, c)
-        courses = [tuple(course) for course in counts.T.tolist()]
-        return sum(self.likelihoods[c, course] for c, course in enumerate(courses)), counts
+        sequences = [tuple(sequence) for sequence in counts.T.tolist()]
+        total = sum(self.likelihoods[c, sequence] for c, sequence in enumerate(sequences))
+        return total, counts
 
     def _random_labels(self, size: int) -> Tensor:
         labels = torch.randint(len(self.head.before), (size,), generator=self.generator)
@@ -399,9 +400,9 @@ class _Search:
     def _features(self) -> list[Tensor]:
         """Return the layer's inputs on random images at each step, each shape (n, d).
 
-        On the way from w0 to w1 they point as the client's do but fall short of
-        them (Adam's first step multiplies the activations), so each step takes
-        its size from a client simulated on random images and labels.
+        Between w0 and w1 their direction is about the client's, but they are too short,
+        since Adam's first step multiplies the activations. So each step takes its size
+        from a client simulated on random images and labels.
         """
         steps = len(self.batch_of)
         features = []
@@ -432,10 +433,10 @@ class _Search:
         return means
 
     def _columns(self) -> Tensor:
-        """Return the inputs to compare: a part of those that any class moved, and the bias."""
+        """Return the inputs to compare: some of those whose weights changed, and the bias."""
         hidden = self.seen.shape[1] - self.bias
-        moved = (self.seen[:, :hidden] != 0).any(0).nonzero().flatten().cpu()
-        part = moved[torch.randperm(len(moved), generator=self.generator)[:_MAX_FEATURES]]
+        changed = (self.seen[:, :hidden] != 0).any(0).nonzero().flatten().cpu()
+        part = changed[torch.randperm(len(changed), generator=self.generator)[:_MAX_FEATURES]]
         bias = torch.arange(hidden, self.seen.shape[1])
         return torch.cat([part, bias]).to(self.seen.device)
 
@@ -460,17 +461,19 @@ class _Search:
         return torch.stack(means)
 
     def _gains(self, counts: Tensor, c: int) -> Tensor:
-        """Return what a class gains in log likelihood by one image less or more.
+        """Return the change of a class's log likelihood by one image less or more.
 
-        Shape (batches, 2); -inf where there would be less than none or more than B.
+        Shape (batches, 2); -inf where the count would be below 0 or above B.
         """
-        course = counts[:, c].tolist()
-        changed: list[tuple[int, ...]] = [tuple(course)]
+        sequence = counts[:, c].tolist()
+        changed: list[tuple[int, ...]] = [tuple(sequence)]
         places = []
         for batch, size in enumerate(self.sizes):
             for place, change in enumerate((-1, 1)):
-                if 0 <= course[batch] + change <= size:
-                    changed.append((*course[:batch], course[batch] + change, *course[batch + 1 :]))
+                if 0 <= sequence[batch] + change <= size:
+                    other = [*sequence]
+                    other[batch] += change
+                    changed.append(tuple(other))
                     places.append((batch, place))
         self._extend(c, [one for one in changed if (c, one) not in self.likelihoods])
         values = [self.likelihoods[c, one] for one in changed]
@@ -479,22 +482,22 @@ class _Search:
             gains[batch, place] = value - values[0]
         return gains
 
-    def _extend(self, c: int, courses: list[tuple[int, ...]]) -> None:
-        """Find the log likelihoods of a class's courses of counts.
+    def _extend(self, c: int, sequences: list[tuple[int, ...]]) -> None:
+        """Compute the log likelihoods of a class's sequences of counts.
 
-        By coordinate a kernel density over the sampled displacements, and for
-        the course the multinomial's ``-log n!``.
+        By coordinate a kernel density over the sampled displacements, and for the
+        sequence the multinomial's ``-log n!``.
         """
-        if not courses:
+        if not sequences:
             return
-        table = torch.tensor(courses)
+        table = torch.tensor(sequences)
         gradients = []
         for step, batch in enumerate(self.batch_of):
             sums = self.sums[step]
             p = self.p[step, c] * torch.exp(self.spread[step] * self.noise[step])
             gradients.append(p * sums[-1] - sums[table[:, batch].to(sums.device)])
         start = self.head.before[c, self.columns]
-        simulated = displacement(gradients, start, self.training)  # (courses, samples, d)
+        simulated = displacement(gradients, start, self.training)  # (sequences, samples, d)
         error = (simulated - self.seen[c, self.columns]).square()
         hidden = error.shape[-1] - self.bias
         rms = self.seen[:, self.columns].square().mean(0).sqrt()
@@ -506,11 +509,11 @@ class _Search:
         if self.bias:
             total += _density(error[..., hidden:], _BIAS_WIDTH * rms[hidden:], _BIAS_FLOOR).sum(1)
         total = total.cpu() - torch.lgamma(table + 1.0).sum(1)
-        for course, value in zip(courses, total.tolist(), strict=True):
-            self.likelihoods[c, course] = value
+        for sequence, value in zip(sequences, total.tolist(), strict=True):
+            self.likelihoods[c, sequence] = value
 
 
 def _density(error: Tensor, width: Tensor, floor: float) -> Tensor:
-    """Return the log of a Gaussian kernel's mean over samples, shape (courses, d)."""
+    """Return the log of a Gaussian kernel's mean over samples, shape (sequences, d)."""
     density = torch.logsumexp(-error / (2 * width.square()), 1) - math.log(error.shape[1])
     return torch.logaddexp(density, density.new_tensor(floor))

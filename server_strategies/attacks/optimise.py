@@ -16,8 +16,8 @@ from server_strategies.attacks.matching.base import MatchingObjective
 Prior = Callable[[Tensor, float], Tensor]
 """Penalty, shape (), of images in [0, 1] (N, C, H, W) at a progress in [0, 1]."""
 
-_NEAR = 0.01  # of the learning rate, where the start is a solution that first steps would leave
-_LOOK = 3  # iterations from one look whether two images are in each other's place to the next
+_NEAR = 0.01  # share of the learning rate where the start is nearly a solution already
+_LOOK = 3  # iterations from one trial of a reassignment to the next
 _AS_GOOD = 0.05  # share by which a reassignment may raise the loss, at the start
 
 
@@ -90,10 +90,10 @@ def optimise(
 
     Adam on normalised pixels from N(0, I), or from the matching's start, near
     which it stays, boxed to those of images in [0, 1] after every step, with the
-    matching's own unknowns beside them, boxed to theirs. Now and then two images
-    that the matching says may have been found in each other's local step change it, if
-    the loss is then as low. The result is the matching's reading of the
-    last iterate: nothing is chosen by its likeness to the truth.
+    matching's own unknowns optimised jointly and boxed to theirs. Every few iterations
+    two images that may be assigned to each other's local step are swapped, if the loss
+    is then as low. The result is what the matching makes of the last iterate: nothing
+    is chosen by its likeness to the ground truth.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def optimise(
     generator = torch.Generator(device).manual_seed(budget.seed)
     start = objective.start
     if start is None or decode:
-        shape = (objective.copies * observation.num_examples, *knowledge.image_shape)
+        shape = (objective.candidates * observation.num_examples, *knowledge.image_shape)
         start = torch.randn(shape, generator=generator, device=device)
     else:
         lr = _NEAR * lr
@@ -141,7 +141,7 @@ def optimise(
             x = decode(variable) if decode else variable
             matching = objective(x, progress)
             matched = sum((term(x * std + mean, progress) for term in parts.terms), start=matching)
-            # Gradient rows are matched without what a model draws behind them: a slope of zero.
+            # Fingerprints do not depend on the noise of layers after theirs: its gradient is zero.
             slope, *slopes = torch.autograd.grad(
                 matched, [x, *unknowns], allow_unused=True, materialize_grads=True
             )

@@ -1,1 +1,1 @@
-"""What an attack believes of images."""
+"""Image priors: what an attack assumes of images before it has seen an update."""

@@ -1,8 +1,7 @@
 """A training's checkpoint: a folder of small files, written whole or not at all.
 
-Tensors lie in safetensors shards below 16 MB, so that a checkpoint can be moved
-to another machine where large files can't; everything else is one JSON file.
-Nothing is pickled.
+Tensors are in safetensors shards below 16 MB, so that a checkpoint can be moved even
+where large files can't. Everything else is one JSON file. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ SHARD_BYTES = 15_000_000  # of tensors; their names come on top
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write ``folder/checkpoint``, in place of the one that is there.
+    """Write ``folder/checkpoint``, and replace an older one.
 
     A killed call leaves the old checkpoint or the new one to `load_checkpoint`.
 
@@ -76,13 +75,13 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"the checkpoint {path} can't be resumed: {error}. Copy all of its files again, "
-            "or choose another folder to start anew"
+            "or choose another folder to start again"
         ) from error
     return tensors, facts
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    """Return where a checkpoint lies, and where it lies while a newer one takes its place."""
+    """Return the path of a checkpoint, and its path while a newer one replaces it."""
     return folder / "checkpoint", folder / ".checkpoint.old"
 
 

@@ -1,4 +1,4 @@
-"""The flow-matching prior: the belief that an image is one of nature's.
+"""The flow-matching prior: a generative image prior, learned from natural images.
 
 Straight paths x_t = t x1 + (1 - t) x0 from noise x0 ~ N(0, I) to images x1 in
 [-1, 1]; the network v(x_t, t) regresses x1 - x0 (the paper, eq. 2 and 3), so
@@ -21,7 +21,7 @@ from server_strategies.priors.tiles import Tiled
 
 MODES = ("denoiser", "velocity")
 _AT_ONCE = 128  # images in one call of the network; only bounds the memory
-TRAINED_SIZE = 32  # of weights whose metadata do not say; all that were made before they did
+TRAINED_SIZE = 32  # image size of weights whose metadata lack it, as older files do
 
 
 def shipped_weights(name: str) -> Path:
@@ -157,10 +157,10 @@ def generate(network: nn.Module, noise: Tensor, steps: int) -> Tensor:
 
 
 def fit(x: Tensor, multiple: int) -> Tensor:
-    """Return images as a velocity network takes them: three channels, sides that fit.
+    """Return images in the shape that a velocity network takes: three channels, sides that fit.
 
-    A grey image is repeated over the channels. Height and width grow to the next
-    multiples by reflection at the edges, as much on either side as can be.
+    A greyscale image is repeated over the channels. Height and width grow to the next
+    multiples by reflection at the edges, equally on both sides or nearly so.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def fit(x: Tensor, multiple: int) -> Tensor:
 
 
 def unfit(fitted: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Return the part of `fit`'s result that is the image, a grey one as the channels' mean.
+    """Return the part of `fit`'s result that is the image; of a greyscale one the channels' mean.
 
     Parameters
     ----------
@@ -212,20 +212,20 @@ def unfit(fitted: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 class FlowPrior:
-    """A penalty that pulls images towards the data manifold.
+    """A penalty on the distance of images from the manifold of natural images.
 
     ``denoiser``: ``weight mean|x - D(t x + (1 - t) e, t)|^2`` with fresh noise e
     and D held constant, so that nothing is back-propagated through the network
     (Romano et al., 2017, RED; Poole et al., 2023, score distillation).
     ``velocity``: ``weight mean|v(x, t)|^2``, back-propagated (the paper, eq. 17).
 
-    A grey image is repeated over the three channels and D averaged over them, so
-    that it is pulled by the mean of their pulls. Where a side does not fit the
-    network the image is reflected at its edges (`fit`), and what is outside pulls
-    at nothing. Larger images than the network was trained on it takes as a whole,
-    being convolutional, or in tiles (`Tiled`).
+    A greyscale image is repeated over the three channels, and D is averaged over them,
+    so that its gradient is the mean of theirs. Where a side does not fit the network,
+    the image is padded by reflection (`fit`), and the padding does not enter the
+    penalty. Images larger than those of the training are denoised as a whole, since the
+    network is convolutional, or in tiles (`Tiled`).
 
-    It counts its calls and holds D between them: one prior serves one attack.
+    An instance counts its calls and keeps D between them: it serves one attack.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ class FlowPrior:
         Draws e, on the images' device.
     every : int
         In `denoiser` mode the network runs in every m-th call only, the first
-        among them; D is held in between, and still pulls. 1 or more.
+        among them; in between the penalty uses the last D. 1 or more.
     draws : int
         In `denoiser` mode D is the mean over that many draws of e. 1 or more.
     polish : float
@@ -252,8 +252,8 @@ class FlowPrior:
     Raises
     ------
     ValueError
-        If an argument has no such value, or `every` or `draws` is above 1 in
-        `velocity` mode, which holds nothing and draws no noise.
+        If an argument is out of range, or `every` or `draws` is above 1 in `velocity`
+        mode, which keeps no D and draws no noise.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Group consistency: reconstructions from several starts are of one image."""
+"""Group consistency: an image prior that reconstructions of all restarts are of one image."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 
 class GroupConsistency:
-    """``weight mean|x_s - c|^2`` over the starts s, c their consensus (Yin et al., 2021).
+    """``weight mean|x_s - c|^2`` over the restarts s, c their consensus (Yin et al., 2021).
 
-    The consensus is held constant. It is the mean of the starts' images; in the
-    second half of an attack the images are registered to that mean before, by
-    shifts of whole pixels (phase cross-correlation, on the host), and averaged
-    again. The authors register by optical flow.
+    The consensus is held constant. It is the mean over the restarts. In the second half
+    of an attack the images are first registered to that mean, by shifts of whole pixels
+    (phase cross-correlation, on the host), and then averaged again. The authors register
+    by optical flow.
 
     Parameters
     ----------
     weight : float
     restarts : int
-        Starts, S.
+        S.
     every : int
         Iterations after which the registered consensus is renewed.
     """
@@ -42,7 +42,7 @@ class GroupConsistency:
 
 
 def register(group: Tensor, reference: Tensor) -> Tensor:
-    """Return images shifted, cyclically and by whole pixels, to where a reference has them.
+    """Return images registered to a reference, by cyclic shifts of whole pixels.
 
     Parameters
     ----------

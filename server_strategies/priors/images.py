@@ -98,7 +98,7 @@ def _dataset(location: str) -> Iterator[tuple[BytesIO | str, str]]:
 
     `location` is a folder or a name on the hub.
     """
-    import datasets  # three seconds, which no other user of priors has to wait
+    import datasets  # slow to import, and no other user of priors needs it
 
     try:
         loaded = datasets.load_dataset(location, split="train")

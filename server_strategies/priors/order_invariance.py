@@ -1,4 +1,4 @@
-"""Invariance to the order of images: the belief that every pass takes the same ones."""
+"""Invariance to the order of images: a prior that every pass takes the same ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 class OrderInvariance:
     """``weight mean over pairs of passes of mean|s(x_a) - s(x_b)|^2`` (Dimitrov et al., 2022).
 
-    s is the mean over a pass's images, in whatever order, of what one random 3x3
-    convolution to 96 channels makes of them.
+    s is the mean over a pass's images, in whatever order, of the outputs of one random
+    3x3 convolution to 96 channels.
 
     Parameters
     ----------

@@ -14,5 +14,5 @@ def compact(device: torch.device | str = "cpu") -> nn.Module:
 
 
 def unet64(device: torch.device | str = "cpu") -> nn.Module:
-    """Return the paper's network: denoises better at nine times the work, so for a GPU."""
+    """Return the paper's network, for a GPU: it denoises better, at nine times the work."""
     return load_weights(shipped_weights("unet64"), device)

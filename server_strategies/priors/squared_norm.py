@@ -1,4 +1,4 @@
-"""The squared norm: the belief that pixels are near the data set's mean."""
+"""The squared norm: an image prior that pixels are near the data set's mean."""
 
 from __future__ import annotations
 

@@ -28,9 +28,8 @@ def tile_starts(extent: int, size: int, shift: int) -> list[int]:
 class Tiled(nn.Module):
     """Average a network's velocity over tiles of the size that it was trained on.
 
-    The tiles overlap by half and are displaced at random in every call, so that
-    their seams lie nowhere for long. The denoiser D is affine in v, so averaging v
-    averages D.
+    The tiles overlap by half and are displaced at random in every call, so that no seam
+    stays at one place. The denoiser D is affine in v, so averaging v averages D.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Total variation: the belief that neighbouring pixels are alike."""
+"""Total variation: an image prior that neighbouring pixels are alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TotalVariation:
-    """``weight (mean|dx|^p + mean|dy|^p) / 2`` on normalised pixels; with p = 1 as SME has it.
+    """``weight (mean|dx|^p + mean|dy|^p) / 2`` on normalised pixels; p = 1 as in SME.
 
     Attributes
     ----------

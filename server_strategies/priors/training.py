@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,64 +22,11 @@ from fl_app.util.progress import progress_bar
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
 from server_strategies.priors.flow import find_weights, generate, load_flow
 from server_strategies.priors.networks import check_shape, create_network
+from server_strategies.priors.settings import TrainingSettings
 
 VALIDATION_TIMES = (0.2, 0.5, 0.8, 0.9, 0.95)
 GRID = 6  # rows and columns of a grid of samples
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How a flow prior is trained.
-
-    Attributes
-    ----------
-    network : str
-        A name in `networks.NETWORKS`.
-    images : int
-        Images to see in all; the learning rate falls by cosine towards it.
-    minutes : float
-        Training stops after so many minutes, over all resumptions, with its
-        learning rate fallen as far as by `images`. 0: no limit.
-    batch_size : int
-        Images a step.
-    learning_rate : float
-        Peak rate of AdamW, reached after `warmup` steps.
-    warmup : int
-        Steps of linear warm-up.
-    ema : float
-        Decay of the exponential moving average of the weights.
-    focus : float
-        Share of the flow times drawn from [0.6, 1], where attacks use the
-        network; the others come from [0, 0.6].
-    seed : int
-    start : str
-        Weights to begin with, as `find_weights` takes them; "": at random.
-    """
-
-    network: str = "compact"
-    images: int = 1_500_000
-    minutes: float = 0.0
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup: int = 300
-    ema: float = 0.999
-    focus: float = 0.8
-    seed: int = 0
-    start: str = ""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("images", 1, math.inf),
-            ("minutes", 0, math.inf),
-            ("batch_size", 1, math.inf),
-            ("learning_rate", 0, 1),
-            ("ema", 0, 1),
-            ("focus", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; allowed: {low} to {high}")
 
 
 def draw_times(count: int, focus: float, generator: torch.Generator) -> Tensor:
@@ -238,7 +185,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.steps += 1
-        # A young average forgets faster, or it would remember the start.
+        # Early averages decay faster, so that they do not keep the initial weights.
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
         get_ema_multi_avg_fn(decay)([*self.average.values()], [*self.weights.values()], 0)
         loss = loss.detach().float()
@@ -341,7 +288,7 @@ class Trainer:
         save_checkpoint(self.folder, tensors, facts)
 
     def _created(self) -> nn.Module:
-        """Return the network as the training begins; `began` says with what, for the card."""
+        """Return the network to begin with, and set `began`, its description for the card."""
         network, start = create_network(self.settings.network), self.settings.start
         self.began = "random weights"
         if start:
@@ -364,13 +311,13 @@ class Trainer:
             return
         tensors, facts = found
         for name in ("network", "seed", "batch_size", "start"):
-            # What a checkpoint does not name was not yet to be chosen.
+            # Settings that an older checkpoint lacks had their default then.
             before = facts["settings"].get(name, getattr(TrainingSettings, name))
             now = getattr(self.settings, name)
             if before != now:
                 raise ValueError(
                     f"the checkpoint in {self.folder} was trained with {name}={before}, not {now}; "
-                    "choose another folder to start anew"
+                    "choose another folder to start again"
                 )
         self.network.load_state_dict({k: tensors[f"network/{k}"] for k in self.average})
         for name, value in self.average.items():

@@ -90,12 +90,12 @@ def test_clipping_by_value_and_by_norm() -> None:
     assert distortion(UPDATE, loose) == 0
 
 
-def test_sparsifying_drops_the_smallest_of_what_moved() -> None:
+def test_sparsifying_drops_the_smallest_nonzero_coordinates() -> None:
     before = flat(UPDATE)
-    moved = int(before.count_nonzero())
-    assert moved < len(before)  # some coordinates never move: a share of all would do nothing
+    nonzero = int(before.count_nonzero())
+    assert nonzero < len(before)  # a share of all coordinates would set no others to zero
     sent = flat(defend(UPDATE, Defense(sparsify=0.3), generator()))
-    assert int(sent.count_nonzero()) == moved - math.floor(0.3 * moved)
+    assert int(sent.count_nonzero()) == nonzero - math.floor(0.3 * nonzero)
     assert torch.equal(sent[sent != 0], before[sent != 0])
     assert before[(sent == 0) & (before != 0)].abs().max() <= sent[sent != 0].abs().min()
 
@@ -110,7 +110,7 @@ def test_noise_has_its_distribution(kind: str, relative: bool) -> None:
     n = len(noise)
     assert abs(noise.mean()) < 5 * sigma / math.sqrt(n)
     assert noise.std() == pytest.approx(sigma, rel=0.02)
-    kurtosis = {"gaussian": 3.0, "laplace": 6.0}[kind]  # tells the one from the other
+    kurtosis = {"gaussian": 3.0, "laplace": 6.0}[kind]  # distinguishes the two
     assert ((noise / sigma) ** 4).mean() == pytest.approx(kurtosis, rel=0.15)
 
 
@@ -221,7 +221,7 @@ def test_epsilon_falls_with_noise_and_grows_with_rounds() -> None:
     assert epsilon(Defense(dp_clip=1.0, dp_noise=3.0), once, 100, 1) <= known
 
 
-def test_soteria_prunes_what_tells_most_of_the_image() -> None:
+def test_soteria_prunes_the_entries_that_reveal_most_of_the_image() -> None:
     model = create_model("mlp", 10, (3, 4, 4), seed=0)
     x = torch.rand((1, 3, 4, 4), requires_grad=True)
     r = model.features(x)  # type: ignore[operator]
@@ -336,7 +336,7 @@ def test_a_machine_may_keep_the_noises_seed_to_itself() -> None:
         "config": ConfigRecord({"server-round": 1}),
     }
     message = Message(RecordDict(content), dst_node_id=7, message_type="train")  # type: ignore
-    # Relative noise of an update that did not move would be none.
+    # Relative noise of a zero update would be none.
     noisy = {"defense": "gaussian", "overrides": "defense.relative=false"}
     noises = []
     for own in ({}, {"noise-seed": 0}, {"noise-seed": 12}, {"noise-seed": "x"}):
@@ -468,12 +468,12 @@ def run_with(folder: Path, name: str, defense: str, psnr: float, accuracy: float
 def test_advice_says_what_a_defence_bought_and_cost(tmp_path: Path) -> None:
     run = run_with(tmp_path, "noisy", "gaussian", 14.5, 0.38)
     alone = defense_advice(run)
-    assert "14.5 dB, 2.5 dB above a grey image (12.0 dB). No undefended run" in alone
+    assert "14.5 dB, 2.5 dB above the mean colour (12.0 dB). No undefended run" in alone
     plain = run_with(tmp_path, "plain", "none", 21.0, 0.4)
     assert defense_advice(plain) == ""
     assert defense_advice(run) == (
         "Defence noise=gaussian sigma=1 relative=true (known to the attacker): mean PSNR 14.5 dB, "
-        "undefended 21.0 dB (run plain), a grey image 12.0 dB: it bought 6.5 dB; "
+        "undefended 21.0 dB (run plain), the mean colour 12.0 dB: it bought 6.5 dB; "
         "it cost 2.0 points of accuracy (38.0% for 40.0%)."
     )
     useless = run_with(tmp_path, "clipped", "clip", 21.0, 0.41)

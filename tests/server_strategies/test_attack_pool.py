@@ -1,4 +1,4 @@
-"""The attack pool with real Ray actors and a runner that does as it is told."""
+"""The attack pool with real Ray actors and a runner that fails on request."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from helpers.attacks import pretended
 from rich.console import Console
 
 from fl_app.config import AttackConfig, ConfigError, PoolConfig, PriorConfig
@@ -34,23 +35,12 @@ def obedient(
         tries.write(f"{os.getpid()}\n")
     order = attack.options["order"]
     if order == "raise" or (order == "raise once" and first):
-        raise RuntimeError("told to raise\nand more")
+        raise RuntimeError("asked to raise\nand more")
     if order == "refuse":
         raise ConfigError("lr is -1; allowed: above 0")
     if order == "die" or (order == "die once" and first):
         os._exit(1)
-    return Reconstruction(
-        attack=attack.name,
-        matching="none",
-        images=observation.w1["x"],
-        labels=(0,),
-        losses=(0.5,),
-        iterations=1,
-        seconds=0.0,
-        peak_memory=0,
-        flops=0,
-        stop_reason="told so",
-    )
+    return pretended(observation, attack)
 
 
 def job(folder: Path, order: str, round_: int) -> Job:
@@ -94,7 +84,7 @@ def test_every_job_gets_one_outcome_whatever_happens_to_its_worker(tmp_path: Pat
         pool.drain(Console(file=shown, force_terminal=True))
 
     assert results == pytest.approx({1: 0.1, 3: 0.3, 5: 0.5})
-    assert errors[2] == "RuntimeError: told to raise"
+    assert errors[2] == "RuntimeError: asked to raise"
     assert errors[4].startswith("ActorDiedError")
     assert "no space left" in errors[6]
     assert errors[7] == "ConfigError: lr is -1; allowed: above 0"

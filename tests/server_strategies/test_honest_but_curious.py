@@ -136,7 +136,7 @@ def test_training_repeats_to_the_bit(training: LocalTraining) -> None:
     assert len({local_seed(0, 1, 2), local_seed(0, 2, 1), local_seed(1, 1, 2)}) == 3
 
 
-def test_evaluation_counts_by_hand() -> None:
+def test_evaluation_is_its_formula() -> None:
     class Brightness(nn.Module):
         def __init__(self) -> None:
             super().__init__()

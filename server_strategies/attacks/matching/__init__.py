@@ -1,25 +1,29 @@
-"""How an update follows from data: what an attack compares with what it saw."""
+"""Update matching: how far the update that candidate images cause is from the observed one.
+
+An attack optimises candidate images so that a differentiable simulation of the
+client's local training reproduces the observed update, regularised by an image prior.
+Here are the simulations, `OBJECTIVES`, and the choice among them, `choose`.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import nn
 
 from fl_app.models import clients_model
 from fl_app.protocol import Knowledge, Observation
-from server_strategies.attacks.matching.adam.decode import Decoded, legible_fingerprints
-from server_strategies.attacks.matching.adam.one_step import EpsInversion, GradientMatch, SignMatch
-from server_strategies.attacks.matching.base import MatchingObjective
+from server_strategies.attacks.matching.adam.decode import Decoded, usable_fingerprints
+from server_strategies.attacks.matching.adam.one_step import EpsInversion, SignMatch
+from server_strategies.attacks.matching.base import MatchingObjective, Setting
 from server_strategies.attacks.matching.defended import hidden_size
 from server_strategies.attacks.matching.distance import DISTANCES
+from server_strategies.attacks.matching.gradient_match import GradientMatch
 from server_strategies.attacks.matching.passes import Passes
 from server_strategies.attacks.matching.relu_smoothing import RELU_SMOOTHING, smooth_relu
 from server_strategies.attacks.matching.summed import Summed
 from server_strategies.attacks.matching.surrogate import Surrogate
 from server_strategies.attacks.matching.trajectory import Trajectory
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, type[MatchingObjective]] = {
     kind.name: kind
     for kind in (
         Surrogate,
@@ -36,8 +40,9 @@ OBJECTIVES = {
 _OWN_DISTANCE = (Surrogate.name, SignMatch.name)
 
 ENOUGH_ROWS = 4
-"""Rows of fingerprints a step of the first pass, below which the trajectory alone finds more: with
-1.2 it found 20.5 dB for 12.9, with 6.8 only 21.3 for 23.0 (sparsified updates, Adam, K=5, B=1)."""
+"""Gradient rows that decoding needs, by local step of the first pass. With fewer the trajectory
+alone has the higher PSNR: 20.5 dB to 12.9 with 1.2 rows, but 21.3 to 23.0 with 6.8 (sparsified
+updates, Adam, K=5, B=1)."""
 
 
 def matching_objective(
@@ -49,32 +54,32 @@ def matching_objective(
     distance: str = "cosine",
     relu_smoothing: float | None = 0.0,
 ) -> MatchingObjective:
-    """Return an objective of an observation.
+    """Return the matching objective of an observation.
 
     Parameters
     ----------
     kind : str
-        ``auto``, which chooses by what is known of the client, see `choose`, or a
-        name in `OBJECTIVES`.
+        A name in `OBJECTIVES`, or ``auto``: chosen from the knowledge and the update,
+        see `choose`.
     observation : Observation
     knowledge : Knowledge
         With the client's training, see `infer`.
     device : str
         The torch device to work on.
     alpha : float, optional
-        Where a surrogate starts, see `Surrogate`.
+        Initial position of a surrogate, see `Surrogate`.
     distance : {"auto", "cosine", "squared", "layered", "decaying", "even"}
-        See `explain.distance`. ``auto``: `squared` of a client with SGD, whose moves'
-        length tells of the images too, `cosine` of others. `surrogate` and `sign` have
-        one of their own. With ``auto`` as `kind` a smoothed simulation is always
-        compared by the cosine: a smoothed Adam moves less than the client's, so that a
-        distance which sees lengths is least where images make up for that, not at the
-        client's.
+        See `matching.distance`. ``auto``: `squared` for SGD, where the length of the
+        update depends on the images too, `cosine` for other optimisers. `surrogate`
+        and `sign` have a distance of their own. With ``auto`` as `kind`, a smoothed
+        simulation is always compared by the cosine: steps of a smoothed Adam are
+        shorter than the client's, and a distance that sees lengths would be least at
+        images that compensate for it, not at the client's.
     relu_smoothing : float, optional
-        Of the slope that the gates of ReLU have in second derivatives, see
-        `smooth_relu`; 0: none, as autograd has it. None: `RELU_SMOOTHING`, but none
-        where Adam is smoothed: its steps are largest where gradients are least, at
-        units that are closed, and the slope leads the search there.
+        Width of the surrogate gradient for ReLU's second derivative, see
+        `smooth_relu`; 0: none, as in autograd. None: `RELU_SMOOTHING`, but 0 where
+        Adam is smoothed. Adam's steps are largest where gradients are smallest, at
+        inactive units, and there the surrogate gradient misleads the search.
 
     Raises
     ------
@@ -82,18 +87,8 @@ def matching_objective(
         If `kind` or `distance` is unknown, `kind` does not fit the update or the
         distance, `relu_smoothing` is negative, or there are not as many labels as examples.
     """
-    if distance not in ("auto", *DISTANCES):
-        raise ValueError(f"distance is {distance!r}; allowed: auto, {', '.join(DISTANCES)}")
-    own = () if distance in ("auto", "cosine") else _OWN_DISTANCE
-    allowed = [name for name in ("auto", *OBJECTIVES) if name not in own]
-    if kind not in allowed:
-        raise ValueError(f"matching is {kind!r}; allowed: {', '.join(allowed)}")
+    _check(kind, distance, observation, knowledge)
     model = clients_model(knowledge, observation.w0).to(device)
-    labels = knowledge.labels
-    if labels is not None and len(labels) != observation.num_examples:
-        raise ValueError(
-            f"{len(labels)} labels for {observation.num_examples} examples; allowed: one each"
-        )
     reason = "asked for"
     if kind == "auto":
         kind, reason = choose(model, observation, knowledge)
@@ -108,16 +103,30 @@ def matching_objective(
         relu_smoothing = 0.0 if _smooths(kind, knowledge) else RELU_SMOOTHING
     if relu_smoothing:
         smooth_relu(model, relu_smoothing)
-    options: dict[str, Any] = {"distance": DISTANCES[distance]}
-    if kind == Surrogate.name:
-        options = {"alpha": alpha}
-    objective = OBJECTIVES[kind](model, observation, knowledge, f"{kind}: {reason}", **options)
+    reason = f"{kind}: {reason}"
+    setting = Setting(model, observation, knowledge, reason, DISTANCES[distance])
+    objective = Surrogate(setting, alpha) if kind == Surrogate.name else OBJECTIVES[kind](setting)
     objective.relu_smoothing = relu_smoothing
     return objective
 
 
+def _check(kind: str, distance: str, observation: Observation, knowledge: Knowledge) -> None:
+    """Raise ValueError for what `matching_objective` does not take."""
+    if distance not in ("auto", *DISTANCES):
+        raise ValueError(f"distance is {distance!r}; allowed: auto, {', '.join(DISTANCES)}")
+    own = () if distance in ("auto", "cosine") else _OWN_DISTANCE
+    allowed = [name for name in ("auto", *OBJECTIVES) if name not in own]
+    if kind not in allowed:
+        raise ValueError(f"matching is {kind!r}; allowed: {', '.join(allowed)}")
+    labels = knowledge.labels
+    if labels is not None and len(labels) != observation.num_examples:
+        raise ValueError(
+            f"{len(labels)} labels for {observation.num_examples} examples; allowed: one each"
+        )
+
+
 def _smooths(kind: str, knowledge: Knowledge) -> bool:
-    """Return whether an objective simulates Adam, which it smooths."""
+    """Return whether an objective simulates Adam, and so smooths it."""
     simulates = issubclass(OBJECTIVES[kind], (Trajectory, Summed))
     return simulates and knowledge.client.optimizer != "sgd"
 
@@ -125,12 +134,12 @@ def _smooths(kind: str, knowledge: Knowledge) -> bool:
 def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
     """Return the objective that suits a client, and why.
 
-    One step: the gradient itself, from SGD exactly, from Adam by its epsilon
-    where the update is clean enough. Several steps: the client's own trajectory,
-    where Adam left fingerprints with their images decoded first. Where later
-    passes take the images in an order that is not known, they are taken in the
-    first's: that is off by far less than other images would be. Where a defence
-    that is known hides the size of moves, nothing of Adam's can be inverted.
+    One step: the gradient itself, exact for SGD; for Adam by its epsilon, where the
+    update is clean enough. Several steps: the client's own trajectory. Where Adam left
+    enough single-step gradient rows ("fingerprints"), their images are decoded first.
+    Later passes whose order is unknown are simulated in the order of the first, which
+    changes the update far less than other images do. Where a known defence hides the
+    size of coordinate updates, Adam's steps can't be inverted.
     """
     training, count = knowledge.client, observation.num_examples
     if knowledge.defense.secagg:
@@ -153,12 +162,12 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     why = f"{steps} steps of {optimizer}, {order}"
     if hidden:
         return "trajectory", f"{why}; no fingerprints: {hidden}"
-    found = legible_fingerprints(model, observation, knowledge)
+    found = usable_fingerprints(model, observation, knowledge)
     if not found or knowledge.labels is None:
         return "trajectory", why
-    told = len({seen.step for seen in found})
-    rows = sum(len(seen.rows) for seen in found)
-    why += f"; {told} of them show {rows} rows of their gradients"
+    read = len({part.step for part in found})
+    rows = sum(len(part.rows) for part in found)
+    why += f"; {rows} rows of the gradients of {read} of them are readable"
     if rows < ENOUGH_ROWS * training.steps_a_pass(count):
         return "trajectory", f"{why}, too few"
     return "fingerprints", why

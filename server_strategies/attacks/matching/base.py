@@ -1,4 +1,4 @@
-"""What every objective of an update has in common."""
+"""What every matching objective has in common."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server_strategies.attacks.matching.distance import CosineDistance, Distance
 
 @dataclass(frozen=True)
 class Unknown:
-    """Something that an attack fits beside the images, such as a surrogate's alpha.
+    """A quantity that an attack optimises jointly with the images, such as a surrogate's alpha.
 
     Attributes
     ----------
@@ -37,10 +37,11 @@ class Unknown:
     prior: Callable[[Tensor], Tensor] | None = None
 
 
-class MatchingObjective(ABC):
-    """A differentiable account of an update, called on candidate images.
+@dataclass(frozen=True)
+class Setting:
+    """What a matching objective is made from.
 
-    Parameters
+    Attributes
     ----------
     model : nn.Module
         As `clients_model` returns it, on the device to work on; its parameters are
@@ -48,44 +49,64 @@ class MatchingObjective(ABC):
     observation : Observation
     knowledge : Knowledge
         With the client's training. Labels in training order; None: their
-        probabilities are fitted beside the images, from all alike.
+        probabilities are optimised jointly with the images, from equal ones.
     reason : str
         Why this objective was chosen.
+    distance : type of Distance
+        What updates are compared by, where the objective has no distance of its own.
+    """
+
+    model: nn.Module
+    observation: Observation
+    knowledge: Knowledge
+    reason: str
+    distance: type[Distance] = CosineDistance
+
+
+class MatchingObjective(ABC):
+    """How far the update that candidate images cause is from the observed one.
+
+    Called on candidate images, and differentiable in them.
+
+    Parameters
+    ----------
+    setting : Setting
 
     Attributes
     ----------
     name : str
     measure : type of Distance
-        What it compares by.
+        What updates are compared by.
     relu_smoothing : float
-        Of the slope that the gates of the model's ReLU have, see `smooth_relu`; 0: none.
+        Width of the surrogate gradient for ReLU's second derivative, see `smooth_relu`;
+        0: none.
     unknowns : list of Unknown
     noise : list of Unknown or None
-        Of each of the model's random layers what it drew for every image of every
-        local step, in their order; None: the attacker is not to know that the
-        layer is a defence, and draws it anew.
+        By random layer of the model, its draws for every image of every local step, in
+        their order. None: the attacker does not know that the layer is a defence, and
+        samples it in every call.
     masks : list of Unknown
         Those of `noise` that are masks of dropout.
-    start : Tensor, shape (copies * N, C, H, W), or None
+    start : Tensor, shape (candidates * N, C, H, W), or None
         Normalised images to start from, where they are known in closed form.
-    copies : int
-        Candidates of each image that are optimised together, all images' first
-        ones before the second.
+    candidates : int
+        Candidates of each image that are optimised jointly, such as those of several
+        restarts. The first candidates of all images come before the second ones.
     restart : float
-        Share of the attack's iterations after which something else is matched, and
-        the optimiser starts anew, as do its learning rates; 0: nowhere.
+        Share of the attack's iterations after which another loss is matched: the
+        optimiser's moments and the learning rates start over. 0: nowhere.
     """
 
     name: str
     measure: type[Distance] = CosineDistance
     relu_smoothing = 0.0
     restart = 0.0
-    copies = 1
+    candidates = 1
 
-    def __init__(
-        self, model: nn.Module, observation: Observation, knowledge: Knowledge, reason: str
-    ) -> None:
-        self.model, self.knowledge, self.reason = model, knowledge, reason
+    def __init__(self, setting: Setting) -> None:
+        model, observation, knowledge = setting.model, setting.observation, setting.knowledge
+        self.model, self.knowledge, self.reason = model, knowledge, setting.reason
+        self.measure = setting.distance
         self.training = knowledge.client
         self.batches = self.training.batches(observation.num_examples)
         like = next(model.parameters())
@@ -110,7 +131,7 @@ class MatchingObjective(ABC):
         found: list[Unknown | None] = []
         for layer in random_layers(self.model):
             defense = self.knowledge.defense
-            # Numbers from N(0, 1) have further to go than masks in [0, 1].
+            # Values of N(0, 1) lie further from their start than masks in [0, 1].
             precode = isinstance(layer, Bottleneck)
             known, lr = (defense.precode, 0.2) if precode else (defense.dropout, 0.05)
             start = like.new_full((rows, layer.size), layer.mean).requires_grad_()
@@ -118,12 +139,12 @@ class MatchingObjective(ABC):
         return found
 
     def noise_of(self, first: int, x: Tensor) -> list[Tensor]:
-        """Return what each random layer draws for a batch, shape (B, size) each.
+        """Return the noise of each random layer for a batch, shape (B, size) each.
 
         Parameters
         ----------
         first : int
-            Images that local steps took before it.
+            Number of images in the local steps before it.
         x : Tensor, shape (B, C, H, W)
         """
         return [
@@ -138,33 +159,33 @@ class MatchingObjective(ABC):
         return self.labels / self.labels.sum(1, keepdim=True).clamp_min(1e-6)
 
     def found_labels(self) -> tuple[int, ...]:
-        """Return the N labels, or the most likely ones."""
+        """Return the N labels, or the most likely ones of the fitted probabilities."""
         labels = self.labels.argmax(1) if self.labels.requires_grad else self.labels
         return tuple(labels.tolist())
 
     def found_images(self, x: Tensor) -> Tensor:
-        """Return the images, (N, C, H, W), that candidates (copies * N, C, H, W) stand for."""
+        """Return the images, (N, C, H, W), that candidates (candidates * N, C, H, W) stand for."""
         return x
 
     def position(self) -> float | None:
-        """Return where between w0 and w1 a surrogate's gradient was taken; None: no surrogate."""
+        """Return where between w0 and w1 a surrogate takes its gradient; None: no surrogate."""
         return None
 
     def at_truth(self, noise: float) -> float:
-        """Return the loss at the true images, by the share of noise in the update's square."""
+        """Return the loss at the ground truth, by the share of noise in the update's square."""
         return self.measure.at_truth(noise)
 
     def reassignments(self) -> list[tuple[int, int]]:
-        """Return the pairs of images that a search may have found in each other's place.
+        """Return the pairs of images that the search may have assigned to each other's local step.
 
-        They explain the update nearly as well there, and no small step leads back.
+        Swapped, they match the update nearly as well, and no small step undoes the swap.
         """
         return []
 
     def pace(self) -> Tensor | None:
-        """Return how far each image moves, shape (copies * N,), in units of the attack's steps.
+        """Return by image the factor of the attack's steps, shape (candidates * N,).
 
-        None: all of them by the whole step.
+        None: 1 for all.
         """
         return None
 
@@ -174,7 +195,7 @@ class MatchingObjective(ABC):
 
         Parameters
         ----------
-        x : Tensor, shape (copies * N, C, H, W)
+        x : Tensor, shape (candidates * N, C, H, W)
             Normalised images.
         progress : float
             Share of the attack's iterations done, in [0, 1].

@@ -1,4 +1,4 @@
-"""Batch statistics: what BatchNorm's running means and variances tell of a client's batches."""
+"""An additional matching term: the statistics of a client's batches, from BatchNorm's buffers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from server_strategies.attacks.matching.distance import LayeredDistance
 class BatchStatistics:
     """``weight sum_l |s_l - S_l| / sum_l |S_l|`` over BatchNorm's means and variances l.
 
-    The term of GradInversion (Yin et al., 2021, eq. 9), relative to what was seen, and
-    with the batches' own statistics S in place of the running ones, see
+    The term of GradInversion (Yin et al., 2021, eq. 9), relative to the observed
+    statistics, and with the batches' own statistics S instead of the running ones, see
     `inferred_statistics`. A candidate's s are taken at weights on the straight line from
-    w0 to w1, step by step, and mixed alike: exact for one step, and nearly so for
-    several of SGD.
+    w0 to w1, step by step, and averaged over the steps as S are: exact for one step,
+    and nearly so for several of SGD.
 
     Parameters
     ----------
@@ -53,12 +53,12 @@ class BatchStatistics:
         self.distance = LayeredDistance([s.to(like) for s in seen])
 
     def __call__(self, images: Tensor, progress: float) -> Tensor:
-        """Return the penalty, shape (), of images in [0, 1], (copies * N, C, H, W)."""
+        """Return the penalty, shape (), of images in [0, 1], (candidates * N, C, H, W)."""
         group = ((images - self.mean) / self.std).unflatten(0, (-1, self.count))
-        return self.weight * torch.stack([self.distance(self.mixed(x)) for x in group]).mean()
+        return self.weight * torch.stack([self.distance(self.averaged(x)) for x in group]).mean()
 
-    def mixed(self, x: Tensor) -> list[Tensor]:
-        """Return the statistics of normalised images (N, C, H, W), mixed over the local steps."""
+    def averaged(self, x: Tensor) -> list[Tensor]:
+        """Return the statistics of normalised images (N, C, H, W), averaged over local steps."""
         steps = len(self.batches)
         each = []
         for step, batch in enumerate(self.batches):
@@ -77,26 +77,26 @@ class BatchStatistics:
 def statistics_of(
     weight: float, observation: Observation, knowledge: Knowledge, device: str = "cpu"
 ) -> list[BatchStatistics]:
-    """Return the term where the client's update tells its batches' statistics; none elsewhere.
+    """Return the term if the client's update holds its batches' statistics, else none.
 
-    Nowhere without BatchNorm, in its evaluation mode, where the client keeps its
-    statistics back, and at weight 0.
+    It does not without BatchNorm, in BatchNorm's evaluation mode, and where the client
+    does not return its statistics. At weight 0 there is no term either.
     """
     training = knowledge.client
     means = [name for name in observation.w0 if name.endswith("running_mean")]
-    told = training.batch_norm == "train" and training.send_buffers
+    returned = training.batch_norm == "train" and training.send_buffers
     changed = any(not torch.equal(observation.w0[n], observation.w1[n]) for n in means)
-    if not weight or not told or not changed:
+    if not weight or not returned or not changed:
         return []
     return [BatchStatistics(weight, observation, knowledge, device)]
 
 
 def step_shares(layer: nn.modules.batchnorm._BatchNorm, steps: int) -> list[float]:
-    """Return what each local step counts in a layer's inferred statistics; they sum to 1.
+    """Return the weight of each local step in a layer's inferred statistics; they sum to 1.
 
     ``m (1 - m)^(K - 1 - k) / (1 - (1 - m)^K)`` for step k of K, with the layer's momentum m.
     """
-    assert layer.momentum is not None  # a mean over all batches: no model here takes it
+    assert layer.momentum is not None  # None, a mean over all batches, occurs in no model here
     kept = 1 - layer.momentum
     return [layer.momentum * kept ** (steps - 1 - k) / (1 - kept**steps) for k in range(steps)]
 
@@ -104,9 +104,9 @@ def step_shares(layer: nn.modules.batchnorm._BatchNorm, steps: int) -> list[floa
 def inferred_statistics(model: nn.Module, observation: Observation, steps: int) -> list[Tensor]:
     """Return the means and variances of the client's batches, by layer: mean, variance, ...
 
-    A step moves a running statistic by ``r' = (1 - m) r + m s`` to the batch's s. So
-    ``(r_K - (1 - m)^K r_0) / (1 - (1 - m)^K)`` is that of the batch for one step, and a
-    mean over the steps, see `step_shares`, for K.
+    A step updates a running statistic r with the batch's s: ``r' = (1 - m) r + m s``. So
+    ``(r_K - (1 - m)^K r_0) / (1 - (1 - m)^K)`` is the batch's for one step, and for K a
+    mean over the steps, see `step_shares`.
 
     Parameters
     ----------

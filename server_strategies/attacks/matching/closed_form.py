@@ -1,4 +1,4 @@
-"""What the gradient of one image gives away by linear algebra, without a search."""
+"""Images that follow from a gradient by linear algebra, without a search."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-_RCOND = 1e-4  # below which directions are rounding, relatively to the strongest
-_ADDS_UP = 0.05  # how far tokens' slopes may be off from the slope of their sum
+_RCOND = 1e-4  # relative singular value below which directions are rounding
+_ADDS_UP = 0.05  # relative tolerance of the tokens' gradients, which sum to the bias's
 
 
 def image_of(
     model: nn.Module, gradient: Mapping[str, Tensor], shape: tuple[int, int, int]
 ) -> Tensor | None:
-    """Return the one image that a gradient holds in closed form, shape (1, C, H, W), if it does.
+    """Return the image that a gradient determines in closed form, shape (1, C, H, W), if it does.
 
-    From a first linear layer, see `linear_inputs`, or from patches that are embedded
-    and given learned positions, see `patch_inputs`.
+    From a first linear layer, see `linear_inputs`, or from embedded patches with learned
+    positions, see `patch_inputs`.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def image_of(
         rows = linear_inputs(gradient[f"{linear}.weight"], gradient[f"{linear}.bias"])
         if rows.shape[1] != math.prod(shape) or not len(rows):
             return None
-        # All rows are the same image; rounding, and what was masked, is left out by the median.
+        # All rows are the same image. The median removes rounding and masked pixels.
         return rows.nanmedian(0).values.nan_to_num().view(1, *shape)
     embedding = patch_embedding(model, shape)
     if embedding is None:
@@ -44,7 +44,7 @@ def image_of(
     height, width = (side // size for side, size in zip(shape[1:], weight.shape[2:], strict=True))
     slopes = gradient[positions][0, -height * width :]
     if bias is not None:
-        # Not so where something stands between the patches and their positions.
+        # Not so if another layer is between the patches and their positions.
         off = (slopes.sum(0) - bias).nan_to_num().norm()
         if off > _ADDS_UP * bias.nan_to_num().norm():
             return None
@@ -56,7 +56,7 @@ def image_of(
 
 
 def linear_inputs(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
-    """Return a linear layer's input as each of its units gives it away.
+    """Return a linear layer's input as it follows from each of its units.
 
     For one image ``dL/dW_i = (dL/db_i) x``, so ``x = dL/dW_i / dL/db_i`` for
     every unit i that it activates (Phong et al., 2018). For several images a row
@@ -77,12 +77,13 @@ def linear_inputs(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
 
 
 def patch_inputs(weight_gradient: Tensor, slopes: Tensor) -> Tensor | None:
-    """Return the patches that were embedded and given learned positions.
+    """Return the patches that were embedded, by the gradient of their learned positions.
 
     A token is ``e_t = W x_t + b + p_t``, so ``dL/dp_t = dL/de_t`` and ``dL/dW = sum_t
     dL/de_t x_t``: as many equations for each pixel of a patch as the embedding is wide,
-    in as many unknowns as there are patches. Least squares. (That positions give
-    tokens away: Lu et al., *APRIL*, 2022, there by the first attention layer.)
+    in as many unknowns as there are patches. They are solved by least squares. That
+    positions reveal tokens is the idea of APRIL (Lu et al., 2022), there by the first
+    attention layer.
 
     Parameters
     ----------
@@ -93,13 +94,13 @@ def patch_inputs(weight_gradient: Tensor, slopes: Tensor) -> Tensor | None:
     Returns
     -------
     Tensor, shape (T, C, P, P), or None
-        None: fewer than T of the D equations are known whole.
+        None: fewer than T of the D equations are completely known.
     """
     rows = weight_gradient.flatten(1)
     known = ~(slopes.isnan().any(0) | rows.isnan().any(1))
     if known.sum() < len(slopes):
         return None
-    # The tokens' slopes are nearly alike, so what tells them apart needs double precision.
+    # The tokens' gradients are nearly equal, so their differences need double precision.
     solver = torch.linalg.pinv(slopes[:, known].T.double(), rtol=_RCOND)
     found = solver @ rows[known].double()
     return found.to(rows).view(len(slopes), *weight_gradient.shape[1:])
@@ -121,8 +122,8 @@ def first_linear(model: nn.Module) -> str | None:
 def patch_embedding(model: nn.Module, shape: tuple[int, int, int]) -> tuple[str, str] | None:
     """Return the names of a model's patch embedding and of its learned positions, if it has both.
 
-    The first convolution, without overlap, and a parameter with a row of its width
-    for each of the image's patches, behind those of a class token.
+    The first convolution, without overlap, and a parameter with a row of its width for
+    each of the image's patches, possibly after one for a class token.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""What a defence leaves known of an update: the set of updates that it turns into the observed one.
+"""The updates that a known defence turns into the observed one.
 
-The distance of a candidate from that set is what speaks against it, not its distance
-from the observed update, which the truth itself does not have. See docs/adaptive.md.
+A candidate is compared with the nearest of them, not with the observed update itself:
+the true update differs from that, too. See docs/adaptive.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fl_app.protocol import Defense
 
-_AT_BOUND = 1e-3  # how near the bound a move counts as clipped, relatively: weights are rounded
-_SMALL = 0.9  # share of a step's move up to which Adam's gradient is at most 9 of its epsilons
+_AT_BOUND = 1e-3  # relative distance from the bound of a clipped coordinate: weights are rounded
+_SMALL = 0.9  # share of a step's coordinate update, up to which Adam's gradient is below 9 epsilons
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Consistent:
     sigma : float
         Standard deviation of the noise in b; 0: none.
     rescale : bool
-        Whether a candidate's length says nothing, so that it takes that of b.
+        Whether the length of candidates is unknown, so that they are scaled to that of b.
     """
 
     seen: Sequence[Tensor]
@@ -44,18 +44,18 @@ class Consistent:
     rescale: bool
 
     def nearest(self, candidate: Sequence[Tensor]) -> list[Tensor]:
-        """Return P(a), the consistent update nearest to a candidate a; noise is not undone."""
+        """Return P(a), the consistent update nearest to a candidate a; noise is not removed."""
         bounds = zip(candidate, self.low, self.high, strict=True)
         return [torch.minimum(torch.maximum(a, low), high) for a, low, high in bounds]
 
     def as_observed(self, candidate: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``b + a - P(a)``: a candidate with all of it that is consistent as observed.
+        """Return ``b + a - P(a)``: a candidate whose consistent part equals the observed update.
 
         Softly: ``P(a) - b`` counts by ``r^2 / (r^2 + s^2)``, with s the standard
         deviation of a uniform number between the bounds, and r the root mean square
-        of ``a - P(a)`` where the tensor's moves are known best. A coordinate is
-        known to s, and until the others are fitted as well it speaks as they do: a
-        flat loss would only be slower to descend. At the truth r is 0.
+        of ``a - P(a)`` where the tensor's coordinates have finite bounds. A coordinate is
+        known up to s. Until the others are fitted to s as well, it counts as they do,
+        because a flat loss would be slower to descend. At the true update r is 0.
 
         Parameters
         ----------
@@ -72,8 +72,8 @@ class Consistent:
         for a, p, b, low, high in zip(
             candidate, nearest, self.seen, self.low, self.high, strict=True
         ):
-            told = (b != 0) & (high - low).isfinite()
-            off = (torch.where(told, a - p, 0).square().sum() / told.sum().clamp_min(1)).detach()
+            sized = (b != 0) & (high - low).isfinite()
+            off = (torch.where(sized, a - p, 0).square().sum() / sized.sum().clamp_min(1)).detach()
             weight = off / (off + (high - low).square() / 12 + 1e-30)
             found.append(b + (a - p) + weight * (p - b))
         return found
@@ -82,29 +82,30 @@ class Consistent:
         """Return where the observed update is the true one, of bool, in the pieces of `seen`."""
         return [low == high for low, high in zip(self.low, self.high, strict=True)]
 
-    def sizes_told(self, move: float) -> list[Tensor]:
-        """Return where Adam's gradient follows from the move, of bool, in the pieces of `seen`.
+    def sizes_known(self, step: float) -> list[Tensor]:
+        """Return where Adam's gradient follows from the update, of bool, in the pieces of `seen`.
 
-        Where the observed move is the true one, or set to zero and too small for a
-        single step's: then the gradient was next to nothing.
+        It does where the observed coordinate is the true one. It also does where the
+        coordinate was set to zero and was smaller than a single step: then the gradient
+        was nearly zero.
 
         Parameters
         ----------
-        move : float
-            That of one step along a gradient far above Adam's epsilon, > 0.
+        step : float
+            Update by one step along a gradient far above Adam's epsilon, > 0.
         """
         small = [
-            (b == 0) & (high < _SMALL * move) for b, high in zip(self.seen, self.high, strict=True)
+            (b == 0) & (high < _SMALL * step) for b, high in zip(self.seen, self.high, strict=True)
         ]
         return [exact | part for exact, part in zip(self.exact(), small, strict=True)]
 
     @cached_property
     def hidden(self) -> bool:
-        """Whether the observed update is not the true one anywhere, but for its length."""
+        """Whether the observed update differs from the true one anywhere, up to its length."""
         return not all(exact.all() for exact in self.exact())
 
     def in_units(self, unit: float, zero: Sequence[Tensor]) -> Consistent:
-        """Return the same of ``u / unit - zero`` in the place of the update u.
+        """Return the same for ``u / unit - zero`` instead of the update u.
 
         Parameters
         ----------
@@ -119,7 +120,7 @@ class Consistent:
         return replace(self, seen=seen, low=low, high=high, sigma=self.sigma / unit)
 
     def _length(self, update: Sequence[Tensor]) -> Tensor:
-        """Return an update's length where b tells the size of a move; 1 where it does nowhere."""
+        """Return an update's length over coordinates whose size b shows; 1 if there are none."""
         squares = [
             torch.where((b != 0) & (high - low).isfinite(), part, 0).square().sum()
             for part, b, low, high in zip(update, self.seen, self.low, self.high, strict=True)
@@ -131,16 +132,16 @@ class Consistent:
 def consistent(
     observed: Sequence[Tensor], defense: Defense, rescale: bool = False
 ) -> Consistent | None:
-    """Return the updates that a defence turns into the observed one; None: only that itself.
+    """Return the updates that a defence turns into the observed one; None: only itself.
 
-    - `clip` by value: a coordinate at the bound says that it is at least that; by
-      norm: an update of that norm says its direction only.
-    - `sparsify`: zero says that the magnitude is at most the least one that was kept.
-    - `quantize`: nothing. Its rounding is small noise that hardly depends on the
-      update; half a step of slack would only make the loss flatter.
-    - `noise`: no bound, as it has none; where it hides what was clipped or set to
-      zero, moves within two sigma of the bound, and as many of the least as the
-      defence sets to zero, count as such.
+    - `clip` by value: a coordinate at the bound was at least that large. By norm: an
+      update of that norm shows its direction only.
+    - `sparsify`: a zero was at most as large as the least coordinate that was kept.
+    - `quantize`: no bounds. Its rounding is small noise that hardly depends on the
+      update, and half a step of tolerance would only make the loss flatter.
+    - `noise`: no bounds, since it has none. It hides which coordinates were clipped or
+      set to zero. Those within two sigma of the bound count as clipped, and as many of
+      the smallest as the defence sets to zero count as zero.
 
     Parameters
     ----------
@@ -148,7 +149,7 @@ def consistent(
         The observed update b or its negative, one tensor a parameter.
     defense : Defense
     rescale : bool
-        Whether candidates are of unknown length.
+        Whether the length of candidates is unknown.
     """
     if not (defense.clip or defense.sparsify or defense.sigma):
         return None
@@ -188,7 +189,7 @@ def noise_sigma(size: Tensor, defense: Defense) -> float:
 
 
 def norm_clipped(size: Tensor, defense: Defense) -> bool:
-    """Say whether the clip of an update's norm scaled it down.
+    """Return whether clipping by norm scaled an update down.
 
     Parameters
     ----------
@@ -198,15 +199,15 @@ def norm_clipped(size: Tensor, defense: Defense) -> bool:
     """
     if not defense.clip or defense.clip_by != "norm":
         return False
-    # Sparsification, noise and quantisation change the norm after the clip, mostly by little.
+    # Sparsification, noise and quantisation change the norm after clipping, mostly a little.
     return bool(size.norm() >= defense.clip * (1 - _AT_BOUND)) or defense.sparsify > 0
 
 
 def hidden_size(update: Sequence[Tensor], defense: Defense) -> str:
-    """Say what keeps an update from telling sizes to the weights' rounding; nothing if it does.
+    """Return what hides the exact size of coordinate updates; empty: nothing does.
 
-    What an inversion of Adam's epsilon needs, and its fingerprints do. A clip by
-    value leaves the sizes below its bound.
+    An inversion of Adam's epsilon needs sizes exact up to the weights' rounding, and so
+    do fingerprints. Clipping by value keeps the sizes below its bound.
 
     Parameters
     ----------
@@ -224,7 +225,7 @@ def hidden_size(update: Sequence[Tensor], defense: Defense) -> str:
 
 
 def noise_share(update: Sequence[Tensor], defense: Defense) -> float:
-    """Return which share of an observed update's square the noise makes up, in [0, 1].
+    """Return the noise's share of an observed update's square, in [0, 1].
 
     Parameters
     ----------
@@ -237,7 +238,7 @@ def noise_share(update: Sequence[Tensor], defense: Defense) -> float:
 
 
 def noise_part(size: Tensor, sigma: float) -> float:
-    """Return the share of an update's square that noise makes up, ``n sigma^2 / |u|^2``, at most 1.
+    """Return the noise's share of an update's square, ``n sigma^2 / |u|^2``, at most 1.
 
     Parameters
     ----------
@@ -249,10 +250,10 @@ def noise_part(size: Tensor, sigma: float) -> float:
 
 
 def _threshold(size: Tensor, defense: Defense) -> float:
-    """Return the magnitude below which a client set moves to zero; 0: it set none."""
+    """Return the magnitude below which a client set coordinates to zero; 0: it set none."""
     if not defense.sparsify:
         return 0.0
-    if defense.sigma:  # zeros are noise now: the least moves stand for them
+    if defense.sigma:  # zeros became noise: take as many of the smallest coordinates
         return size.kthvalue(math.ceil(defense.sparsify * len(size))).values.item()
-    moved = size[size > 0]
-    return moved.min().item() if len(moved) else 0.0
+    changed = size[size > 0]
+    return changed.min().item() if len(changed) else 0.0

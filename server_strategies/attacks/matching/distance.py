@@ -1,8 +1,8 @@
-"""How far a candidate's account of an update is from the update that was seen.
+"""Distances of a simulated update from the observed one.
 
-Every distance is relative to the observed vector, so that a prior of a given
-weight pulls alike whatever the client's learning rate, and a candidate of zero is
-at 1. The published distances that are not so differ by a constant factor.
+Every distance is relative to the observed vector. So the weight of a prior means the
+same for every learning rate of the client, and a candidate of zero is at distance 1.
+The published distances that are not relative differ by a constant factor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from server_strategies.attacks.matching.defended import Consistent, noise_part
 
 
 class Distance(ABC):
-    """Of a candidate vector a from the observed vector b, in one piece a parameter.
+    """Distance of a candidate vector a from the observed vector b, in one piece a parameter.
 
     Parameters
     ----------
@@ -28,8 +28,8 @@ class Distance(ABC):
     masks : sequence of Tensor of bool, optional
         Which coordinates count, in both vectors; in the same pieces as `seen`.
     known : Consistent, optional
-        Of b, where the client is known to have defended it: a is then compared
-        by what differs from every consistent update.
+        The updates consistent with b, where the client is known to have defended it:
+        a is then compared with the nearest of them.
 
     Raises
     ------
@@ -58,9 +58,9 @@ class Distance(ABC):
 
     @classmethod
     def at_truth(cls, noise: float) -> float:
-        """Return the distance of the true update from b, where noise that is not known is in b.
+        """Return the distance of the true update from b, where b holds noise.
 
-        About the noise's share of b's square, as noise is orthogonal to the update.
+        About the noise's share of b's square, since noise is orthogonal to the update.
 
         Parameters
         ----------
@@ -71,7 +71,7 @@ class Distance(ABC):
 
     @abstractmethod
     def _from(self, candidate: Sequence[Tensor]) -> Tensor:
-        """Return the distance of a candidate that is masked already."""
+        """Return the distance of a candidate that is already masked."""
         ...
 
     def _masked(self, vector: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -83,8 +83,8 @@ class Distance(ABC):
 class CosineDistance(Distance):
     """``1 - <a, b> / (|a| |b|)`` over all parameters as one vector, in [0, 2].
 
-    Of a b that is known to carry noise, less the distance that this makes: the truth
-    is at about 0, and what fits the noise too is below.
+    Where b is known to hold noise, the distance that the noise causes is subtracted:
+    the ground truth is at about 0, and candidates that fit the noise too are below.
 
     Parameters are `Distance`'s.
     """
@@ -102,7 +102,7 @@ class CosineDistance(Distance):
 
     @cached_property
     def _best(self) -> float:
-        """The cosine of the truth and b."""
+        """The cosine of the true update and b."""
         if not self._known or not self._known.sigma:
             return 1.0
         size = torch.cat([part.flatten() for part in self._known.seen])
@@ -162,10 +162,10 @@ class DecayingDistance(SquaredDistance):
 class EvenDistance(SquaredDistance):
     """``sum_l w_l |a_l - b_l|^2 / sum_l w_l |b_l|^2``, ``w_l = 1 / (|b_l|^2 + 1e-6 |b|^2)``.
 
-    Each parameter counts alike, however far it moved. Of a deep model's update the
-    layers next to the pixels are a few percent, which the other distances hardly see.
-    The floor leaves out what has no gradient but rounding, such as a bias that a
-    LayerNorm takes away again.
+    Each parameter counts alike, however large its update. In a deep model the layers
+    next to the pixels are a few percent of the update, which the other distances hardly
+    see. The floor ignores parameters whose gradient is only rounding, such as a bias in
+    front of a LayerNorm.
 
     Parameters are `Distance`'s.
     """
@@ -188,8 +188,8 @@ DISTANCES: dict[str, type[Distance]] = {
 
 
 def norm(vector: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm, shape (), of a vector in pieces; its slope is finite at zero too."""
-    # The floor keeps the slope finite for a candidate that explains nothing.
+    """Return the L2 norm, shape (), of a vector in pieces; differentiable at zero too."""
+    # The constant keeps the derivative finite for a candidate without any update.
     return (_squares(vector).sum() + 1e-30).sqrt()
 
 

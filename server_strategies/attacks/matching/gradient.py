@@ -24,7 +24,7 @@ def loss_gradient(
     Parameters
     ----------
     model : nn.Module
-        Gives the architecture; its own weights are not read.
+        Defines the architecture; its own weights are not read.
     weights : mapping of str to Tensor
         By parameter name; each requires a gradient.
     x : Tensor, shape (N, C, H, W)
@@ -32,7 +32,7 @@ def loss_gradient(
     labels : Tensor
         Classes, shape (N,) of int64, or their probabilities, shape (N, classes).
     noise : sequence of Tensor
-        Of the model's random layers, see `given_noise`.
+        Noise of the model's random layers, see `given_noise`.
     """
     with given_noise(model, noise):
         loss = local_loss(model, functional_call(model, dict(weights), (x,)), labels)
@@ -40,11 +40,11 @@ def loss_gradient(
 
 
 def constant_gradient_speeds(training: LocalTraining, num_steps: int) -> list[float]:
-    """Return how far each step of a gradient of 1 moves a weight, in units of lr.
+    """Return the update of a weight by each step along a gradient of 1, in units of lr.
 
     1 in every step without momentum; with it ``v_k = mu v_(k-1) + 1``, or
-    ``1 + mu v_k`` for Nesterov. By linearity a gradient seen n steps before the
-    end is worth the n-th speed in the whole displacement.
+    ``1 + mu v_k`` for Nesterov. By linearity, the n-th last gradient
+    contributes the n-th speed to the whole displacement.
 
     Parameters
     ----------

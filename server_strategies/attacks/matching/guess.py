@@ -1,4 +1,4 @@
-"""Guessing how a client trained, from its update alone, where the protocol does not tell."""
+"""Guessing a client's local training from its update, where the protocol does not specify it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from scipy.ndimage import maximum_filter1d, median_filter
 from torch import Tensor
 
 from fl_app.protocol import LocalTraining, Observation
-from server_strategies.attacks.matching.adam.fingerprints import single_touch_moves
+from server_strategies.attacks.matching.adam.fingerprints import single_step_updates
 
 SIGN_LIKE = 0.3  # `spread` above which steps are nearly signs: Adam's, not SGD's
 _BIN = 1e-3  # of log |u|; spikes are narrower
-_MAX_STEPS = 100  # of Adam, whose spikes are told apart
+_MAX_STEPS = 100  # of Adam, up to which spikes can be distinguished
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Guess:
         Without momentum, weight decay and clipping, which are not guessed. BatchNorm
         is in training mode where its running statistics changed, or has none.
     reason : str
-        What the guess rests on, and what can't be told apart.
+        What the guess is based on, and what can't be distinguished.
     confident : bool
         Whether the learning rate and K are expected within 10%.
     """
@@ -42,10 +42,10 @@ class Guess:
 def guess_training(observation: Observation, batch_size: int | None = None) -> Guess:
     """Guess a client's optimiser, learning rate and number of local steps.
 
-    The optimiser shows in the spread of ``|u| = |w0 - w1|``: Adam moves most
-    coordinates by about its rate (measured on clients of this project, 73 to
-    100% of those that moved lie within a factor 10 of the largest), SGD by its
-    rate times a heavy-tailed gradient (at most 2%).
+    The optimiser follows from the spread of ``|u| = |w0 - w1|``. Adam updates most
+    coordinates by about its rate: on clients of this project, 73 to 100% of the changed
+    coordinates are within a factor of 10 of the largest. SGD updates them by its rate
+    times a heavy-tailed gradient: at most 2% are.
 
     One pass over the client's N images is assumed, so K is N / B rounded up.
 
@@ -59,11 +59,11 @@ def guess_training(observation: Observation, batch_size: int | None = None) -> G
     ------
     ValueError
         If the update is zero, `batch_size` is below 1, or the client seems to
-        use SGD and the model's classifier has no bias, which gives its rate away.
+        use SGD and the model's classifier has no bias, from which its rate follows.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more, or None (unknown)")
-    update = {name: move.detach() for name, move in observation.update.items()}
+    update = {name: part.detach() for name, part in observation.update.items()}
     size = torch.cat([u.flatten().abs() for u in update.values()])
     size = size[size > 0]
     if not len(size):
@@ -79,56 +79,57 @@ def guess_training(observation: Observation, batch_size: int | None = None) -> G
     return replace(
         guess,
         training=replace(guess.training, batch_norm="eval"),
-        reason=f"{guess.reason}; BatchNorm in evaluation mode, or its statistics were kept back",
+        reason=f"{guess.reason}; BatchNorm in evaluation mode, or its statistics were not returned",
     )
 
 
 def spread(size: Tensor) -> float:
-    """Return the share of coordinates, of those that moved, within 10 times of the largest.
+    """Return the share of changed coordinates within a factor of 10 of the largest.
 
     Parameters
     ----------
     size : Tensor
         |u| by coordinate, not all zero.
     """
-    moved = size[size > 0]
-    return (moved > moved.max() / 10).float().mean().item()
+    changed = size[size > 0]
+    return (changed > changed.max() / 10).float().mean().item()
 
 
 def _guess_adam(size: Tensor, num_examples: int, batch_size: int | None) -> Guess:
-    """Guess the rate and K of Adam from the sizes of the moves, shape (moved,), above 0."""
+    """Guess the rate and K of Adam from the sizes of coordinate updates, shape (n,), above 0."""
     sizes = [batch_size] if batch_size else range(1, num_examples + 1)
     allowed = sorted({math.ceil(num_examples / b) for b in sizes})
-    told = "adam by the narrow spread of its moves (adamw looks the same)"
+    reason = "adam by the narrow spread of coordinate updates (adamw looks the same)"
     top = size.max().item()
     found = _fit_spikes(np.log(size.double().cpu().numpy() / top), allowed)
     if found:
         lr, steps = top * found[0], found[1]
-        # Rates are round numbers; the inversion of Adam needs it exact.
+        # Rates are usually round numbers, and the inversion of Adam needs the exact one.
         lr = float(f"{lr:.2g}") if abs(float(f"{lr:.2g}") / lr - 1) < 5e-3 else lr
-        told += f"; lr and K={steps} by the coordinates that one step alone touched"
+        reason += f"; lr and K={steps} by the coordinates that a single step changed"
     else:
-        # A gradient of constant sign moves by lr a step. torch's default rate decides between Ks.
+        # A gradient of constant sign gives an update of lr a step. Among several K, the one whose
+        # rate is nearest to torch's default is taken.
         steps = min(allowed, key=lambda k: abs(math.log(top / k / 1e-3)))
         lr = top / steps
         given = "the batch size" if batch_size else "torch's default rate of 1e-3"
-        told += f"; lr from the longest move of lr K, with K={steps} by {given}"
+        reason += f"; lr from the largest update of lr K, with K={steps} by {given}"
     images = batch_size or math.ceil(num_examples / steps)
     training = LocalTraining("adam", lr=lr, batch_size=images, local_steps=steps)
-    return Guess(training, told, confident=found is not None)
+    return Guess(training, reason, confident=found is not None)
 
 
 def _fit_spikes(sizes: NDArray[np.float64], allowed: list[int]) -> tuple[float, int] | None:
-    """Fit Adam's rate and K to the spikes in the distribution of its moves.
+    """Fit Adam's rate and K to the spikes in the distribution of coordinate updates.
 
-    A coordinate that a single step touched (a unit that only one batch
-    activates) moves by exactly ``lr single_touch_moves(K)[j]``, so that the histogram
-    has K spikes whose distances depend on K alone. The fit is the share of all
-    spikes' mass at the expected places, times the share of places with a spike.
+    A coordinate that only step j changed (of a unit that only one batch activates) has an
+    update of exactly ``lr single_step_updates(K)[j]``. So the histogram has K spikes whose
+    distances depend on K alone. The fit is the share of all spikes' mass at the expected
+    places, times the share of places with a spike.
 
     Parameters
     ----------
-    sizes : array, shape (moved,)
+    sizes : array, shape (n,)
         log of |u| over the largest.
     allowed : list of int
         Values of K to try.
@@ -145,10 +146,11 @@ def _fit_spikes(sizes: NDArray[np.float64], allowed: list[int]) -> tuple[float, 
     if spikes.sum() < 0.01 * len(sizes):
         return None
     near = maximum_filter1d(spikes, 3)
-    best, found = 0.3, None  # the true K fits by 0.39 and more, measured, and better than others
+    best, found = 0.3, None  # the true K fits by 0.39 or more, measured, and better than others
     for steps in (k for k in allowed if k <= _MAX_STEPS):
-        places = np.unique(np.round(np.log(single_touch_moves(steps).numpy()) / _BIN).astype(int))
-        # The longest move is at most lr K, and hardly less than half of it.
+        logs = np.log(single_step_updates(steps).numpy())
+        places = np.unique(np.round(logs / _BIN).astype(int))
+        # The largest update is at most lr K, and hardly less than half of it.
         for shift in range(
             round(-math.log(1.03 * steps) / _BIN), round(math.log(2 / steps) / _BIN)
         ):
@@ -163,25 +165,26 @@ def _guess_sgd(update: dict[str, Tensor], num_examples: int, batch_size: int | N
     """Guess the rate of SGD from the bias of the classifier.
 
     Its gradient is ``p_c - n_c / B`` for class c, with p_c the mean softmax and
-    n_c the count of its images: for a class that the client does not hold it
-    moves by lr K p_c, the most of all, and an untrained model has p_c = 1 / C.
+    n_c the count of its images. For a class that the client does not hold the update is
+    the largest, lr K p_c, and an untrained model has p_c = 1 / C.
     """
     tensors = list(update.values())
     last = max((i for i, u in enumerate(tensors) if u.dim() == 2), default=len(tensors))
     bias = tensors[last + 1] if last + 1 < len(tensors) else None
     if bias is None or bias.shape != tensors[last].shape[:1] or not bias.any():
         raise ValueError(
-            "the client seems to use sgd, whose learning rate shows in the bias of the classifier; "
-            "this model has none: set client.lr"
+            "the client seems to use sgd, whose learning rate follows from the bias of the "
+            "classifier; this model has none: set client.lr"
         )
     steps = math.ceil(num_examples / batch_size) if batch_size else 1
     product = len(bias) * -bias.min().item()
-    told = (
-        f"sgd by the heavy tail of its moves; lr K = {product:.2g} by the classifier's bias, as of "
-        "an untrained model (low where the client holds every class); lr, K and momentum are not "
-        f"told apart: K={steps} " + ("by the batch size" if batch_size else "is assumed")
+    reason = (
+        f"sgd by the heavy tail of coordinate updates; lr K = {product:.2g} by the classifier's "
+        "bias, as of an untrained model (too low where the client holds every class); lr, K and "
+        "momentum can't be distinguished: "
+        f"K={steps} " + ("by the batch size" if batch_size else "is assumed")
     )
     training = LocalTraining(
         "sgd", lr=product / steps, batch_size=batch_size or num_examples, local_steps=steps
     )
-    return Guess(training, told, confident=False)
+    return Guess(training, reason, confident=False)

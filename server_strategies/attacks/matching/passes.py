@@ -1,4 +1,4 @@
-"""The trajectory of a client that takes its images anew in every pass, in an unknown order."""
+"""The trajectory of a client that shuffles its images in every pass, in an unknown order."""
 
 from __future__ import annotations
 
@@ -6,58 +6,47 @@ import math
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 
-from fl_app.protocol import Knowledge, Observation
-from server_strategies.attacks.matching.distance import CosineDistance, Distance
+from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.matching.trajectory import Trajectory
 
 
 class Passes(Trajectory):
-    """`Trajectory` with candidates of their own for every pass (Dimitrov et al., 2022).
+    """`Trajectory` with separate candidates for every pass (Dimitrov et al., 2022).
 
-    So no pass is assumed to take the images in the order of another. What was
-    found is each image of the first pass averaged with those of the later ones
+    So no pass is assumed to take the images in the order of another one. The
+    reconstruction averages each image of the first pass with those of later passes
     that a linear assignment on the squared error gives it.
 
-    Parameters
-    ----------
-    model, observation, knowledge, reason, distance
-        See `Trajectory`.
+    Parameters are `MatchingObjective`'s.
 
     Attributes
     ----------
     complete : int
-        Passes that take every image; a last one may take some only.
+        Passes that take every image; the last one may take only some.
     """
 
     name = "passes"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        knowledge: Knowledge,
-        reason: str,
-        distance: type[Distance] = CosineDistance,
-    ) -> None:
-        super().__init__(model, observation, knowledge, reason, distance=distance)
-        self.count = observation.num_examples
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.count = setting.observation.num_examples
         steps = self.training.steps_a_pass(self.count)
         self.complete = max(1, len(self.batches) // steps)
-        self.copies = math.ceil(len(self.batches) / steps)
+        self.candidates = math.ceil(len(self.batches) / steps)
         self.indices = [
             index + step // steps * self.count for step, index in enumerate(self.indices)
         ]
 
     def reassignments(self) -> list[tuple[int, int]]:
-        """See `MatchingObjective`; none: a pass does not tell the others' order."""
+        """See `MatchingObjective`; none: every pass has an order of its own."""
         return []
 
     def targets(self) -> Tensor:
         """See `MatchingObjective`; the same in every pass."""
         targets = super().targets()
-        return targets.repeat(self.copies, *[1] * (targets.dim() - 1))
+        return targets.repeat(self.candidates, *[1] * (targets.dim() - 1))
 
     def found_images(self, x: Tensor) -> Tensor:
         """See `MatchingObjective`."""

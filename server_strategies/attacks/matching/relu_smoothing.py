@@ -1,9 +1,10 @@
-"""ReLU with a slope of its gate: what autograd leaves out of a gradient's gradient.
+"""A surrogate gradient for ReLU's second derivative, which autograd takes to be zero.
 
-Matching takes second derivatives. ReLU hands the gradient g of its output on to its
-input z as ``g H(z)``, and autograd takes the step H for a constant: to it, no change of
-an image opens or closes a unit. Nearly all of what changes in a gradient of a ReLU
-network are such openings and closings, so the search goes blind along most directions.
+Update matching takes second derivatives. ReLU passes the gradient g of its output on to
+its input z as ``g H(z)``, and autograd takes the step function H for a constant. To it,
+no change of an image activates or deactivates a unit. But nearly all of what changes in
+a gradient of a ReLU network are units that become active or inactive, so along most
+directions the search has no gradient to follow.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 RELU_SMOOTHING = 16.0
-"""Of the slope, where nothing speaks against one. The best of `flowleak bench gates`."""
+"""The default width of the surrogate gradient: the best of a benchmark over widths."""
 
 _RELUS = (F.relu, torch.relu, Tensor.relu)
 
 
 def smooth_relu(model: nn.Module, width: float) -> None:
-    """Let a model's ReLU gates have a slope in second derivatives; values and gradients stay.
+    """Give a model's ReLU a surrogate second derivative; values and gradients stay.
 
-    The step's derivative, ``delta(z)``, becomes the density ``N(z; 0, (width rms(z))^2)``,
-    with the root mean square over the layer's input: the surrogate gradient of Neftci
-    et al., 2019, for the gate instead of a neuron's spike. A wide one is a small slope
-    almost everywhere.
+    The step's derivative ``delta(z)`` is replaced by the density
+    ``N(z; 0, (width rms(z))^2)``, with the root mean square over the layer's input. It is
+    the surrogate gradient of Neftci et al., 2019, there for the spike of a neuron. A
+    large width gives a small derivative almost everywhere.
 
     Parameters
     ----------
@@ -47,14 +48,14 @@ def smooth_relu(model: nn.Module, width: float) -> None:
         raise ValueError(f"relu_smoothing is {width}; allowed: more than 0")
     forward = model.forward
 
-    def sloped(*args: Any, **kwargs: Any) -> Any:
-        with _SlopedRelu(width):
+    def smoothed(*args: Any, **kwargs: Any) -> Any:
+        with _SmoothedRelu(width):
             return forward(*args, **kwargs)
 
-    model.forward = sloped  # type: ignore[method-assign]
+    model.forward = smoothed  # type: ignore[method-assign]
 
 
-class _SlopedRelu(TorchFunctionMode):
+class _SmoothedRelu(TorchFunctionMode):
     """While it is entered, calls of `relu` are of `_Relu`."""
 
     def __init__(self, width: float) -> None:
@@ -75,7 +76,7 @@ class _SlopedRelu(TorchFunctionMode):
 
 
 class _Relu(torch.autograd.Function):
-    """max(z, 0), whose gradient is `_Gate`."""
+    """max(z, 0), whose backward pass is `_ReluBackward`."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, width: float) -> Tensor:  # type: ignore[override]
@@ -86,11 +87,11 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (z,) = ctx.saved_tensors
-        return _Gate.apply(g, z, ctx.width), None
+        return _ReluBackward.apply(g, z, ctx.width), None
 
 
-class _Gate(torch.autograd.Function):
-    """g H(z), with a smooth slope in z."""
+class _ReluBackward(torch.autograd.Function):
+    """g H(z), with the surrogate derivative in z."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, z: Tensor, width: float) -> Tensor:  # type: ignore[override]
@@ -99,8 +100,8 @@ class _Gate(torch.autograd.Function):
         return g * (z > 0)
 
     @staticmethod
-    def backward(ctx: Any, pull: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         g, z = ctx.saved_tensors
-        scale = ctx.width * z.square().mean().sqrt() + 1e-30  # of an input of zeros it is zero
+        scale = ctx.width * z.square().mean().sqrt() + 1e-30  # the constant is for inputs of zeros
         density = torch.exp(-0.5 * (z / scale).square()) / (math.sqrt(2 * math.pi) * scale)
-        return pull * (z > 0), pull * g * density, None
+        return h * (z > 0), h * g * density, None

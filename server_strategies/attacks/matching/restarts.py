@@ -1,4 +1,4 @@
-"""Several reconstructions of the same images, from several starts, optimised together."""
+"""Several restarts of the same reconstruction, optimised jointly."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from server_strategies.attacks.matching.base import MatchingObjective
 
 
 class Restarts(MatchingObjective):
-    """One objective for each start; the best by its own matching loss is what was found.
+    """One objective for each restart; the result is the one of least matching loss.
 
-    The loss is the mean of theirs. Each has its own unknowns, and is given its
-    own part of the candidates.
+    The loss is the mean of theirs. Each has its own unknowns and its own part of the
+    candidates.
 
     Parameters
     ----------
     make : callable
-        Makes the objective of one start.
+        Makes the objective of one restart.
     restarts : int
-        Starts, 1 or more.
+        1 or more.
     """
 
     def __init__(self, make: Callable[[], MatchingObjective], restarts: int) -> None:
@@ -30,30 +30,30 @@ class Restarts(MatchingObjective):
         self.name, self.reason = self.best.name, self.best.reason
         self.knowledge = self.best.knowledge
         self.restart, self.measure = self.best.restart, self.best.measure
-        self.copies = len(self.each) * self.best.copies
+        self.candidates = len(self.each) * self.best.candidates
         self.unknowns = [unknown for one in self.each for unknown in one.unknowns]
         starts = [one.start for one in self.each if one.start is not None]
         self.start = torch.cat(starts) if starts else None
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
-        """Return the mean matching loss, shape (), of candidates (copies * N, C, H, W)."""
+        """Return the mean matching loss, shape (), of candidates (candidates * N, C, H, W)."""
         parts = zip(self.each, x.chunk(len(self.each)), strict=True)
         losses = torch.stack([one(part, progress) for one, part in parts])
         self.losses = losses.detach()
         return losses.mean()
 
     def found_images(self, x: Tensor) -> Tensor:
-        """Return the images, (N, C, H, W), of the start whose last matching loss is least."""
+        """Return the images, (N, C, H, W), of the restart whose last matching loss is least."""
         best = int(self.losses.argmin())
         self.best = self.each[best]
         return self.best.found_images(x.chunk(len(self.each))[best])
 
     def found_labels(self) -> tuple[int, ...]:
-        """See `MatchingObjective`; of the best start."""
+        """See `MatchingObjective`; of the best restart."""
         return self.best.found_labels()
 
     def position(self) -> float | None:
-        """See `MatchingObjective`; of the best start."""
+        """See `MatchingObjective`; of the best restart."""
         return self.best.position()
 
     def pace(self) -> Tensor | None:

@@ -1,30 +1,25 @@
-"""The sum of several clients' updates, which secure aggregation leaves to the server."""
+"""The sum of several clients' updates: all that the server sees under secure aggregation."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fl_app.protocol import Defense, Knowledge, Observation
-from server_strategies.attacks.matching.base import MatchingObjective
-from server_strategies.attacks.matching.distance import CosineDistance, Distance
+from fl_app.protocol import Defense
+from server_strategies.attacks.matching.base import MatchingObjective, Setting
 from server_strategies.attacks.matching.trajectory import Trajectory
 
 
 class Summed(MatchingObjective):
-    """`Trajectory` of every client in a sum, weighted as FedAvg weighs them.
+    """`Trajectory` of every client in a sum, weighted as by FedAvg.
 
     ``sum_c n_c (w_K(x_c) - w0) / sum_c n_c`` is compared with the observed
-    displacement. Images are numbered client by client, as labels are. What each
-    client does to its update before it is summed is not undone: a sum of clipped
-    updates, say, is not clipped.
+    displacement. Images are numbered client by client, as labels are. Defences of
+    single updates are not modelled: a sum of clipped updates, say, is not clipped.
 
-    Parameters
-    ----------
-    model, observation, knowledge, reason, distance
-        See `Trajectory`.
+    Parameters are `MatchingObjective`'s.
 
     Raises
     ------
@@ -34,45 +29,42 @@ class Summed(MatchingObjective):
 
     name = "sum"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        knowledge: Knowledge,
-        reason: str,
-        distance: type[Distance] = CosineDistance,
-    ) -> None:
+    def __init__(self, setting: Setting) -> None:
+        observation, knowledge = setting.observation, setting.knowledge
         counts = observation.examples
         if sum(counts) != observation.num_examples:
             raise ValueError(
-                f"the clients' examples are {counts}; allowed for explain 'sum': numbers that "
+                f"the clients' examples are {counts}; allowed for matching 'sum': numbers that "
                 f"sum to num_examples, {observation.num_examples}"
             )
-        self.knowledge, self.reason, self.start = knowledge, reason, None
+        self.knowledge, self.reason, self.start = knowledge, setting.reason, None
+        self.measure = setting.distance
         self.counts = list(counts)
         layers = Defense(precode=knowledge.defense.precode, dropout=knowledge.defense.dropout)
         self.each = []
         for client, count in enumerate(counts):
             first = sum(counts[:client])
             labels = knowledge.labels and knowledge.labels[first : first + count]
-            alone = replace(knowledge, labels=labels, defense=layers)
-            seen = replace(observation, num_examples=count, examples=())
-            self.each.append(Trajectory(model, seen, alone, reason))
+            single = replace(
+                setting,
+                observation=replace(observation, num_examples=count, examples=()),
+                knowledge=replace(knowledge, labels=labels, defense=layers),
+            )
+            self.each.append(Trajectory(single))
         self.noise = [noise for one in self.each for noise in one.noise]
         self.masks = [mask for one in self.each for mask in one.masks]
         self.unknowns = [unknown for one in self.each for unknown in one.unknowns]
         first_one = self.each[0]
-        self.measure = distance
-        self.distance = distance([first_one.w1[n] - w for n, w in first_one.w0.items()])
+        self.distance = self.measure([first_one.w1[n] - w for n, w in first_one.w0.items()])
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the distance, shape (), of normalised images (N, C, H, W)."""
         parts = zip(self.each, x.split(self.counts), self.counts, strict=True)
-        moved = [
-            [count / len(x) * move for move in one.displacement(part, progress)]
+        weighted = [
+            [count / len(x) * change for change in one.displacement(part, progress)]
             for one, part, count in parts
         ]
-        return self.distance([torch.stack(moves).sum(0) for moves in zip(*moved, strict=True)])
+        return self.distance([torch.stack(each).sum(0) for each in zip(*weighted, strict=True)])
 
     def found_labels(self) -> tuple[int, ...]:
         """See `MatchingObjective`; client by client."""

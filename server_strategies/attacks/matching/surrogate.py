@@ -1,14 +1,14 @@
-"""Surrogate interpolation: one gradient, somewhere between w0 and w1."""
+"""Surrogate interpolation: one gradient, at weights between w0 and w1."""
 
 from __future__ import annotations
 
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.matching.base import MatchingObjective, Unknown
+from fl_app.protocol import LocalTraining
+from server_strategies.attacks.matching.base import MatchingObjective, Setting, Unknown
 from server_strategies.attacks.matching.defended import consistent
 from server_strategies.attacks.matching.distance import CosineDistance
 from server_strategies.attacks.matching.gradient import constant_gradient_speeds, loss_gradient
@@ -18,32 +18,24 @@ class Surrogate(MatchingObjective):
     """Surrogate model extension (Zhu et al., 2023; the paper, eq. 7 and 8).
 
     ``1 - cos(w0 - w1, g(w_a, x))`` with ``w_a = (1 - a) w0 + a w1``, over all
-    parameters as one vector; a is fitted beside the images.
+    parameters as one vector; a is optimised jointly with the images.
 
     Parameters
     ----------
-    model, observation, knowledge, reason
-        See `MatchingObjective`.
+    setting : Setting
     alpha : float, optional
-        Where a starts, in [0, 1]; the authors start at 0.5. By default where the
-        client took its gradients on average, see `mean_position`.
+        Initial a, in [0, 1]; the authors start at 0.5. By default where the client took
+        its gradients on average, see `mean_position`.
     """
 
     name = "surrogate"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        knowledge: Knowledge,
-        reason: str,
-        alpha: float | None = None,
-    ) -> None:
-        super().__init__(model, observation, knowledge, reason)
+    def __init__(self, setting: Setting, alpha: float | None = None) -> None:
+        super().__init__(setting)
         self.update = [
             before - after for before, after in zip(self.w0.values(), self.w1.values(), strict=True)
         ]
-        known = consistent(self.update, knowledge.defense, rescale=True)
+        known = consistent(self.update, self.knowledge.defense, rescale=True)
         self.distance = CosineDistance(self.update, known=known)
         start = mean_position(self.training, len(self.batches)) if alpha is None else alpha
         self.alpha = torch.tensor(start).to(self.update[0]).requires_grad_()

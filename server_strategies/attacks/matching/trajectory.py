@@ -1,9 +1,8 @@
 """The optimiser's trajectory: the client's own K local steps, simulated differentiably.
 
-The gradient comes from the adjoint method, not from a graph over all K steps:
-autograd differentiates one local gradient at a time, and what an optimiser does
-with it, elementwise work on every weight that is bound by memory, is written out
-and done in place.
+The gradient comes from the adjoint method, not from one graph over all K steps.
+Autograd differentiates one local gradient at a time. The optimiser's arithmetic is
+elementwise and bound by memory, so its derivative is written out and done in place.
 """
 
 from __future__ import annotations
@@ -16,30 +15,30 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.matching.base import MatchingObjective
+from fl_app.protocol import LocalTraining
+from server_strategies.attacks.matching.base import MatchingObjective, Setting
 from server_strategies.attacks.matching.defended import consistent
-from server_strategies.attacks.matching.distance import CosineDistance, Distance, norm
+from server_strategies.attacks.matching.distance import norm
 from server_strategies.attacks.matching.gradient import loss_gradient
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim's defaults, which Flower's clients use
-# Of the local steps' graphs, in bytes: a quarter of a 24 GB card. Steps whose graphs would
-# need more compute them anew on the way back.
+# Memory for the local steps' graphs, in bytes: a quarter of a 24 GB card. Steps beyond it
+# compute their graphs again in the backward pass.
 KEPT_GRAPHS = 6_000_000_000
 
 
 class Optimizer(Protocol):
-    """A client's optimiser, run forwards once and then backwards once."""
+    """A client's optimiser: all steps forwards, then the adjoints of all steps in reverse."""
 
     def step(self, w: Sequence[Tensor], g: Sequence[Tensor]) -> list[Tensor]:
         """Return the weights after one step from `w` along the gradient `g`."""
         ...
 
     def step_back(self, dw: list[Tensor]) -> list[Tensor]:
-        """Undo the last step on the adjoints.
+        """Propagate the adjoints through the last step that is not yet propagated.
 
-        Turns `dw`, the loss's gradient in the weights after the step, in place
-        into its part in those before the step, and returns the gradient in g.
+        Turns `dw`, the loss's gradient in the weights after the step, in place into
+        its direct part in the weights before, and returns the gradient in g.
         """
         ...
 
@@ -95,15 +94,15 @@ class Adam:
 
     ``m' = b1 m + (1 - b1) g``, ``v' = b2 v + (1 - b2) g^2``,
     ``w' = w - (lr / c1) m' / (sqrt(v' / c2 + s^2) + eps)`` with the bias corrections
-    c1 and c2. s = 0 is Adam itself, which is nearly the sign of g: its slope is
-    useless, so an attack takes ``s = r mean|g|`` by tensor and step.
+    c1 and c2. s = 0 is Adam itself. Its step is nearly the sign of g, whose derivative
+    is of no use, so an attack takes ``s = r mean|g|`` by tensor and step.
     """
 
     def __init__(self, training: LocalTraining, smoothing: float) -> None:
         self.lr, self.smoothing = training.lr, smoothing
         self.decoupled = training.optimizer == "adamw"
         self.decay = training.weight_decay
-        # Of every step: the gradient, the first moment and the smoothed root.
+        # By step: the gradient, the first moment and the smoothed root.
         self.tape: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
         self.m: list[Tensor] = []
         self.v: list[Tensor] = []
@@ -123,7 +122,7 @@ class Adam:
         new_w, new_m, roots = ([torch.empty_like(w_) for w_ in w] for _ in range(3))
         for all_of_one in zip(w, g, self.m, self.v, new_w, new_m, roots, strict=True):
             scale = self.smoothing * torch.linalg.vector_norm(all_of_one[1], 1)
-            # The least number keeps the root's slope finite where g is zero.
+            # The constant keeps the root's derivative finite where g is zero.
             floor = (scale / all_of_one[1].numel()).square() + 1e-30
             for w_, g_, m_, v_, new_w_, new_m_, root_ in _pieces(*all_of_one):
                 torch.lerp(m_, g_, 1 - BETA1, out=new_m_)
@@ -145,11 +144,11 @@ class Adam:
         for all_of_one in zip(dw, g, m, roots, self.dm, self.dv, dg, strict=True):
             for dw_, g_, m_, root_, dm_, dv_, dg_ in _pieces(*all_of_one):
                 scale = root_ + EPS
-                pull = dw_ / scale
-                dm_.add_(pull, alpha=-rate)
+                adjoint = dw_ / scale
+                dm_.add_(adjoint, alpha=-rate)
                 # d root / d v' = 1 / (2 c2 root)
-                pull.mul_(m_).div_(scale)
-                dv_.addcdiv_(pull, root_, value=0.5 * rate / c2)
+                adjoint.mul_(m_).div_(scale)
+                dv_.addcdiv_(adjoint, root_, value=0.5 * rate / c2)
                 torch.mul(dm_, 1 - BETA1, out=dg_).addcmul_(g_, dv_, value=2 * (1 - BETA2))
                 dm_.mul_(BETA1)
                 dv_.mul_(BETA2)
@@ -163,7 +162,7 @@ class Adam:
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the same stretch of every tensor, flat, short enough for the cache on a CPU."""
+    """Yield the same slice of every flattened tensor, short enough for the cache on a CPU."""
     size = 1 << 15 if tensors[0].device.type == "cpu" else tensors[0].numel()
     return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
 
@@ -185,7 +184,7 @@ def simulate(
         Start, by parameter name.
     batches : sequence of (Tensor (B, C, H, W), Tensor (B,) or (B, num_classes), ...)
         Normalised images and labels, or probabilities, of each local step, in
-        order; behind them the noise of the model's random layers, see `given_noise`.
+        order, followed by the noise of the model's random layers, see `given_noise`.
     training : LocalTraining
     smoothing : float
         See `Adam`. 0: exactly the client's arithmetic.
@@ -193,7 +192,7 @@ def simulate(
     Returns
     -------
     dict of str to Tensor
-        The weights after the last step; they can be back-propagated once.
+        The weights after the last step. They can be back-propagated once.
     """
     optimizer = Sgd(training) if training.optimizer == "sgd" else Adam(training, smoothing)
     steps = _Steps(model, list(w0), training.max_grad_norm, len(batches[0]))
@@ -204,17 +203,17 @@ def simulate(
 
 @dataclass
 class _Steps:
-    """The local gradients of a simulation: in order forwards, in reverse backwards."""
+    """The local gradients of a simulation, and their derivatives in reverse order."""
 
     model: nn.Module
     names: list[str]
     max_grad_norm: float
-    parts: int  # tensors that make up a batch
-    graph_bytes: int = 0  # of one step, from the first on
+    parts: int  # tensors of a batch
+    graph_bytes: int = 0  # of one step, measured on the first
     tape: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = field(default_factory=list)
 
     def gradient(self, w: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
-        """Return the client's gradient at `w`, remembering how it came about."""
+        """Return the client's gradient at `w`, and keep what its derivative needs."""
         w = [w_.detach().requires_grad_() for w_ in w]
         leaves = [part.detach().requires_grad_(part.requires_grad) for part in batch]
         if self.tape and self.graph_bytes * (len(self.tape) + 1) > KEPT_GRAPHS:
@@ -231,23 +230,23 @@ class _Steps:
         x, y, *noise = batch
         gradient = loss_gradient(self.model, dict(zip(self.names, w, strict=True)), x, y, noise)
         if self.max_grad_norm:
-            # 1e-6 as in torch.nn.utils.clip_grad_norm_, which can't be differentiated.
+            # As in torch.nn.utils.clip_grad_norm_, which can't be differentiated.
             factor = (self.max_grad_norm / (norm(gradient) + 1e-6)).clamp(max=1)
             gradient = [factor * g for g in gradient]
         return list(gradient)
 
-    def pull_back(self, dg: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Return the last remembered gradient's pull on its weights and on its batch."""
+    def vjp(self, dg: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Return dg times the derivative of the last kept gradient in its weights and batch."""
         w, batch, gradient = self.tape.pop()
-        first = not self.tape  # nothing asks for the gradient in w0
+        first = not self.tape  # the gradient in w0 is not needed
         wanted = [part for part in batch if part.requires_grad] + ([] if first else w)
-        pulls = iter(
+        products = iter(
             torch.autograd.grad(
                 gradient or self._differentiable(w, batch), wanted, dg, allow_unused=True
             )
         )
-        on_batch = [next(pulls) if part.requires_grad else None for part in batch]
-        return list(pulls), on_batch
+        on_batch = [next(products) if part.requires_grad else None for part in batch]
+        return list(products), on_batch
 
 
 def _weighed(compute: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:
@@ -257,14 +256,14 @@ def _weighed(compute: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself, it would keep its own graph alive for ever
+        return tensor.detach()  # the tensor itself would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         return compute(), sum(kept.values())
 
 
 class _Simulation(torch.autograd.Function):
-    """w_K of a client's batches, their tensors one after the other, by the adjoint method."""
+    """The weights after K batches, given as one flat list of tensors, by the adjoint method."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -286,62 +285,52 @@ class _Simulation(torch.autograd.Function):
         while ctx.steps.tape:
             dg = ctx.optimizer.step_back(dw)
             with torch.enable_grad():
-                on_weights, on_batch = ctx.steps.pull_back(dg)
-            for d, pull in zip(dw, on_weights, strict=False):  # none for w0
-                if pull is not None:
-                    d.add_(pull)
+                on_weights, on_batch = ctx.steps.vjp(dg)
+            for d, product in zip(dw, on_weights, strict=False):  # none for w0
+                if product is not None:
+                    d.add_(product)
             on_batches[:0] = on_batch
         return None, None, None, *on_batches
 
 
 class Trajectory(MatchingObjective):
-    """The cosine distance between the simulated and the observed displacement.
+    """Distance between the simulated and the observed displacement of the weights.
 
-    ``1 - cos(w_K(x) - w0, w1 - w0)`` over all parameters as one vector. A
-    published idea for SGD (Dimitrov et al., 2022), here with the client's own
-    optimiser and a smoothed Adam.
+    By the cosine ``1 - cos(w_K(x) - w0, w1 - w0)`` over all parameters as one vector.
+    Published for SGD (Dimitrov et al., 2022), here with the client's own optimiser and
+    a smoothed Adam.
 
-    The smoothing r falls geometrically over the attack. A large r makes the loss
-    easy to descend; a small one makes it low at the truth, without which the last
-    local steps can't be seen: with r = 0.1 a grey image in the place of the last
-    of five batches changes the loss by a hundredth of what it is at the truth.
+    The smoothing r falls geometrically over the attack. A large r makes the loss easy
+    to descend. A small r makes it low at the ground truth, which the last local steps
+    need: with r = 0.1 the mean colour in place of the last of five batches changes the
+    loss by a hundredth of its value at the ground truth.
 
     Parameters
     ----------
-    model, observation, knowledge, reason
-        See `MatchingObjective`.
+    setting : Setting
     smoothing, last_smoothing : float
         r of `Adam` at the attack's start and end.
-    distance : type of Distance
-        Another than the cosine.
     """
 
     name = "trajectory"
 
     def __init__(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        knowledge: Knowledge,
-        reason: str,
-        smoothing: float = 0.1,
-        last_smoothing: float = 0.01,
-        distance: type[Distance] = CosineDistance,
+        self, setting: Setting, smoothing: float = 0.1, last_smoothing: float = 0.01
     ) -> None:
-        super().__init__(model, observation, knowledge, reason)
+        super().__init__(setting)
         self.smoothing, self.fall = smoothing, last_smoothing / smoothing
         seen = [self.w1[name] - w for name, w in self.w0.items()]
-        self.measure = distance
-        self.distance = distance(seen, known=consistent(seen, knowledge.defense))
+        known = consistent(seen, self.knowledge.defense)
+        self.distance = self.measure(seen, known=known)
         self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
         self.taken = list(accumulate((len(batch) for batch in self.batches), initial=0))
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
-        """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
+        """Return the distance, shape (), of normalised images (N, C, H, W)."""
         return self.distance(self.displacement(x, progress))
 
     def reassignments(self) -> list[tuple[int, int]]:
-        """See `MatchingObjective`: images of one class that different local steps train on."""
+        """See `MatchingObjective`: pairs of images of one class in different local steps."""
         if self.labels.requires_grad:
             return []
         classes, places = self.labels.tolist(), range(len(self.labels))

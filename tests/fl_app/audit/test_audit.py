@@ -24,13 +24,13 @@ from fl_app.audit.metrics import (
     MEASURES,
     assign,
     feature_mse,
-    mean_interval,
     psnr,
     score,
     ssim,
     total_variation,
 )
-from fl_app.audit.report import leakage_table, save_picture
+from fl_app.audit.report import save_picture
+from fl_app.audit.table import leakage_table
 from fl_app.audit.truth import Truth, write_truth
 from fl_app.config import AuditConfig, Config, from_yaml
 from fl_app.models import create_model
@@ -125,17 +125,6 @@ def test_grey_baseline_is_the_score_of_the_mean_colour() -> None:
     found = leakage.metrics["psnr"]
     assert found is not None and found.baseline == pytest.approx(sum(by_hand) / 3, abs=1e-4)
     assert found.low is not None and found.low < found.mean
-
-
-def test_interval_is_students_t() -> None:
-    # Three values, s = 1, t(0.975, 2) = 4.302653.
-    mean, low, high = mean_interval([1, 2, 3])
-    assert (mean, low, high) == pytest.approx(
-        (2, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5
-    )
-    assert mean_interval([5.0]) == (5.0, None, None)
-    with pytest.raises(ValueError, match="at least one"):
-        mean_interval([])
 
 
 @pytest.mark.parametrize(
@@ -367,7 +356,7 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
 
     text = printed(auditor.lines())
     rows = [row for row in text.splitlines() if "sme" in row or "flow_matching" in row]
-    assert "no better than grey" not in rows[0] and "no better than grey" in rows[1]
+    assert "no better than the mean" not in rows[0] and "no better than the mean" in rows[1]
     assert "client 2 (node 7), sme failed: out of memory [/oops]" in text
     assert "client 2 (node 7), sme: noisy" in text
     assert "(node 9), flow_matching skipped: the update has no arrays" in text

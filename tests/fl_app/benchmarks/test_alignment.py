@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.command import flowleak
 from torch import Tensor
-from typer.testing import CliRunner
 
-from fl_app.benchmarks.alignment import ALIGNMENT, NOISES, START, alignment
+from fl_app.benchmarks.alignment import NOISES, START, SUITE, alignment
 from fl_app.benchmarks.case import Case
-from fl_app.commands import main as cli
 from fl_app.config import AttackConfig
 from fl_app.protocol import LocalTraining
+from fl_app.registry import BENCHMARKS
 
 
-def test_the_way_back_is_the_cosine_of_the_descent_by_image() -> None:
+def test_alignment_is_the_cosine_of_the_descent_by_image() -> None:
     generator = torch.Generator().manual_seed(0)
     truth, x = (torch.randn((2, 3, 16, 16), generator=generator) for _ in range(2))
     stretch = torch.rand(truth.shape, generator=generator)
@@ -45,11 +45,10 @@ def test_the_benchmark_from_the_command_line(
 ) -> None:
     sgd = LocalTraining("sgd", lr=0.01, local_steps=2, batch_size=1)
     case = Case(sgd, AttackConfig(), rounds=1)
-    monkeypatch.setitem(cli._WITHOUT_ATTACKS, "alignment", replace(ALIGNMENT, clients=(case,)))
-    out = tmp_path / "landscape.json"
-    command = ["bench", "alignment", "--dataset", "photos", "--draws", "2", "--out", str(out)]
-    shown = CliRunner().invoke(cli.app, command)
-    assert shown.exit_code == 0, shown.output
+    monkeypatch.setitem(BENCHMARKS, "alignment", replace(SUITE, cases=(case,)))
+    out = tmp_path / "alignment.json"
+    command = ["bench", "alignment", "--dataset", "photos", "--out", str(out)]
+    flowleak(*command, "--trials", "2")
     rows = json.loads(out.read_text())["rows"]
     assert {(row["start"], row["seed"]) for row in rows} == {
         (start, seed) for start in (START, *NOISES) for seed in (0, 1)
@@ -58,10 +57,15 @@ def test_the_benchmark_from_the_command_line(
     assert 0 < losses["32 dB"] < losses["20 dB"] < losses[START]
     # Two convolutions and two linear layers: the descent is far from chance.
     assert all(row["alignment"] > 5 * row["chance"] for row in rows if row["start"] in NOISES)
-    assert "| sgd 0.01 K=2 B=1 after 1 rounds | 2 | 0." in out.with_suffix(".md").read_text()
+    table = out.with_suffix(".md")
+    assert "| sgd 0.01 K=2 B=1 after 1 rounds | 2 | 0." in table.read_text()
+    table.unlink()
+    flowleak(*command, "--trials", "2")  # the rows are kept
+    assert json.loads(out.read_text())["rows"] == rows
+    assert "| sgd 0.01 K=2 B=1 after 1 rounds | 2 | 0." in table.read_text()
 
 
 def test_its_clients_are_every_architecture_with_each_norm() -> None:
-    names = [case.client.split(" sgd ")[0] for case in ALIGNMENT.clients]
+    names = [case.client.split(" sgd ")[0] for case in SUITE.cases]
     assert len(set(names)) == len(names) == 12
     assert {"vit_tiny", "resnet18 BatchNorm eval", "vgg11 group norm"} <= set(names)

@@ -15,17 +15,18 @@ from helpers.command import flowleak
 from helpers.federation import LocalGrid, real_client
 from PIL import Image
 
-from fl_app.benchmarks import cases as bench_cases
-from fl_app.benchmarks import defenses as defense_bench
+from fl_app.benchmarks import accuracy
 from fl_app.benchmarks.accuracy import Federation, federated_accuracy
-from fl_app.benchmarks.benchmark import Benchmark
+from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
-from fl_app.benchmarks.defenses import compare_with_sme, kind, parameter
+from fl_app.benchmarks.defense_plot import kind, parameter
+from fl_app.benchmarks.defense_table import compare_with_sme
 from fl_app.config import AttackConfig, load_config
 from fl_app.data import ImageSet, dataset_info, load_partition, load_split
 from fl_app.models import create_model
 from fl_app.protocol import Defense, LocalTraining
+from fl_app.registry import BENCHMARKS
 
 SGD = LocalTraining("sgd", lr=0.05, batch_size=4, local_steps=2)
 NOISY = Defense(noise="gaussian", sigma=0.01)
@@ -87,14 +88,14 @@ def test_the_benchmark_knows_or_hides_the_defence_and_resumes(
         replace(plain, defense=NOISY, defense_known=False),
         replace(plain, attack=AttackConfig("flow_matching", 2), defense=NOISY),
     )
-    monkeypatch.setitem(bench_cases.BENCHMARKS, "defenses", cases)
+    monkeypatch.setitem(BENCHMARKS, "defenses", replace(BENCHMARKS["defenses"], cases=cases))
     monkeypatch.setattr(
-        defense_bench,
+        accuracy,
         "federation_of",
         lambda case: Federation(training, case.defense, clients=2, rounds=1, images=8),
     )
     out = tmp_path / "defenses.json"
-    command = ["bench", "defenses", "--dataset", "photos", "--draws", "1", "--out", str(out)]
+    command = ["bench", "defenses", "--dataset", "photos", "--trials", "1", "--out", str(out)]
     flowleak(*command, "--cases", "noise")
     accuracies = json.loads((tmp_path / "defenses.accuracy.json").read_text())["rows"]
     assert [row["federation"].rsplit(", ")[-1] for row in accuracies] == ["none", str(NOISY)]
@@ -110,6 +111,9 @@ def test_the_benchmark_knows_or_hides_the_defence_and_resumes(
     assert f"{accuracies[1]['accuracy']:.1%} |" in line
     with Image.open(out.with_suffix(".png")) as plot:
         assert plot.width > 1000
+    out.with_suffix(".md").unlink()
+    flowleak("bench", "defenses", "--dataset", "photos", "--trials", "0", "--out", str(out))
+    assert line in out.with_suffix(".md").read_text()  # without training a federation
     with pytest.raises(ValueError, match="holds results of"):
         flowleak(*command, "--seed", "5", "--out", str(out))
 
@@ -143,22 +147,21 @@ def test_above_sme_means_intervals_apart_on_the_better_side(
             "psnr": score(21, 1), "ssim": score(0.6, 0.1), "lpips_vgg": score(0.2, 0.05),
         },
     }  # fmt: skip
-    config = load_config().dataset
-    benchmark = Benchmark("known", cases, dataset_info(config), load_split(config, "test"), {})
-    monkeypatch.setattr(benchmark, "summary", lambda c: {"draws": 8, **scores[c.attack.name]})
+    benchmark = AttackResults("known", cases)
+    monkeypatch.setattr(benchmark, "summary", lambda c: {"trials": 8, **scores[c.attack.name]})
     (line,) = compare_with_sme(benchmark)
     assert line.endswith("intervals apart, on PSNR dB, LPIPS VGG.")
-    # What both draws share is no difference between the attacks: +3 and +5 dB.
+    # What both trials share is no difference between the attacks: +3 and +5 dB.
     benchmark.rows = [
         {"case": case.name, "seed": seed, "metrics": {"psnr": {"mean": psnr}}}
         for case, scores in zip(cases, ((10.0, 20.0), (13.0, 25.0)), strict=True)
         for seed, psnr in enumerate(scores)
     ]
     (line,) = compare_with_sme(benchmark)
-    assert line.endswith("LPIPS VGG; draw by draw PSNR dB +4.0 ± 12.7.")
+    assert line.endswith("LPIPS VGG; trial by trial PSNR dB +4.0 ± 12.7.")
 
 
-def test_an_undefended_draw_is_untouched_and_a_known_defence_is_told() -> None:
+def test_an_undefended_trial_is_untouched_and_a_known_defence_is_told() -> None:
     config = load_config().dataset
     info, images = dataset_info(config), load_split(config, "test")
     case = Case(SGD, AttackConfig("sme", 2), defense=NOISY)

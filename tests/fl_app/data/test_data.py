@@ -15,7 +15,7 @@ from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
 from PIL import Image
 
-from fl_app.commands.main import _named_after
+from fl_app.commands.arguments import named_after
 from fl_app.config import DatasetConfig, load_config
 from fl_app.data import DataError, dataset_info, load_partition, load_split, photos
 from fl_app.data.base import channel_statistics
@@ -404,7 +404,7 @@ def test_a_folders_name_says_which_data_set_it_holds() -> None:
         ("mnist", "mnist"),
         ("parquet", "cifar10"),
     ):
-        assert _named_after(folder) == name
+        assert named_after(folder) == name
 
 
 def needs(name: str) -> pytest.MarkDecorator:

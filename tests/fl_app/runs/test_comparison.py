@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fl_app.audit import comparison as drawing
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.baselines import GREY, PRIOR, TRAINING, baseline_images
+from fl_app.audit.baselines import MEAN_COLOUR, PRIOR, TRAINING, baseline_images
 from fl_app.audit.comparison import NOISE, compare
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.metrics import mean_interval
@@ -93,12 +93,12 @@ def test_every_attack_is_lined_up_once(tmp_path: Path, monkeypatch: pytest.Monke
     scores = [line["metrics"]["psnr"] for line in lines if line["attack"] == "sme"]
     expected = mean_interval([score["mean"] for score in scores])
     assert (psnr["mean"], psnr["low"], psnr["high"]) == pytest.approx(expected)
-    assert set(psnr["chance"]) == {GREY, TRAINING, PRIOR}
-    # The log's own baseline of every metric is a grey image, too.
+    assert set(psnr["chance"]) == {MEAN_COLOUR, TRAINING, PRIOR}
+    # The log's own baseline of every metric is the mean colour, too.
     for metric in ("psnr", "ssim", "mse", "fmse", "tv"):
-        grey = [line["metrics"][metric]["baseline"] for line in lines if line["attack"] == "sme"]
+        logged = [line["metrics"][metric]["baseline"] for line in lines if line["attack"] == "sme"]
         chance = summary["attacks"]["sme"]["metrics"][metric]["chance"]
-        assert chance[GREY] == pytest.approx(sum(grey) / 2, rel=1e-5)
+        assert chance[MEAN_COLOUR] == pytest.approx(sum(logged) / 2, rel=1e-5)
     assert summary["attacks"]["sme"]["iterations"] == 2
     assert "lpips_vgg" in summary["reasons"]
     table = (folder / "comparison.md").read_text()
@@ -150,8 +150,9 @@ def test_a_line_is_chosen_by_its_job_never_by_its_score(tmp_path: Path) -> None:
     assert entry["succeeded"] == 1 and entry["metrics"]["psnr"]["mean"] < 20
     assert entry["failures"] == [{"observation": two.id, "error": "out of memory"}]
     # Chance is over the same observation as the attack's score.
-    grey = summary["baselines"][GREY]["psnr"]["values"]
-    assert len(grey) == 2 and entry["metrics"]["psnr"]["chance"][GREY] == grey[one.id]
+    values = summary["baselines"][MEAN_COLOUR]["psnr"]["values"]
+    assert len(values) == 2
+    assert entry["metrics"]["psnr"]["chance"][MEAN_COLOUR] == values[one.id]
     assert [failure["observation"] for failure in summary["attacks"]["flow_matching"]["failures"]]
 
 
@@ -162,7 +163,7 @@ def test_baselines_hold_no_private_image() -> None:
     private = split.float() / 255
     images, reasons = baseline_images(private[:2], info.mean, config.dataset, network, (0, 1))
     again, _ = baseline_images(private[:2], info.mean, config.dataset, network, (0, 1))
-    assert reasons == {} and set(images) == {GREY, TRAINING, PRIOR}
+    assert reasons == {} and set(images) == {MEAN_COLOUR, TRAINING, PRIOR}
     for name, drawn in images.items():
         assert drawn.shape == (2, 3, 32, 32) and 0 <= drawn.min() <= drawn.max() <= 1
         assert torch.equal(drawn, again[name])

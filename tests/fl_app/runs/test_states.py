@@ -218,7 +218,7 @@ def test_a_run_by_round(tmp_path: Path) -> None:
     assert table[2:] == [
         "| 1 | 10.0 | sme | 2/2 | 14.0 ± 25.4 | 12.0 | 0.700 ± 1.271 | 0.100 |  |",
         "| 2 | 20.0 | - | - | - | - | - | - |  |",
-        "| 3 | 30.0 | sme | 1/2 | 8.0 | 12.0 | 0.400 | 0.100 | no better than grey |",
+        "| 3 | 30.0 | sme | 1/2 | 8.0 | 12.0 | 0.400 | 0.100 | no better than the mean colour |",
     ]
     assert str(folder / "rounds.png") in shown and "0.700" in shown
     with Image.open(folder / "rounds.png") as image:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_app.commands.main import _dataset_config
+from fl_app.commands.arguments import dataset_config
 from fl_app.config import Config, from_yaml
 from fl_app.data.base import DataError, find_folder
 from fl_app.runs.folder import create_run
@@ -47,4 +47,4 @@ def test_other_paths(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_typed_folder_is_from_the_working_folder(project: Path) -> None:
     for name in ("images", "own images"):
-        assert _dataset_config(f"./{name}").source == str(project.parent / "elsewhere" / name)
+        assert dataset_config(f"./{name}").source == str(project.parent / "elsewhere" / name)

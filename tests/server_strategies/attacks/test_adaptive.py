@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.clients import MEAN, SHAPE, STD, client
+from helpers.matching import objective_of, setting_of
 from torch import Tensor
 
 from client_app.training import evaluate, normalise, train
@@ -17,9 +18,14 @@ from fl_app.models import create_model, known_model
 from fl_app.models.extensions import RandomLayer, given_noise, local_loss, random_layers
 from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks.matching import OBJECTIVES, choose
-from server_strategies.attacks.matching.adam.decode import legible_fingerprints
+from server_strategies.attacks.matching.adam.decode import usable_fingerprints
+from server_strategies.attacks.matching.adam.one_step import EpsInversion
 from server_strategies.attacks.matching.defended import consistent
 from server_strategies.attacks.matching.distance import SquaredDistance
+from server_strategies.attacks.matching.gradient_match import GradientMatch
+from server_strategies.attacks.matching.summed import Summed
+from server_strategies.attacks.matching.surrogate import Surrogate
+from server_strategies.attacks.matching.trajectory import Trajectory
 from server_strategies.attacks.run import run_attack
 
 SGD = LocalTraining("sgd", lr=0.05, batch_size=2, local_steps=3)
@@ -34,7 +40,7 @@ DEFENSES = {
 
 
 def defended(update: list[Tensor], defense: Defense, seed: int = 0) -> list[Tensor]:
-    """Return what a client sends in the place of an update, by plain loops over numbers."""
+    """Return what a client sends instead of an update, by plain loops over numbers."""
     flat = torch.cat([part.flatten() for part in update]).tolist()
     if defense.clip and defense.clip_by == "value":
         flat = [max(-defense.clip, min(defense.clip, u)) for u in flat]
@@ -66,7 +72,7 @@ def defended(update: list[Tensor], defense: Defense, seed: int = 0) -> list[Tens
 def seen_through(
     seen: tuple[Observation, Knowledge, Tensor], defense: Defense
 ) -> tuple[Observation, Knowledge, Knowledge]:
-    """Return what the server sees of a defended client, and an unaware and an aware knowledge."""
+    """Return a defended client's observation, and knowledge without and with the defence."""
     observation, knowledge, _ = seen
     names = list(observation.w0)
     update = [observation.w1[name] - observation.w0[name] for name in names]
@@ -90,7 +96,7 @@ def test_consistent_updates_are_those_that_the_defence_sends_alike(name: str) ->
     observed = defended(true, defense)
     known = consistent(observed, defense)
     assert known is not None
-    # The truth is consistent, so nothing of it differs from what was observed.
+    # The true update is consistent, so it equals the observed one.
     for found, seen in zip(known.as_observed(true), observed, strict=True):
         assert torch.allclose(found, seen, rtol=0, atol=1e-12)
     # A coordinate moved beyond its bounds, alone, would have been sent as another value.
@@ -109,19 +115,19 @@ def test_consistent_updates_are_those_that_the_defence_sends_alike(name: str) ->
 
 
 def test_a_residual_is_the_distance_from_the_consistent_updates() -> None:
-    # By hand: bound 1, least kept 0.5, so the zero says "at most 0.5".
+    # Bound 1, least kept 0.5, so the zero was at most 0.5.
     observed = [torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)]
     known = consistent(observed, Defense(clip=1.0, sparsify=0.25))
     assert known is not None
     candidate = [torch.tensor([3.0, 0.25, 0.75, -0.75], dtype=torch.float64, requires_grad=True)]
     (found,) = known.as_observed(candidate)
-    # Known best is 0.5 alone, missed by 0.25; the zero is known to 1 / sqrt(12).
+    # Only 0.5 is exact, and missed by 0.25; the zero is known up to 1 / sqrt(12).
     weight = 0.25**2 / (0.25**2 + 1 / 12)
     expected = torch.tensor([1.0, 0.25, 0.75, -0.25 - weight * 0.5], dtype=torch.float64)
     assert torch.allclose(found, expected, atol=2e-3, rtol=0)
     (slope,) = torch.autograd.grad(found.sum(), candidate)
     assert slope.tolist() == [0, 1, 1, 1]
-    # At the truth what is hidden has no slope at all.
+    # At the true update hidden coordinates have no gradient.
     candidate = [torch.tensor([3.0, -2.0, 0.500001, -0.25]).double().requires_grad_()]
     (found,) = known.as_observed(candidate)
     (slope,) = torch.autograd.grad(found.sum(), candidate)
@@ -130,7 +136,7 @@ def test_a_residual_is_the_distance_from_the_consistent_updates() -> None:
 
 @pytest.mark.parametrize("kind", ["trajectory", "passes"])
 @pytest.mark.parametrize("name", DEFENSES)
-def test_the_truth_explains_a_defended_update_to_who_knows_the_defence(
+def test_the_ground_truth_matches_a_defended_update_if_the_defence_is_known(
     kind: str, name: str
 ) -> None:
     seen = client(SGD, torch.float64)
@@ -142,18 +148,17 @@ def test_the_truth_explains_a_defended_update_to_who_knows_the_defence(
     observation, unaware, aware = seen_through(seen, defense)
     at_truth = []
     for knowledge in (unaware, aware):
-        model = create_model("convnet", 10, SHAPE).double()
-        objective = OBJECTIVES[kind](model, observation, knowledge, "")
+        objective = objective_of(OBJECTIVES[kind], observation, knowledge)
         at_truth.append(float(objective(seen[2], 1.0)))
     assert abs(at_truth[1]) < 1e-9
-    # The direction alone is all that a cosine sees anyway.
+    # A cosine sees only the direction anyway.
     assert at_truth[0] > 1e-6 or name == "clip_norm"
 
 
 def randomised(
     training: LocalTraining, *, precode: int = 0, dropout: float = 0.0, known: bool = True
 ) -> tuple[Observation, Knowledge, Tensor, list[Tensor]]:
-    """Train a client whose model has random layers; return what each drew, too, by row."""
+    """Train a client whose model has random layers; also return the noise of each, by row."""
     model = create_model("mlp", 10, SHAPE, 1, precode=precode, dropout=dropout).double()
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((6, *SHAPE), generator=generator, dtype=torch.float64)
@@ -230,11 +235,11 @@ def test_dropout_is_torchs() -> None:
 
 @pytest.mark.parametrize("layers", [{"precode": 4}, {"dropout": 0.5}])
 @pytest.mark.parametrize("kind", ["trajectory", "passes"])
-def test_with_the_noise_that_was_drawn_the_truth_explains_the_update(
+def test_with_the_clients_noise_the_ground_truth_matches_the_update(
     kind: str, layers: dict[str, float]
 ) -> None:
     observation, knowledge, x, drawn = randomised(SGD, **layers)
-    objective = OBJECTIVES[kind](known_model(knowledge).double(), observation, knowledge, "")
+    objective = objective_of(OBJECTIVES[kind], observation, knowledge)
     (unknown,) = [noise for noise in objective.noise if noise]
     before = float(objective(x, 1.0))
     with torch.no_grad():
@@ -243,19 +248,19 @@ def test_with_the_noise_that_was_drawn_the_truth_explains_the_update(
 
 
 @pytest.mark.parametrize("layers", [{"precode": 4}, {"dropout": 0.5}])
-def test_who_does_not_know_draws_anew(layers: dict[str, float]) -> None:
+def test_noise_of_an_unknown_defence_is_sampled_in_every_call(
+    layers: dict[str, float],
+) -> None:
     observation, knowledge, x, _ = randomised(SGD, known=False, **layers)
-    objective = OBJECTIVES["trajectory"](
-        known_model(knowledge).double(), observation, knowledge, ""
-    )
+    objective = objective_of(Trajectory, observation, knowledge)
     assert objective.unknowns == []
     assert not torch.equal(objective(x, 1.0), objective(x, 1.0))
 
 
-def test_masks_are_recovered_beside_the_image() -> None:
+def test_masks_are_recovered_jointly_with_the_image() -> None:
     one_step = replace(SGD, local_steps=1, batch_size=6)
     observation, knowledge, x, drawn = randomised(one_step, dropout=0.5)
-    objective = OBJECTIVES["gradient"](known_model(knowledge).double(), observation, knowledge, "")
+    objective = objective_of(GradientMatch, observation, knowledge)
     (mask,) = [noise for noise in objective.noise if noise]
     optimizer = torch.optim.Adam([mask.value], 0.05)
     for _ in range(150):
@@ -264,7 +269,7 @@ def test_masks_are_recovered_beside_the_image() -> None:
         optimizer.step()
         with torch.no_grad():
             mask.value.clamp_(mask.low, mask.high)
-    # Units that are not active show no mask.
+    # Inactive units do not depend on the mask.
     model = known_model(knowledge).double()
     model.load_state_dict(observation.w0)
     active = model.features(x) > 0
@@ -299,20 +304,19 @@ def summed(
     return observation, knowledge, torch.cat(images)
 
 
-def test_a_sum_is_explained_by_all_clients_images() -> None:
+def test_a_sum_is_matched_by_all_clients_images() -> None:
     observation, knowledge, x = summed(SGD, (4, 6, 2))
     kind, why = choose(known_model(knowledge), observation, knowledge)
     assert (kind, why) == ("sum", "secure aggregation of 3 clients")
-    model = known_model(knowledge).double()
-    objective = OBJECTIVES[kind](model, observation, knowledge, why)
+    objective = objective_of(Summed, observation, knowledge)
     assert float(objective(x, 1.0)) < 1e-9
     swapped = x[torch.tensor([11, *range(1, 11), 0])]
     assert float(objective(swapped, 1.0)) > 1e-3
     unknown = replace(knowledge, labels=None)
-    objective = OBJECTIVES[kind](model, observation, unknown, why)
+    objective = objective_of(Summed, observation, unknown)
     assert len(objective.found_labels()) == 12
     with pytest.raises(ValueError, match=r"examples are \(\); allowed"):
-        OBJECTIVES[kind](model, replace(observation, examples=()), knowledge, why)
+        objective_of(Summed, replace(observation, examples=()), knowledge)
 
 
 def test_a_sum_is_attacked_by_name_alone() -> None:
@@ -323,20 +327,20 @@ def test_a_sum_is_attacked_by_name_alone() -> None:
         AttackConfig("sme", 3, options=options), PriorConfig(), seed=0,
     )  # fmt: skip
     assert found.images.shape == (3, *SHAPE)
-    assert "not of a sum" in found.matching
+    assert "not from a sum" in found.matching
 
 
-def test_the_dropout_inversion_fits_masks_beside_the_image() -> None:
+def test_the_dropout_inversion_fits_masks_jointly_with_the_image() -> None:
     one_step = replace(SGD, local_steps=1, batch_size=1)
     observation, knowledge, _, _ = randomised(one_step, dropout=0.5, known=False)
     observation = replace(observation, num_examples=1)
     knowledge = replace(knowledge, labels=(knowledge.labels or ())[:1])
 
-    fitted, drawn_anew = (
+    fitted, sampled = (
         run_attack(observation, knowledge, AttackConfig(name, 60), PriorConfig(), seed=0)
         for name in ("dropout_inversion", "inverting_gradients")
     )
-    assert fitted.losses[-1] < 0.5 * drawn_anew.losses[-1]
+    assert fitted.losses[-1] < 0.5 * sampled.losses[-1]
 
 
 def test_without_dropout_its_inversion_is_inverting_gradients() -> None:
@@ -376,24 +380,24 @@ def test_adams_sizes_are_not_read_where_the_defence_hides_them(
     assert kind == "trajectory" and why in reason
 
 
-def test_rows_keep_small_moves_that_were_set_to_zero_and_lose_large_ones() -> None:
+def test_rows_keep_small_coordinates_that_were_set_to_zero_and_lose_large_ones() -> None:
     seen = client(replace(ADAM, batch_size=1), count=3)
     model = known_model(seen[1])
     for share, whole in ((0.05, True), (0.6, False)):
         observation, unaware, aware = seen_through(seen, Defense(sparsify=share))
-        all_told, told = (
-            sum(int(row.known.sum()) for row in legible_fingerprints(model, observation, knowledge))
+        everything, known = (
+            sum(int(row.known.sum()) for row in usable_fingerprints(model, observation, knowledge))
             for knowledge in (unaware, aware)
         )
-        assert all_told
-        assert (told == all_told) == whole
+        assert everything
+        assert (known == everything) == whole
 
 
-def test_a_zero_tells_adams_gradient_where_the_least_move_that_was_kept_is_small() -> None:
+def test_adams_gradient_is_known_at_zeros_where_the_least_kept_coordinate_is_small() -> None:
     known = consistent([torch.tensor([0.0, 0.5, -1.0])], Defense(sparsify=0.3))
     assert known is not None
-    assert known.sizes_told(move=1.0)[0].tolist() == [True, True, True]
-    assert known.sizes_told(move=0.5)[0].tolist() == [False, True, True]
+    assert known.sizes_known(step=1.0)[0].tolist() == [True, True, True]
+    assert known.sizes_known(step=0.5)[0].tolist() == [False, True, True]
 
 
 def test_what_was_set_to_zero_does_not_count_in_an_inversion() -> None:
@@ -401,9 +405,9 @@ def test_what_was_set_to_zero_does_not_count_in_an_inversion() -> None:
     observation, unaware, aware = seen_through(seen, Defense(sparsify=0.6))
     losses = []
     for knowledge in (unaware, aware):
-        kind, reason = choose(known_model(knowledge), observation, knowledge)
+        kind, _ = choose(known_model(knowledge), observation, knowledge)
         assert kind == "inversion"
-        objective = OBJECTIVES[kind](known_model(knowledge), observation, knowledge, reason)
+        objective = objective_of(EpsInversion, observation, knowledge)
         losses.append(float(objective(seen[2], 1.0)))
     assert losses[1] < 0.01 < losses[0], losses
 
@@ -418,15 +422,15 @@ def test_a_single_gradient_is_compared_with_the_consistent_ones(kind: str, decay
     observation, unaware, aware = seen_through(seen, defense)
     losses = []
     for knowledge in (unaware, aware):
-        options = {"alpha": 0.0} if kind == "surrogate" else {"distance": SquaredDistance}
-        model = known_model(knowledge).double()
-        objective = OBJECTIVES[kind](model, observation, knowledge, "", **options)
+        setting = setting_of(observation, knowledge, SquaredDistance)
+        surrogate = kind == "surrogate"
+        objective = Surrogate(setting, alpha=0.0) if surrogate else GradientMatch(setting)
         losses.append(float(objective(seen[2], 1.0)))
     assert losses[1] < 1e-6 < 1e-3 < losses[0]
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_the_truth_is_at_zero_under_noise_that_is_known(relative: bool) -> None:
+def test_the_ground_truth_is_at_zero_under_known_noise(relative: bool) -> None:
     seen = client(SGD, torch.float64)
     size = torch.cat([(seen[0].w1[n] - w).flatten() for n, w in seen[0].w0.items()])
     rms = float(size.square().mean().sqrt())
@@ -434,15 +438,14 @@ def test_the_truth_is_at_zero_under_noise_that_is_known(relative: bool) -> None:
     observation, unaware, aware = seen_through(seen, defense)
     losses = []
     for knowledge in (unaware, aware):
-        model = known_model(knowledge).double()
-        objective = OBJECTIVES["trajectory"](model, observation, knowledge, "")
+        objective = objective_of(Trajectory, observation, knowledge)
         losses.append(float(objective(seen[2], 1.0)))
     assert losses[0] == pytest.approx(1 - 1 / math.sqrt(5), abs=0.05)
     assert abs(losses[1]) < 0.1
 
 
 @pytest.mark.parametrize("share", ["clip", "sparsify"])
-def test_who_knows_the_defence_gets_nearer_to_the_images(share: str) -> None:
+def test_knowledge_of_the_defence_improves_the_images(share: str) -> None:
     training = replace(SGD, batch_size=1, local_steps=2)
     seen = client(training, count=2, smooth=True)
     size = torch.cat([(seen[0].w1[n] - w).flatten() for n, w in seen[0].w0.items()]).abs()
@@ -458,7 +461,7 @@ def test_who_knows_the_defence_gets_nearer_to_the_images(share: str) -> None:
     assert errors[1] < 0.8 * errors[0], errors
 
 
-def test_who_knows_of_noise_believes_the_match_less() -> None:
+def test_knowledge_of_noise_improves_the_images() -> None:
     seen = client(replace(SGD, batch_size=1, local_steps=2), count=2, smooth=True)
     noisy = Defense(noise="gaussian", sigma=2.0, relative=True)
     observation, unaware, aware = seen_through(seen, noisy)
@@ -471,7 +474,7 @@ def test_who_knows_of_noise_believes_the_match_less() -> None:
     assert errors[1] < 0.8 * errors[0], errors
 
 
-def test_noise_that_fingerprints_do_not_show_is_fitted_beside_them() -> None:
+def test_noise_without_fingerprints_is_fitted_too() -> None:
     observation, knowledge, _, _ = randomised(replace(ADAM, batch_size=2), dropout=0.5)
     w0, w1 = ({n: w.float() for n, w in side.items()} for side in (observation.w0, observation.w1))
     observation = replace(observation, w0=w0, w1=w1)

@@ -23,7 +23,7 @@ from fl_app.registry import ATTACKS
 from server_strategies.attacks.accounting import AttackError
 from server_strategies.attacks.flow_matching import FlowMatching
 from server_strategies.attacks.matching import matching_objective
-from server_strategies.attacks.matching.base import MatchingObjective, Unknown
+from server_strategies.attacks.matching.base import MatchingObjective, Setting, Unknown
 from server_strategies.attacks.optimise import Parts, _better_order, optimise, step_schedule
 from server_strategies.attacks.run import create_attack, run_attack
 from server_strategies.priors.flow import load_flow
@@ -37,7 +37,8 @@ class Target(MatchingObjective):
     name = "target"
 
     def __init__(self, observation: Observation, knowledge: Knowledge, answer: Tensor) -> None:
-        super().__init__(create_model("convnet", 10, SHAPE), observation, knowledge, "known")
+        model = create_model("convnet", 10, SHAPE)
+        super().__init__(Setting(model, observation, knowledge, "known"))
         self.answer = answer
         self.alpha = torch.tensor(0.5, requires_grad=True)
         self.unknowns = [Unknown(self.alpha, lr=0.1)]
@@ -65,14 +66,14 @@ def test_the_loop_finds_a_known_answer_inside_the_box() -> None:
     assert found.losses[-1] < found.losses[0]
 
 
-def test_the_loop_starts_where_the_explanation_says() -> None:
+def test_the_loop_starts_where_the_objective_says() -> None:
     observation, knowledge, x = client(ONE_STEP)
     target = Target(observation, knowledge, x)
     target.start = x
     assert loop(target, observation, Budget(1)).losses[0] == pytest.approx(1.5**2)
 
 
-def test_images_of_a_class_that_are_in_each_others_place_change_it() -> None:
+def test_images_of_a_class_in_each_others_step_are_reassigned() -> None:
     training = CLIENTS["sgd"]
     observation, knowledge, x = client(training, count=6)
     one_class = replace(knowledge, labels=(4, 1, 4, 2, 3, 5))
@@ -90,7 +91,7 @@ def test_images_of_a_class_that_are_in_each_others_place_change_it() -> None:
     found = loop(objective, seen, Budget(4), lr=1e-3)
     right = (x * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)).clamp(0, 1)
     assert torch.allclose(found.images, right, atol=1e-3)
-    # In their own place they stay.
+    # In their own steps they stay.
     objective.start = x
     assert torch.allclose(loop(objective, seen, Budget(4), lr=1e-3).images, right, atol=1e-3)
 
@@ -99,7 +100,7 @@ def test_images_of_a_class_that_are_in_each_others_place_change_it() -> None:
     ("loss", "progress", "made"),
     [(1.04, 0.0, True), (1.06, 0.0, False), (1.04, 0.5, False), (0.99, 1.0, True)],
 )
-def test_an_exchange_may_look_a_little_worse_at_first(
+def test_a_reassignment_may_raise_the_loss_a_little_at_first(
     loss: float, progress: float, made: bool
 ) -> None:
     order = _better_order(
@@ -109,17 +110,17 @@ def test_an_exchange_may_look_a_little_worse_at_first(
 
 
 @pytest.mark.parametrize("prior_strength", [0.5, 2.0])
-def test_priors_pull_every_image_in_proportion(prior_strength: float) -> None:
-    # The objective hardly feels some of the images.
+def test_the_prior_strength_holds_for_every_image(prior_strength: float) -> None:
+    # The objective hardly depends on some of the images.
     observation, knowledge, x = client(CLIENTS["sgd"])
     target = Target(observation, knowledge, torch.zeros_like(x))
-    felt = torch.tensor([1.0, 0.5, 0.1, 0.01, 1e-3, 1e-4]).view(-1, 1, 1, 1)
+    weight = torch.tensor([1.0, 0.5, 0.1, 0.01, 1e-3, 1e-4]).view(-1, 1, 1, 1)
     target.start = torch.full_like(x, 0.1)
     target.alpha.data.zero_()
     target.__class__ = type(
-        "Weak", (Target,), {"__call__": lambda self, x, _: (felt * x).sum() + 0 * self.alpha}
+        "Weak", (Target,), {"__call__": lambda self, x, _: (weight * x).sum() + 0 * self.alpha}
     )
-    # The prior wants the other direction: whoever is stronger decides the sign, of every image.
+    # The prior's gradient is opposite: the larger one decides the sign, for every image.
     found = loop(
         target,
         observation,
@@ -133,7 +134,7 @@ def test_priors_pull_every_image_in_proportion(prior_strength: float) -> None:
     )
 
 
-def test_the_search_starts_anew_where_the_explanation_says_and_images_may_stand_still() -> None:
+def test_the_optimiser_restarts_where_the_objective_says_and_images_may_stand_still() -> None:
     class Halting(Target):
         restart = 0.6
         reached: tuple[Tensor, ...] = ()
@@ -142,7 +143,7 @@ def test_the_search_starts_anew_where_the_explanation_says_and_images_may_stand_
             if progress < self.restart:
                 return super().__call__(x, progress)
             self.reached += (x.detach().clone(),)
-            return -super().__call__(x, progress)  # something else is matched
+            return -super().__call__(x, progress)  # another loss
 
         def pace(self) -> Tensor | None:
             return torch.tensor([0.0, 1, 1, 1, 1, 1]) if self.reached else None
@@ -194,7 +195,7 @@ def test_what_the_server_does_not_know_is_inferred(training: str | None) -> None
     less = replace(knowledge, labels=None, training=CLIENTS["adam"] if training else None)
     found = FlowMatching()(observation, less, budget=Budget(2))
     assert found.labels_source != "given"
-    assert "labels recovered by" in found.matching
+    assert "labels inferred by" in found.matching
     assert ("training guessed (adam" in found.matching) == (training is None)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from client_app.training import train
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.diagnosis import diagnose, unexplained
+from server_strategies.attacks.diagnosis import diagnose, unmatched
 from server_strategies.attacks.matching.defended import noise_part
 from server_strategies.attacks.matching.distance import CosineDistance, SquaredDistance
 
-EXPLAINED = [0.6, 0.4, 0.05]
+MATCHED = [0.6, 0.4, 0.05]
 ONE_STEP = {
     "sgd": LocalTraining("sgd", lr=0.05, batch_size=6, local_steps=1),
     "adam": LocalTraining("adam", lr=1e-3, batch_size=6, local_steps=1),
@@ -37,7 +37,7 @@ def test_a_healthy_update_has_no_sign(name: str, architecture: str) -> None:
     observation, knowledge, _ = client(training, architecture=architecture)
     steps = len(training.batches(observation.num_examples))
     alpha = 0.0 if steps == 1 else 0.5  # a single gradient was taken at w0
-    assert diagnose(observation, knowledge, EXPLAINED, alpha) == ()
+    assert diagnose(observation, knowledge, MATCHED, alpha) == ()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
@@ -46,7 +46,7 @@ def test_a_healthy_update_has_no_sign(name: str, architecture: str) -> None:
     [
         ("noise", "noise with sigma of about"),
         ("clamp", "exactly the largest amount"),
-        ("top-k", "70% of the weights did not move"),
+        ("top-k", "70% of the weights did not change"),
         ("random mask", "it is sparsified"),
         ("bf16", "rounded to bfloat16"),
         ("fp16", "rounded to float16"),
@@ -65,7 +65,7 @@ def test_each_fault_has_its_sentence(name: str, fault: str, words: str) -> None:
         "bf16": lambda w, u: w - (w - u).bfloat16().float(),
         "fp16": lambda w, u: w - (w - u).half().float(),
     }
-    (sentence,) = diagnose(changed(observation, changes[fault]), knowledge, EXPLAINED, None)
+    (sentence,) = diagnose(changed(observation, changes[fault]), knowledge, MATCHED, None)
     assert words in sentence
     if fault == "noise":
         assert float(sentence.split()[-1]) == pytest.approx(1e-4, rel=0.35)
@@ -84,13 +84,13 @@ def test_a_converged_client_is_seen() -> None:
     w0 = {name: w.clone() for name, w in model.state_dict().items()}
     train(model, images, labels, [batch], training, MEAN, STD)
     seen = Observation(w0, model.state_dict(), 6, 1, 1, 1)
-    (sentence,) = diagnose(seen, knowledge, EXPLAINED, None)
+    (sentence,) = diagnose(seen, knowledge, MATCHED, None)
     assert "the gradient is close to zero" in sentence
 
 
 def signs(observation: Observation, knowledge: Knowledge, **training: object) -> tuple[str, ...]:
-    told = replace(knowledge, training=replace(knowledge.training, **training))  # type: ignore[arg-type]
-    return diagnose(observation, told, EXPLAINED, None)
+    assumed = replace(knowledge, training=replace(knowledge.training, **training))  # type: ignore[arg-type]
+    return diagnose(observation, assumed, MATCHED, None)
 
 
 def test_a_wrong_training_is_seen() -> None:
@@ -112,28 +112,28 @@ def test_batch_norm_in_training_mode_is_seen() -> None:
     statistics = {"bn.running_mean": torch.zeros(4), "bn.num_batches_tracked": torch.tensor(0)}
     w0 = {**observation.w0, **statistics}
     still = replace(observation, w0=w0, w1={**observation.w1, **statistics})
-    (sentence,) = diagnose(still, knowledge, EXPLAINED, None)
+    (sentence,) = diagnose(still, knowledge, MATCHED, None)
     assert "did not change: the client trained in evaluation mode" in sentence
     assert signs(still, knowledge, batch_norm="eval") == signs(still, knowledge, send_buffers=False)
     assert signs(still, knowledge, batch_norm="eval") == ()
     moved = {**observation.w1, "bn.running_mean": torch.ones(4)}
     moved["bn.num_batches_tracked"] = torch.tensor(1)
     seen = replace(observation, w0=w0, w1=moved)
-    assert diagnose(seen, knowledge, EXPLAINED, None) == ()
+    assert diagnose(seen, knowledge, MATCHED, None) == ()
     (sentence,) = signs(seen, knowledge, batch_norm="eval")
     assert "which an objective in evaluation mode does not reproduce" in sentence
     (sentence,) = signs(seen, knowledge, send_buffers=False)
     assert "clients are to return those sent" in sentence
 
 
-def test_what_the_optimisation_tells() -> None:
+def test_signs_of_a_failed_optimisation() -> None:
     observation, knowledge, _ = client(CLIENTS["sgd"])
     failed = diagnose(observation, knowledge, [0.6] * 20, 0.0)
     assert [any(words in sentence for sentence in failed) for words in
-            ("explains little", "hardly fell", "alpha ran to 0.00")] == [True] * 3  # fmt: skip
-    assert unexplained([0.9, 0.5], floor=0.4) is None
-    one_step, told, _ = client(ONE_STEP["sgd"])
-    assert "alpha ran to 1.00" in diagnose(one_step, told, EXPLAINED, 1.0)[0]
+            ("does not match", "hardly fell", "alpha ran to 0.00")] == [True] * 3  # fmt: skip
+    assert unmatched([0.9, 0.5], floor=0.4) is None
+    one_step, single, _ = client(ONE_STEP["sgd"])
+    assert "alpha ran to 1.00" in diagnose(one_step, single, MATCHED, 1.0)[0]
     same = replace(observation, w1=observation.w0)
     assert "the update is zero" in diagnose(same, knowledge, [], None)[0]
 

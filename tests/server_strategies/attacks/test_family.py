@@ -17,9 +17,9 @@ from fl_app.protocol import Budget, Knowledge, LocalTraining, Observation, Recon
 from server_strategies.attacks.evolve import evolve
 from server_strategies.attacks.gradinversion import GradInversion
 from server_strategies.attacks.matching import matching_objective
-from server_strategies.attacks.matching.adam.one_step import GradientMatch
-from server_strategies.attacks.matching.base import MatchingObjective
+from server_strategies.attacks.matching.base import MatchingObjective, Setting
 from server_strategies.attacks.matching.distance import DISTANCES
+from server_strategies.attacks.matching.gradient_match import GradientMatch
 from server_strategies.attacks.matching.passes import Passes
 from server_strategies.attacks.matching.restarts import Restarts
 from server_strategies.attacks.matching.trajectory import Trajectory
@@ -45,7 +45,7 @@ def attack(
 
 
 def error(found: Reconstruction, x: Tensor) -> float:
-    """Return the squared error of images as a share of that of plain grey ones."""
+    """Return the squared error of images as a share of that of the mean colour."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
     truth = x * std + mean
     return float((found.images - truth).square().mean() / (truth - mean).square().mean())
@@ -73,7 +73,7 @@ def test_an_image_is_recovered(
     assert found.labels == seen[1].labels
 
 
-def test_ggl_searches_a_latent_whose_image_explains_the_update() -> None:
+def test_ggl_searches_a_latent_whose_image_matches_the_update() -> None:
     seen = client(SGD, count=1)
     found = attack("ggl", 30, seen, kl=0.0)
     assert found.losses[-1] < 0.8 * found.losses[0]
@@ -116,7 +116,7 @@ def test_given_labels_are_not_read(name: str) -> None:
     assert honest.labels_source == ("fitted" if name == "dlg" else "idlg")
 
 
-def test_dlg_fits_the_labels_of_a_batch_beside_its_images() -> None:
+def test_dlg_fits_the_labels_of_a_batch_jointly_with_its_images() -> None:
     observation, knowledge, _ = client(replace(SGD, batch_size=2), count=2)
     found = attack("dlg", 20, (observation, knowledge, torch.zeros(0)))
     assert len(found.labels) == 2
@@ -129,7 +129,7 @@ class Known(MatchingObjective):
     name = "known"
 
     def __init__(self, seen: tuple[Observation, Knowledge, Tensor], loss: float) -> None:
-        super().__init__(create_model("convnet", 10, SHAPE), seen[0], seen[1], "")
+        super().__init__(Setting(create_model("convnet", 10, SHAPE), seen[0], seen[1], ""))
         self.loss = loss
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
@@ -155,11 +155,11 @@ def test_evolution_finds_the_least_of_a_sphere_and_returns_the_best_candidate() 
     assert loss == pytest.approx(min(found.losses), rel=1e-4)
 
 
-def test_the_best_start_is_the_attackers_own_choice() -> None:
+def test_the_best_restart_is_the_one_of_least_loss() -> None:
     seen = client(SGD, count=2)
     losses = iter([0.3, 0.1, 0.2])
     restarts = Restarts(lambda: Known(seen, next(losses)), 3)
-    # The first start holds the truth; the second has the least loss.
+    # The first restart holds the ground truth; the second has the least loss.
     x = torch.cat([seen[2], seen[2] + 1, seen[2] + 2])
     assert restarts(x, 0.0).item() == pytest.approx(0.2)
     assert torch.equal(restarts.found_images(x), seen[2] + 1)
@@ -167,7 +167,7 @@ def test_the_best_start_is_the_attackers_own_choice() -> None:
         GradInversion(restarts=0)
 
 
-def test_gradinversion_returns_its_start_of_least_loss() -> None:
+def test_gradinversion_returns_its_restart_of_least_loss() -> None:
     seen = client(SGD, count=2)
     kept: list[tuple[Tensor, Tensor]] = []
     usual = Restarts.found_images
@@ -195,7 +195,7 @@ def test_gradinversion_returns_its_start_of_least_loss() -> None:
         (replace(ADAM, local_steps=2), "cosine"),
     ],
 )
-def test_moves_of_sgd_are_matched_with_their_length(training: LocalTraining, expected: str) -> None:
+def test_sgd_is_matched_with_its_length(training: LocalTraining, expected: str) -> None:
     observation, knowledge, _ = client(training, count=training.local_steps)
     objective = matching_objective("auto", observation, knowledge, distance="auto")
     assert isinstance(objective, Trajectory | GradientMatch)
@@ -206,20 +206,20 @@ def test_moves_of_sgd_are_matched_with_their_length(training: LocalTraining, exp
     assert own.measure is DISTANCES["cosine"] and "squared" not in own.reason
 
 
-def test_distances_by_hand() -> None:
+def test_distances_are_their_formulas() -> None:
     b = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])]
     a = [torch.tensor([3.0, 1.0]), torch.tensor([4.0, 2.0])]
-    by_hand = {
+    expected_by_name = {
         "cosine": 1 - (9 + 4 + 0 + 4) / (math.sqrt(9 + 1 + 16 + 4) * math.sqrt(25 + 4)),
         "squared": (9 + 16) / (25 + 4),
         "layered": (3 + 4) / (5 + 2),
         "decaying": (9 + 16 / math.e) / (25 + 4 / math.e),
         "even": (9 / 25 + 16 / 4) / 2,
     }
-    assert DISTANCES.keys() == by_hand.keys()
+    assert DISTANCES.keys() == expected_by_name.keys()
     masks = [torch.tensor([True, False]), torch.tensor([True, True])]
     for name, kind in DISTANCES.items():
-        assert kind(b)(a).item() == pytest.approx(by_hand[name], rel=1e-5, abs=1e-6), name
+        assert kind(b)(a).item() == pytest.approx(expected_by_name[name], rel=1e-5, abs=1e-6), name
         assert kind(b)(b).item() == pytest.approx(0, abs=1e-6), name
         blind = [a[0] * masks[0], a[1]], [b[0] * masks[0], b[1]]
         assert kind(b, masks)(a).item() == pytest.approx(kind(blind[1])(blind[0]).item()), name
@@ -260,7 +260,7 @@ def test_the_time_of_an_attack_is_all_of_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert whole.seconds == alone.seconds + 2  # a look at the clock before, and one after
 
 
-def test_priors_by_hand() -> None:
+def test_priors_are_their_formulas() -> None:
     images = torch.rand((4, 3, 5, 6), generator=torch.Generator().manual_seed(0))
     x = (images - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
     norm = 0.5 * float(x.square().mean())
@@ -298,7 +298,7 @@ def test_every_pass_has_images_of_its_own_and_they_are_averaged_in_the_end() -> 
     observation, knowledge, x = client(EPOCHS, count=2)
     passes = matching_objective("passes", observation, knowledge)
     assert isinstance(passes, Passes)
-    assert (passes.copies, passes.complete) == (4, 4)
+    assert (passes.candidates, passes.complete) == (4, 4)
     alike = x.repeat(4, 1, 1, 1)
     assert passes(alike, 0.0).item() == pytest.approx(0, abs=1e-5)  # SGD is simulated exactly
     alike[5] += 1
@@ -311,7 +311,7 @@ def test_a_last_pass_may_take_some_images_only() -> None:
     observation, knowledge, x = client(replace(EPOCHS, local_steps=3), count=2)
     passes = matching_objective("passes", observation, knowledge)
     assert isinstance(passes, Passes)
-    assert (passes.copies, passes.complete) == (2, 1)
+    assert (passes.candidates, passes.complete) == (2, 1)
     # The second image of the second pass was never taken: it must not count.
     found = passes.found_images(torch.cat([x, x[1:] + 1, x[:1] + 99]))
     assert torch.allclose(found, x + torch.tensor([0, 0.5]).view(-1, 1, 1, 1), atol=1e-5)

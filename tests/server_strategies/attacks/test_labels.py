@@ -1,23 +1,16 @@
-"""Counting labels from an update: known answers, real clients, and how the counts are scored."""
+"""Labels inferred from an update: known answers, real clients, and how counts are scored."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from client_app.training import train
 from fl_app.audit.metrics import label_accuracy, label_chance, score
 from fl_app.audit.truth import Truth
-from fl_app.benchmarks import labels as label_bench
-from fl_app.benchmarks.case import Case
-from fl_app.commands import main as cli
-from fl_app.config import AttackConfig
 from fl_app.models import create_model
 from fl_app.models.family import Family
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
@@ -52,7 +45,7 @@ def client(
     return Observation(w0, net.state_dict(), len(labels), round=1, node=1, client=1)
 
 
-def by_hand(counts: Tensor, training: LocalTraining) -> Observation:
+def one_step_of_zeros(counts: Tensor, training: LocalTraining) -> Observation:
     """Return one SGD step's update of a classifier of zeros, where p is 1 / C exactly."""
     w0 = create_model("convnet", 10, SHAPE, seed=0).state_dict()
     w0 = {name: w.zero_() if name.startswith("classifier") else w for name, w in w0.items()}
@@ -88,9 +81,9 @@ def test_distinct_labels_are_the_negative_gradients() -> None:
         ("llg", [3, 1, 0, 0, 0, 0, 0, 0, 0, 0]),
     ],
 )
-def test_counts_of_a_gradient_made_by_hand(method: str, counts: list[int]) -> None:
+def test_counts_of_a_constructed_gradient(method: str, counts: list[int]) -> None:
     training = replace(SGD, batch_size=sum(counts))
-    observation = by_hand(torch.tensor(counts), training)
+    observation = one_step_of_zeros(torch.tensor(counts), training)
     found = infer_labels(method, observation, known(training))
     assert found.counts.tolist() == counts
     assert found.labels == tuple(c for c, n in enumerate(counts) for _ in range(n))
@@ -114,7 +107,7 @@ class NoLinear(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["dlf", "simulate"])
-def test_without_a_bias_the_weights_tell(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_bias_the_weights_are_used(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "nobias", Family(lambda c, s, _: NoBias(c, s), ("none",)))
     labels = torch.tensor([1, 1, 1, 2, 5, 5, 9, 1])
     training = replace(SGD, lr=1e-4, batch_size=8)
@@ -167,7 +160,7 @@ def test_true_labels_are_not_read() -> None:
     assert infer_labels("simulate", observation, wrong).labels == blind.labels
 
 
-def test_displacement_by_hand() -> None:
+def test_displacement_is_the_optimisers() -> None:
     momentum = LocalTraining("sgd", lr=0.1, momentum=0.5, weight_decay=0.1)
     start = torch.tensor([1.0])
     # g = 2 + 0.1 w: steps of 0.21, then 0.5 * 2.1 + 2.079 = 3.129.
@@ -198,7 +191,7 @@ def test_label_accuracy_and_its_chance() -> None:
     true = [0, 0, 0, 2, 2, 1, 4]
     assert label_accuracy(torch.tensor([2, 1, 3, 1, 0]), true) == pytest.approx(5 / 7)
     assert label_accuracy(torch.tensor(true).bincount(), true) == 1
-    with pytest.raises(ValueError, match="6 labels counted for 7 images"):
+    with pytest.raises(ValueError, match="6 labels inferred for 7 images"):
         label_accuracy(torch.tensor([2, 1, 3, 0, 0]), true)
     with pytest.raises(ValueError, match="labels from 0 to 4; allowed: 0 to 2"):
         label_chance(true, 3)
@@ -212,34 +205,11 @@ def test_label_accuracy_and_its_chance() -> None:
     assert label_chance(true, 5) == pytest.approx(sum(guesses) / 4000, abs=0.005)
 
 
-def test_a_score_tells_given_labels_from_recovered_ones() -> None:
+def test_inferred_labels_are_scored_and_given_ones_are_not() -> None:
     x = torch.rand((3, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     truth = Truth(x, (0, 1, 1), ((0, 1, 2),), round=1, node=1)
     given = Reconstruction("", x, (1, 0, 0), (0.1,), 1, 1.0, 0, 0, "iterations")
     assert score(given, truth, (0.5,) * 3, num_classes=10).label_accuracy is None
-    recovered = score(replace(given, labels_source="dlf"), truth, (0.5,) * 3, num_classes=10)
-    assert recovered.label_accuracy == pytest.approx(2 / 3)  # counts: the order does not matter
-    assert recovered.label_chance == pytest.approx(0.3 * 2 / 3)
-
-
-def test_the_benchmark_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case(replace(SGD, lr=0.01, local_steps=2, batch_size=3), AttackConfig())
-    monkeypatch.setitem(
-        cli._WITHOUT_ATTACKS, "labels", replace(label_bench.LABELS, clients=(case,))
-    )
-    monkeypatch.setattr(label_bench, "BARS", {case.client: 1.01})
-    out = tmp_path / "labels.json"
-    command = ["bench", "labels", "--dataset", "photos", "--draws", "2", "--out", str(out)]
-    command += ["--workers", "2"]
-    shown = CliRunner().invoke(cli.app, [*command, "--bars"])
-    assert shown.exit_code == 1 and "the bar is 101%" in shown.output
-    kept = json.loads(out.read_text())
-    assert kept["facts"]["workers"] == 2
-    rows = kept["rows"]
-    assert {(row["method"], row["seed"]) for row in rows} == {
-        (method, seed) for method in (*label_bench.METHODS, "auto") for seed in (0, 1)
-    }
-    assert all(0 <= row["chance"] <= 1 for row in rows)
-    assert "| sgd 0.01 K=2 B=3 | auto | 2 | " in out.with_suffix(".md").read_text()
+    inferred = score(replace(given, labels_source="dlf"), truth, (0.5,) * 3, num_classes=10)
+    assert inferred.label_accuracy == pytest.approx(2 / 3)  # counts: the order does not matter
+    assert inferred.label_chance == pytest.approx(0.3 * 2 / 3)

@@ -60,13 +60,13 @@ class Constant(nn.Module):
         return self.value.expand_as(x)
 
 
-def test_total_variation_by_hand() -> None:
+def test_total_variation_is_its_formula() -> None:
     image = torch.tensor([[[[0.0, 0.5], [1.0, 1.0]]]])
     # across: |0.5| and |0|, mean 0.25; down: |1| and |0.5|, mean 0.75; std 0.5 doubles both
     assert TotalVariation(0.1, (0.5,))(image, 0.0).item() == pytest.approx(0.1 * (0.5 + 1.5) / 2)
 
 
-def test_denoiser_penalty_by_hand() -> None:
+def test_the_denoiser_penalty_is_its_formula() -> None:
     images = torch.rand((2, 3, 8, 8), requires_grad=True)
     prior = FlowPrior(Constant(0.3), 2.0, "denoiser", 0.8, 0.9, torch.Generator().manual_seed(5))
     penalty = prior(images, 0.5)
@@ -132,7 +132,7 @@ def test_the_denoised_image_is_the_mean_over_draws() -> None:
     assert penalty == pytest.approx(residual.square().mean().item(), rel=1e-5)
 
 
-def test_many_images_meet_the_network_in_parts() -> None:
+def test_many_images_are_denoised_in_parts() -> None:
     network, generator = Counting(), torch.Generator().manual_seed(5)
     FlowPrior(network, 1.0, "denoiser", 0.8, 0.8, generator)(torch.rand((130, 3, 4, 4)), 0.0)
     assert network.calls == [128, 2]
@@ -165,21 +165,22 @@ class Edges(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["denoiser", "velocity"])
-def test_a_grey_image_is_pulled_by_the_mean_of_its_channels_pulls(mode: str) -> None:
+def test_a_greyscale_image_has_the_mean_of_its_channels_gradients(mode: str) -> None:
     network = create_network("compact")
     nn.init.normal_(network.tail.weight, std=0.1)  # type: ignore[union-attr, arg-type]
     grey = torch.rand((2, 1, 8, 8), requires_grad=True)
     colour = grey.detach().expand(-1, 3, -1, -1).clone().requires_grad_()
-    pulls = []
+    gradients = []
     for images in (grey, colour):
         prior = FlowPrior(network, 2.0, mode, 0.8, 0.9, torch.Generator().manual_seed(5))
-        pulls.append(torch.autograd.grad(prior(images, 0.5), images)[0])
-    assert pulls[0].abs().max() > 0
+        gradients.append(torch.autograd.grad(prior(images, 0.5), images)[0])
+    assert gradients[0].abs().max() > 0
     # The penalty is a mean over pixels, of which the colour image has three times as many.
-    torch.testing.assert_close(pulls[0], pulls[1].sum(1, keepdim=True), rtol=1e-4, atol=1e-8)
+    summed = gradients[1].sum(1, keepdim=True)
+    torch.testing.assert_close(gradients[0], summed, rtol=1e-4, atol=1e-8)
 
 
-def test_grey_images_can_be_attacked_and_ggl_says_why_not() -> None:
+def test_greyscale_images_can_be_attacked_and_ggl_says_why_not() -> None:
     info = DatasetInfo(10, (1, 12, 12), (0.4,), (0.3,))
     pixels = torch.randint(0, 256, (8, 1, 12, 12), dtype=torch.uint8)
     case = Case(LocalTraining("sgd", lr=0.01, local_steps=2), AttackConfig("flow_matching", 2))
@@ -296,7 +297,7 @@ def test_networks_take_any_multiple_and_train_on_no_others(name: str) -> None:
         Trainer(odd, replace(TINY, network=name), Path("nowhere"), "zeros")
 
 
-def test_attention_by_hand() -> None:
+def test_attention_is_its_formula() -> None:
     layer = SelfAttention(128)
     nn.init.normal_(layer.out.weight, std=0.1)
     x = torch.randn((2, 128, 2, 3))
@@ -435,7 +436,7 @@ def test_a_training_begins_with_other_weights(tmp_path: Path) -> None:
         Trainer(images(), replace(start, network="unet64"), tmp_path / "third", "noise")
 
 
-def test_a_checkpoint_of_another_kind_of_device_draws_anew(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_kind_of_device_draws_new_numbers(tmp_path: Path) -> None:
     trainer = half_trained(tmp_path)
     file = tmp_path / "checkpoint" / "checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "device": "cuda"}))

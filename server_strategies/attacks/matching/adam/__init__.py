@@ -1,1 +1,1 @@
-"""What only an update by Adam gives away."""
+"""Matching that is specific to updates by Adam: its epsilon reveals gradients of single steps."""

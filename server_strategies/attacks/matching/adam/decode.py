@@ -1,9 +1,10 @@
-"""The trajectory, with the images of every step that left a fingerprint decoded first.
+"""The trajectory, with the images of single-step gradient rows decoded first.
 
 A row of a linear layer's gradient is a sum over the batch, ``sum_n d_n a_n``, of the
-layer's inputs a_n, the features of image n. So a fingerprint holds features, and an
-image's features hold the image: no local step is too late for that. The images that
-fingerprints do not show follow from the trajectory, in which the others stand still.
+layer's inputs a_n, the features of image n. So a fingerprint (a single-step gradient
+row, see `fingerprints`) holds features, and features determine the image. This works
+for every local step, however late. Images that no fingerprint holds follow from the
+trajectory, with the decoded images held fixed.
 """
 
 from __future__ import annotations
@@ -25,43 +26,39 @@ from fl_app.protocol.optimizer import create_optimizer
 from server_strategies.attacks.matching.adam.fingerprints import (
     Fingerprint,
     find_fingerprints,
-    single_touch_moves,
+    single_step_updates,
 )
+from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.matching.defended import consistent
-from server_strategies.attacks.matching.distance import CosineDistance, Distance
 from server_strategies.attacks.matching.trajectory import Trajectory
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
-_SOFT = 0.005  # residual at which a row gives up being of one image alone
-_NEEDED = 0.1  # of a row's square, which an image has to explain to be shown by it
-_RESIDUAL = 0.1  # below which a row counts as explained
-_BELIEVED = 0.15  # misfit of its own label up to which an image counts as shown
-_MOVED = 1e-4  # cost of a label that moves, in the misfit's units
-_MISCOUNTED = 0.05  # of a label that was not counted, as a share of the image's part
-_OPEN = 1e-6  # output of a unit that is just open
-_RENEW = 8  # calls after which the weights that features are taken at are simulated anew
+_SOFT = 0.005  # residual above which a row no longer counts as one of a single image
+_SUPPORTED = 0.1  # share of a row's square that an image has to fit to be supported by the row
+_FITTED = 0.1  # residual below which a row counts as fitted
+_ACCEPTED = 0.15  # misfit of its own label up to which an image counts as decoded
+_REASSIGNED = 1e-4  # cost of giving an image another label, in the misfit's units
+_NOT_INFERRED = 0.05  # cost of a label outside the inferred ones, as a share of the image's part
+_ACTIVE = 1e-6  # output of a unit that is just active
+_RENEW = 8  # calls after which the weights that features are taken at are simulated again
 
 
 class Decoded(Trajectory):
-    """Images decoded from fingerprints first, then the trajectory's for the others.
+    """Images decoded from fingerprints first, then the trajectory for the others.
 
-    Until `restart` the loss is the fingerprints' alone: for every row g of a local
-    step's gradient the residual of its best combination of the batch's features,
-    ``min_d |g - sum_n d_n a_n|^2 / |g|^2``, each coordinate by its weight, and, softly,
-    that of the best single image, since most such rows are of one image. The weights
-    are renewed as the misfit falls (`Fingerprint.weighed`). Labels and activations do not
-    enter, so no unit has to be active by luck. The features are those at the
-    weights of that step, simulated from the images decoded so far.
+    Until `restart` the loss comes from the fingerprints alone. For every row g of a
+    local step's gradient it is the residual of the best combination of the batch's
+    features, ``min_d |g - sum_n d_n a_n|^2 / |g|^2``, with coordinates weighted. The
+    residual of the best single image is added, softly, since most such rows are of
+    one image. Weights are renewed as the residual falls (`Fingerprint.weighted`).
+    Neither labels nor activations enter, so no unit has to be active by chance. The
+    features are those at the weights of that step, simulated with the images decoded
+    so far.
 
-    Then the images that fingerprints show stand nearly still, for the others
-    `Trajectory` is added.
+    After `restart` the decoded images move little, and `Trajectory` is added for the
+    others.
 
-    Parameters
-    ----------
-    model, observation, knowledge, reason
-        See `MatchingObjective`.
-    distance : type of Distance
-        The trajectory's.
+    Parameters are `MatchingObjective`'s; the distance is the trajectory's.
 
     Raises
     ------
@@ -70,34 +67,28 @@ class Decoded(Trajectory):
     """
 
     name = "fingerprints"
-    restart = 0.6  # the first part is cheap, and what it misses the second has to find
+    restart = 0.6  # decoding is cheap per iteration; images that it misses need the rest
 
-    def __init__(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        knowledge: Knowledge,
-        reason: str,
-        distance: type[Distance] = CosineDistance,
-    ) -> None:
-        # The images that stand still make a small smoothing descend well.
-        super().__init__(model, observation, knowledge, reason, 0.02, 0.01, distance)
+    def __init__(self, setting: Setting) -> None:
+        # With the decoded images fixed a small smoothing descends well.
+        super().__init__(setting, smoothing=0.02, last_smoothing=0.01)
+        knowledge = setting.knowledge
         if knowledge.labels is None:
             raise ValueError("matching is 'fingerprints', which needs labels; these are not known")
         self.prints: dict[int, list[Fingerprint]] = {}
-        legible = legible_fingerprints(model, observation, knowledge)
-        for found in sorted(legible, key=lambda seen: seen.step):
+        usable = usable_fingerprints(setting.model, setting.observation, knowledge)
+        for found in sorted(usable, key=lambda part: part.step):
             self.prints.setdefault(found.step, []).append(found)
         if not self.prints:
             raise ValueError("matching is 'fingerprints', but the update holds none")
-        self.names = {seen.name for found in self.prints.values() for seen in found}
-        self.ordered = knowledge.labels_source == "given"  # otherwise counted over all steps
-        self.counted = self.labels.clone()
+        self.names = {part.name for found in self.prints.values() for part in found}
+        self.by_step = knowledge.labels_source == "given"  # otherwise inferred over all steps
+        self.known_labels = self.labels.clone()
         self.calls = 0
-        self.held: dict[int, dict[str, Tensor]] = {}
-        self.believed: Tensor
-        self.shown: Tensor | None = None
-        self.all_shown = False
+        self.weights_at: dict[int, dict[str, Tensor]] = {}
+        self.accepted: Tensor
+        self.decoded: Tensor | None = None
+        self.all_decoded = False
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the loss, shape (), of normalised images (N, C, H, W)."""
@@ -106,31 +97,31 @@ class Decoded(Trajectory):
         self.calls += 1
         if progress < self.restart:
             return self._residual(x)
-        if self.shown is None:
-            self.shown = self.believed
-            # Once: to read it in every call would wait for the device.
-            self.all_shown = bool(self.shown.all())
-        if self.all_shown:
+        if self.decoded is None:
+            self.decoded = self.accepted
+            # Read once: in every call it would wait for the device.
+            self.all_decoded = bool(self.decoded.all())
+        if self.all_decoded:
             return self._residual(x)
-        still = self.shown.view(-1, 1, 1, 1)
-        residual = self._residual(torch.where(still, x, x.detach()))
-        return residual + super().__call__(torch.where(still, x.detach(), x), progress)
+        decoded = self.decoded.view(-1, 1, 1, 1)
+        residual = self._residual(torch.where(decoded, x, x.detach()))
+        return residual + super().__call__(torch.where(decoded, x.detach(), x), progress)
 
     def reassignments(self) -> list[tuple[int, int]]:
-        """See `MatchingObjective`; none: fingerprints tell the step."""
+        """See `MatchingObjective`; none: fingerprints determine the step."""
         return []
 
     def pace(self) -> Tensor | None:
         """See `MatchingObjective`."""
-        return None if self.shown is None else torch.where(self.shown, 0.05, 1.0)
+        return None if self.decoded is None else torch.where(self.decoded, 0.05, 1.0)
 
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
         residuals = []
         for step, index in self._steps():
-            inputs = look(self.model, self.held[step], x[index], self.names)[0]
-            for seen in self.prints[step]:
-                alone, _, together = combine(inputs[seen.name], seen)
+            inputs = traced(self.model, self.weights_at[step], x[index], self.names)[0]
+            for part in self.prints[step]:
+                alone, _, together = fit_rows(inputs[part.name], part)
                 best = alone.min(1).values
                 residuals.append((together + _SOFT * best / (best + _SOFT)).mean())
         return torch.stack(residuals).mean()
@@ -140,25 +131,25 @@ class Decoded(Trajectory):
         return ((step, self.indices[step]) for step in self.prints)
 
     def _simulate(self, x: Tensor) -> None:
-        """Hold the weights before each local step, as training on `x` makes them.
+        """Keep the weights before each local step, as training on `x` makes them.
 
-        On the way labels are dealt out: among the images of a step, whose order in
-        it is never known, or among all that fingerprints can tell, where labels
-        were only counted. Then those images are believed that some row needs, with a
-        part that is about the one which their label gives them: one that imitates a
-        blend of others has another.
+        On the way labels are assigned to images: among those of one step, whose order
+        is never known, or among all images of fingerprints, where labels were inferred
+        over all steps. Then an image is accepted if some row supports it and its part
+        in the rows is about the one that its label implies. An image that imitates a
+        blend of others has another part.
         """
         weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
         optimizer = create_optimizer(weights.values(), self.training)
-        told: list[tuple[Tensor, Tensor]] = []
+        fits: list[tuple[Tensor, Tensor]] = []
         for step, index in enumerate(self.indices[: max(self.prints) + 1]):
             if step in self.prints:
-                self.held[step] = {name: w.detach().clone() for name, w in weights.items()}
-                inputs, outputs, logits = self._look(step, x[index])
-                self._weigh(step, inputs)
-                told.append(self._misfit(step, inputs, outputs, logits))
-                if self.ordered:
-                    self._deal(index, *told[-1])
+                self.weights_at[step] = {name: w.detach().clone() for name, w in weights.items()}
+                inputs, outputs, logits = self._traced(step, x[index])
+                self._weight_rows(step, inputs)
+                fits.append(self._misfit(step, inputs, outputs, logits))
+                if self.by_step:
+                    self._assign_labels(index, *fits[-1])
             optimizer.zero_grad()
             with given_noise(self.model, self._noise(step, x[index])):
                 logits = functional_call(self.model, {**weights}, (x[index],))
@@ -166,44 +157,44 @@ class Decoded(Trajectory):
             if self.training.max_grad_norm:
                 nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
             optimizer.step()
-        pictured = torch.cat([index for _, index in self._steps()])
-        misfit, part = (torch.cat(parts) for parts in zip(*told, strict=True))
-        if not self.ordered:
-            self._deal(pictured, misfit, part)
-        own = misfit.gather(1, self.labels[pictured, None])[:, 0]
-        self.believed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.believed[pictured] = own < _BELIEVED * part
+        images = torch.cat([index for _, index in self._steps()])
+        misfit, size = (torch.cat(parts) for parts in zip(*fits, strict=True))
+        if not self.by_step:
+            self._assign_labels(images, misfit, size)
+        own = misfit.gather(1, self.labels[images, None])[:, 0]
+        self.accepted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.accepted[images] = own < _ACCEPTED * size
 
-    def _look(self, step: int, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Return what `look` does of a step's images (B, C, H, W), its rows' units opened."""
-        weights = {name: w.detach().requires_grad_() for name, w in self.held[step].items()}
-        units = {seen.name: seen.rows for seen in self.prints[step]}
+    def _traced(self, step: int, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return `traced` of a step's images (B, C, H, W), with its rows' units active."""
+        weights = {name: w.detach().requires_grad_() for name, w in self.weights_at[step].items()}
+        units = {part.name: part.rows for part in self.prints[step]}
         with given_noise(self.model, self._noise(step, x)):
-            inputs, outputs, logits = look(self.model, weights, x, self.names, units)
-        return {name: given.detach() for name, given in inputs.items()}, outputs, logits
+            inputs, outputs, logits = traced(self.model, weights, x, self.names, units)
+        return {name: value.detach() for name, value in inputs.items()}, outputs, logits
 
-    def _weigh(self, step: int, inputs: Mapping[str, Tensor]) -> None:
-        """Weigh a step's fingerprints by how well its images' features explain them."""
+    def _weight_rows(self, step: int, inputs: Mapping[str, Tensor]) -> None:
+        """Weight a step's fingerprints by how well its images' features fit them."""
         self.prints[step] = [
-            seen.weighed(combine(inputs[seen.name], seen)[2]) for seen in self.prints[step]
+            part.weighted(fit_rows(inputs[part.name], part)[2]) for part in self.prints[step]
         ]
 
     def _noise(self, step: int, x: Tensor) -> list[Tensor]:
         return [noise.detach() for noise in self.noise_of(self.taken[step], x)]
 
-    def _deal(self, index: Tensor, misfit: Tensor, part: Tensor) -> None:
-        """Deal the labels of some images out among them: the linear assignment that fits best.
+    def _assign_labels(self, index: Tensor, misfit: Tensor, size: Tensor) -> None:
+        """Assign the labels of some images among them, by the linear assignment that fits best.
 
-        What was only counted may be wrong: an image may have a label of its own for it.
+        Inferred labels may be wrong: an image may then take a label outside of them.
         """
-        labels = self.counted[index]
-        # Those that nothing is told of keep theirs.
-        costs = misfit[:, labels] + _MOVED * (labels != self.labels[index, None])
-        if not self.ordered:
+        labels = self.known_labels[index]
+        # Images without support keep their labels.
+        costs = misfit[:, labels] + _REASSIGNED * (labels != self.labels[index, None])
+        if not self.by_step:
             least, own = misfit.min(1)
-            alone = torch.where(part > 0, least + _MISCOUNTED * part, torch.inf)
-            apart = torch.full_like(costs, torch.inf)
-            costs = torch.cat([costs, apart.diagonal_scatter(alone)], 1)
+            free = torch.where(size > 0, least + _NOT_INFERRED * size, torch.inf)
+            others = torch.full_like(costs, torch.inf)
+            costs = torch.cat([costs, others.diagonal_scatter(free)], 1)
             labels = torch.cat([labels, own])
         _, best = linear_sum_assignment(costs.cpu().numpy())
         self.labels[index] = labels[torch.from_numpy(best).to(labels.device)]
@@ -217,42 +208,43 @@ class Decoded(Trajectory):
     ) -> tuple[Tensor, Tensor]:
         """Return how badly each class fits a step's images, shape (B, num_classes).
 
-        An image's part in a row that needs it is the slope of its loss in that
-        unit's output, which its label decides. 0 for images that no row needs,
-        and of classes that are not to be dealt out.
-        And the images' parts, in the misfit's units, shape (B,): what a class has
-        that explains nothing of them.
+        An image's part in a row that supports it is the derivative of its loss in that
+        unit's output, which its label determines. The misfit is 0 for images without
+        support, and for classes that are not to be assigned.
+
+        Also return the size of each image's part, shape (B,), in the misfit's units: the
+        misfit of a class whose derivative is 0.
         """
-        misfit, part = torch.zeros_like(logits), logits.new_zeros(len(logits))
-        told = []
-        for seen in self.prints[step]:
-            features = inputs[seen.name]
-            chosen = needed(features, seen)
-            _, parts, _ = combine(features, seen, chosen)
-            # In units of the slope: undo the lengths that `combine` works with.
-            length = (seen.gradient * seen.weight).norm(dim=1, keepdim=True)
-            slopes = parts * length / _lengths(features, seen)
+        misfit, total = torch.zeros_like(logits), logits.new_zeros(len(logits))
+        rows = []
+        for part in self.prints[step]:
+            features = inputs[part.name]
+            chosen = supported(features, part)
+            _, parts, _ = fit_rows(features, part, chosen)
+            # In units of the derivative: undo the lengths that `fit_rows` works with.
+            length = (part.gradient * part.weight).norm(dim=1, keepdim=True)
+            slopes = parts * length / _lengths(features, part)
             size = slopes.square().sum() + 1e-30
-            part += (slopes * chosen).square().sum(0) / size
-            told.append((chosen, slopes, size))
+            total += (slopes * chosen).square().sum(0) / size
+            rows.append((chosen, slopes, size))
         every = torch.arange(logits.shape[1], device=logits.device)
-        for label in self.labels.unique() if self.ordered else every:
+        for label in self.labels.unique() if self.by_step else every:
             loss = F.cross_entropy(logits, label.expand(len(logits)))
-            for seen, (chosen, slopes, size) in zip(self.prints[step], told, strict=True):
-                (slope,) = torch.autograd.grad(loss, outputs[seen.name], retain_graph=True)
-                off = (slopes - slope[:, seen.rows].T) * chosen
+            for part, (chosen, slopes, size) in zip(self.prints[step], rows, strict=True):
+                (slope,) = torch.autograd.grad(loss, outputs[part.name], retain_graph=True)
+                off = (slopes - slope[:, part.rows].T) * chosen
                 misfit[:, label] += off.square().sum(0) / size
-        return misfit.detach(), part
+        return misfit.detach(), total
 
 
-def look(
+def traced(
     model: nn.Module,
     weights: Mapping[str, Tensor],
     x: Tensor,
     names: Iterable[str],
-    opened: Mapping[str, Tensor] | None = None,
+    active: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Run a model, and look into its layers.
+    """Run a model and return what goes into its layers, and what comes out.
 
     Parameters
     ----------
@@ -262,24 +254,25 @@ def look(
     x : Tensor, shape (N, C, H, W)
         Normalised images.
     names : iterable of str
-        Weights of the layers to look into.
-    opened : mapping of str to Tensor, optional
-        By weight, units that left a row, so that their ReLU was open: outputs which
-        approximate images and weights have below zero are raised to just above.
+        Weights of the layers to trace.
+    active : mapping of str to Tensor, optional
+        By weight, the units that left a row, so that their ReLU was active. Where
+        approximate images and weights give them outputs below zero, these are raised
+        to just above.
 
     Returns
     -------
     inputs, outputs : dict of str to Tensor
-        By weight, in the order that the layers ran in.
+        By weight, in the order in which the layers ran.
     logits : Tensor, shape (N, num_classes)
     """
     inputs, outputs = {}, {}
 
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if opened and name in opened:
+        if active and name in active:
             units = torch.zeros_like(output, dtype=torch.bool)
-            units[:, opened[name]] = True
-            output = torch.where(units, output.clamp_min(_OPEN), output)
+            units[:, active[name]] = True
+            output = torch.where(units, output.clamp_min(_ACTIVE), output)
         inputs[name], outputs[name] = args[0], output
         return output
 
@@ -293,10 +286,10 @@ def look(
     return inputs, outputs, logits
 
 
-def combine(
+def fit_rows(
     features: Tensor, seen: Fingerprint, chosen: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Explain the rows of a fingerprint by the features of a batch, by least squares.
+    """Fit the rows of a fingerprint by the features of a batch, by least squares.
 
     Coordinates count by their weights, with rows and features scaled to length 1.
 
@@ -314,51 +307,52 @@ def combine(
     alone : Tensor, shape (R, B)
         The residual, in [0, 1], of a row in each image's features alone.
     parts : Tensor, shape (R, B)
-        Each image's part in the best combination of all.
+        Each image's coefficient in the best combination of all.
     together : Tensor, shape (R,)
-        The residual of that.
+        The residual of that combination.
     """
     dots, gram = _products(features, seen)
     if chosen is not None:
         dots, gram = dots * chosen, gram * chosen[..., None] * chosen[..., None, :]
     parts = torch.linalg.solve(gram + _ridge(gram), dots)
-    explained = (parts * (2 * dots - (gram @ parts[..., None])[..., 0])).sum(1)
-    return 1 - dots.square(), parts, (1 - explained).clamp(min=0)
+    fitted = (parts * (2 * dots - (gram @ parts[..., None])[..., 0])).sum(1)
+    return 1 - dots.square(), parts, (1 - fitted).clamp(min=0)
 
 
-def needed(features: Tensor, seen: Fingerprint) -> Tensor:
-    """Return which images it takes to explain each row of a fingerprint, shape (R, B) of bool.
+def supported(features: Tensor, seen: Fingerprint) -> Tensor:
+    """Return which images each row of a fingerprint supports, shape (R, B) of bool.
 
-    By orthogonal matching pursuit (Pati et al., 1993) of the rows that all images
-    explain together: the image that explains most of a row comes first, its part
-    leaves rows and features, and so on. A copy of an image, or a blend of some, is
-    not needed beside them, however large a part least squares give it.
+    Those that it takes to fit the row, by orthogonal matching pursuit (Pati et al.,
+    1993) of the rows that all images fit together. The image that fits most of a row
+    comes first, its part is removed from rows and features, and so on. A copy of an
+    image, or a blend of several, is not supported beside them, however large its
+    coefficient in the least squares.
 
     Parameters
     ----------
     features, seen
-        See `combine`.
+        See `fit_rows`.
     """
-    explained = (combine(features, seen)[2] < _RESIDUAL)[:, None]
+    fitted = (fit_rows(features, seen)[2] < _FITTED)[:, None]
     dots, gram = _products(features, seen)
-    dots, gram = dots * explained, gram + _ridge(gram)
+    dots, gram = dots * fitted, gram + _ridge(gram)
     chosen = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     for _ in range(len(features)):
-        # What is left of an image that was chosen is rounding.
+        # What remains of an image that was chosen is rounding.
         left = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-6)
         gains, image = (dots.square() / left).amax(0).max(0)
-        chosen[image] |= gains > _NEEDED
+        chosen[image] |= gains > _SUPPORTED
         along = gram[:, image] / left[:, image, None]
         dots = dots - dots[:, image, None] * along
         gram = gram - gram[:, :, image, None] * along[:, None]
-    return (combine(features, seen, chosen)[1].square() > _NEEDED) & explained
+    return (fit_rows(features, seen, chosen)[1].square() > _SUPPORTED) & fitted
 
 
 def _products(features: Tensor, seen: Fingerprint) -> tuple[Tensor, Tensor]:
     """Return features times each row, shape (R, B), and times each other, (R, B, B).
 
-    Of features (B, D) and rows that are weighted and scaled to length 1. By products of
-    matrices: features that are scaled for each row would be R B D numbers.
+    Of features (B, D) and rows that are weighted and scaled to length 1. By matrix
+    products: features scaled for each row would take R B D numbers.
     """
     lengths = _lengths(features, seen)
     rows = F.normalize(seen.gradient * seen.weight, dim=1) * seen.weight
@@ -376,15 +370,15 @@ def _ridge(gram: Tensor) -> Tensor:
     return _RIDGE * torch.eye(gram.shape[-1], device=gram.device)
 
 
-def legible_fingerprints(
+def usable_fingerprints(
     model: nn.Module, observation: Observation, knowledge: Knowledge
 ) -> list[Fingerprint]:
-    """Return an update's fingerprints that `Decoded` can read.
+    """Return an update's fingerprints that `Decoded` can use.
 
     Those in linear layers with one input an image, of the first pass over the data:
-    the weights of later steps are less well known, of a client that reshuffles their
-    images, too. Of their rows those coordinates are known that a known defence leaves
-    so, see `Consistent.sizes_told`.
+    the weights of later steps are less well known, and their images too where the
+    client reshuffles. A coordinate is known only where a known defence leaves its
+    size, see `Consistent.sizes_known`.
 
     Parameters
     ----------
@@ -400,31 +394,32 @@ def legible_fingerprints(
     weights = dict(model.named_parameters())
     images = next(iter(weights.values())).new_zeros(1, *knowledge.image_shape)
     with torch.no_grad():
-        inputs, _, _ = look(model, weights, images, linear)
-    names = [n for n, given in inputs.items() if given.dim() == 2 and n in observation.trained]
+        inputs, _, _ = traced(model, weights, images, linear)
+    names = [n for n, value in inputs.items() if value.dim() == 2 and n in observation.trained]
     w0, w1 = ({name: w[name] for name in names} for w in (observation.w0, observation.w1))
     num_steps = len(training.batches(count))
     found = find_fingerprints(w0, w1, training, num_steps)
     update = observation.update
     known = consistent(list(update.values()), knowledge.defense)
     if known:
-        moves = training.lr * single_touch_moves(num_steps, training.lr * training.weight_decay)
-        told = {
-            step: dict(zip(update, known.sizes_told(moves[step].item()), strict=True))
-            for step in {seen.step for seen in found}
+        decay = training.lr * training.weight_decay
+        lengths = training.lr * single_step_updates(num_steps, decay)
+        sized = {
+            step: dict(zip(update, known.sizes_known(lengths[step].item()), strict=True))
+            for step in {part.step for part in found}
         }
-        left = [_known_only(seen, told[seen.step][seen.name][seen.rows]) for seen in found]
-        # With less than half left, rows mislead more than they tell.
+        left = [_known_only(part, sized[part.step][part.name][part.rows]) for part in found]
+        # With less than half left, rows mislead more than they help.
         kept = (
-            now.known.sum() > seen.known.sum() / 2 for now, seen in zip(left, found, strict=True)
+            now.known.sum() > part.known.sum() / 2 for now, part in zip(left, found, strict=True)
         )
         found = list(compress(left, kept))
     first_pass = training.steps_a_pass(count)
-    # Rows without a gradient that is known, as a defence may leave them, tell nothing.
-    return [s for s in found if s.step < first_pass and (s.gradient * s.weight).any()]
+    # A defence may leave rows without any known gradient; they are of no use.
+    return [p for p in found if p.step < first_pass and (p.gradient * p.weight).any()]
 
 
-def _known_only(seen: Fingerprint, told: Tensor) -> Fingerprint:
-    """Return a fingerprint of which only those coordinates are known that `told` (R, D) marks."""
-    spread = torch.where(told, seen.spread, torch.inf)
-    return replace(seen, spread=spread, weight=seen.weight * told)
+def _known_only(seen: Fingerprint, sized: Tensor) -> Fingerprint:
+    """Return a fingerprint of which only the coordinates marked in `sized` (R, D) are known."""
+    spread = torch.where(sized, seen.spread, torch.inf)
+    return replace(seen, spread=spread, weight=seen.weight * sized)

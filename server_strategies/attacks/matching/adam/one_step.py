@@ -1,9 +1,8 @@
-"""Explanations of a single local step: one gradient, at the weights that were sent.
+"""Matching a single step of Adam, or of any optimiser whose steps are nearly signs.
 
-With one step the optimiser's arithmetic can be inverted: from SGD's step follows
-the gradient itself, from Adam's its size up to float rounding, and from any
-sign-like step at least its signs. All three work from the client's mean step
-``r = (w0 - w1) / lr``, see `mean_step`.
+Adam's step hides the size of a gradient, but not completely: its epsilon and the
+weights' rounding leave most of it. The signs are always left. Both objectives compare
+with the client's mean step, see `mean_step`.
 """
 
 from __future__ import annotations
@@ -11,122 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.matching.base import MatchingObjective
-from server_strategies.attacks.matching.closed_form import image_of
+from fl_app.protocol import LocalTraining, Observation
 from server_strategies.attacks.matching.defended import consistent
-from server_strategies.attacks.matching.distance import CosineDistance, Distance
-from server_strategies.attacks.matching.gradient import constant_gradient_speeds, loss_gradient
+from server_strategies.attacks.matching.gradient_match import GradientMatch, mean_step, step_units
 from server_strategies.attacks.matching.trajectory import EPS
 
 
-def mean_step(
-    w0: Sequence[Tensor], w1: Sequence[Tensor], training: LocalTraining, num_steps: int
-) -> list[Tensor]:
-    """Return the client's mean step in units of its learning rate, weight decay removed.
-
-    ``r = (w0 - w1) / (lr c) - decay w0``. c counts the gradients that the
-    displacement is worth: K for K steps, more with momentum, which hands a
-    gradient on to later steps. Exact for one step of SGD, Nesterov's included,
-    and of AdamW; for several, to first order in lr. Adam's own decay sits inside
-    its normalisation and stays in.
-
-    Parameters
-    ----------
-    w0, w1 : sequence of Tensor
-        Weights before and after.
-    training : LocalTraining
-    num_steps : int
-        K.
-    """
-    unit, decay = step_units(training, num_steps)
-    return [(before - after) / unit - decay * before for before, after in zip(w0, w1, strict=True)]
-
-
-def step_units(training: LocalTraining, num_steps: int) -> tuple[float, float]:
-    """Return lr c and the decay of `mean_step`."""
-    worth = sum(constant_gradient_speeds(training, num_steps))
-    decay = 0.0 if training.optimizer == "adam" else training.weight_decay
-    return training.lr * worth, decay
-
-
-class GradientMatch(MatchingObjective):
-    """Cosine distance to the client's mean step, as a gradient at w0 (Geiping et al., 2020).
-
-    ``1 - cos(r, g(w0, x))`` over all parameters as one vector. Zero at the truth
-    for one step of SGD, with momentum or weight decay too; clipping scales the
-    gradient, which a cosine does not see. Later steps and Adam's normalisation
-    are ignored, as published attacks that match gradients do. Where the gradient
-    gives the image away in closed form, see `image_of`, `start` holds it.
-
-    Parameters
-    ----------
-    model, observation, knowledge, reason
-        See `MatchingObjective`.
-    distance : type of Distance
-        Another than the cosine, which does see how long the gradient is.
-
-    Raises
-    ------
-    ValueError
-        If the update is zero.
-    """
-
-    name = "gradient"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        observation: Observation,
-        knowledge: Knowledge,
-        reason: str,
-        distance: type[Distance] = CosineDistance,
-    ) -> None:
-        super().__init__(model, observation, knowledge, reason)
-        self.measure = distance
-        self.num_steps = len(self.batches)
-        self._prepare(list(self.w0.values()), list(self.w1.values()), knowledge)
-        for w in self.w0.values():  # where the candidates' gradient is taken
-            w.requires_grad_()
-
-    def _prepare(self, w0: list[Tensor], w1: list[Tensor], knowledge: Knowledge) -> None:
-        """Derive from the weights what candidates are compared with."""
-        target = mean_step(w0, w1, self.training, self.num_steps)
-        update = [before - after for before, after in zip(w0, w1, strict=True)]
-        known = consistent(update, knowledge.defense, rescale=self.measure is CosineDistance)
-        if known:
-            unit, decay = step_units(self.training, self.num_steps)
-            known = known.in_units(unit, [decay * before for before in w0])
-        self.distance = self.measure(target, known=known)
-        whole = known is None or not (known.sigma or known.hidden)
-        if self.training.optimizer == "sgd" and whole:
-            self._start_from(target, knowledge.image_shape)
-
-    def _start_from(self, gradient: list[Tensor], shape: tuple[int, int, int]) -> None:
-        """Start from the one image that a gradient, NaN where it is not known, may hold."""
-        if self.num_steps == 1 and len(self.labels) == 1:
-            by_name = dict(zip(self.w0, gradient, strict=True))
-            self.start = image_of(self.model, by_name, shape)
-
-    def __call__(self, x: Tensor, progress: float) -> Tensor:
-        """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
-        return self.distance(self._gradient(x))
-
-    def _gradient(self, x: Tensor) -> list[Tensor]:
-        noise = self.noise_of(0, x)
-        return loss_gradient(self.model, self.w0, x, self.targets(), noise)
-
-
 class EpsInversion(GradientMatch):
-    """Cosine distance to the gradient that Adam's epsilon gives away.
+    """Distance from the gradient that Adam's epsilon reveals.
 
     Adam's first step is ``r = g / (|g| + eps)``, so ``|g| = eps |r| / (1 - |r|)``:
     float32 keeps enough of ``1 - |r|``, about ``eps / |g|``. Coordinates where it
-    is under three times its rounding error, see `_tolerance`, are left out on
-    both sides, and those whose size a known defence hides. Noise, rounding and
-    clipping of the update destroy it; `usable` says so beforehand.
+    is under three times its rounding error, see `_tolerance`, are masked in both
+    vectors, and so are those whose size a known defence hides. Noise, rounding and
+    clipping of the update make it impossible; `usable` says so beforehand.
 
     Parameters and attributes are `GradientMatch`'s.
 
@@ -138,17 +37,17 @@ class EpsInversion(GradientMatch):
 
     name = "inversion"
 
-    def _prepare(self, w0: list[Tensor], w1: list[Tensor], knowledge: Knowledge) -> None:
+    def _prepare(self, w0: list[Tensor], w1: list[Tensor]) -> None:
         steps = mean_step(w0, w1, self.training, self.num_steps)
         tolerance = _tolerance(w0, w1, self.training.lr)
         usable, reason = _invertible(steps, tolerance, self.training, self.num_steps)
         if not usable:
             raise ValueError(f"the update can't be inverted: {reason}")
         masks = [1 - r.abs() >= t for r, t in zip(steps, tolerance, strict=True)]
-        known = consistent([a - b for a, b in zip(w0, w1, strict=True)], knowledge.defense)
+        known = consistent([a - b for a, b in zip(w0, w1, strict=True)], self.knowledge.defense)
         if known:
-            told = known.sizes_told(self.training.lr)
-            masks = [m & size for m, size in zip(masks, told, strict=True)]
+            sizes = known.sizes_known(self.training.lr)
+            masks = [m & size for m, size in zip(masks, sizes, strict=True)]
         target = [
             torch.where(m, EPS * r / (1 - r.abs()), 0) for r, m in zip(steps, masks, strict=True)
         ]
@@ -156,7 +55,7 @@ class EpsInversion(GradientMatch):
             target = [g - self.training.weight_decay * w for g, w in zip(target, w0, strict=True)]
         self.distance = self.measure(target, masks)
         masked = [torch.where(m, g, torch.nan) for g, m in zip(target, masks, strict=True)]
-        self._start_from(masked, knowledge.image_shape)
+        self._start_from(masked)
 
     @staticmethod
     def usable(observation: Observation, training: LocalTraining) -> tuple[bool, str]:
@@ -171,7 +70,7 @@ class EpsInversion(GradientMatch):
         -------
         bool
         str
-            The share of coordinates kept, or what stands against it.
+            The share of coordinates kept, or what prevents it.
         """
         names = observation.trained
         w0, w1 = [observation.w0[n] for n in names], [observation.w1[n] for n in names]
@@ -203,10 +102,10 @@ def _invertible(
         return False, f"the client makes {num_steps} local steps; allowed: 1"
     size = torch.cat([r.abs().flatten() for r in steps])
     error = torch.cat([t.flatten() for t in tolerance])
-    moved = size > error
-    if not moved.any():
+    changed = size > error
+    if not changed.any():
         return False, "the update is zero"
-    size, error = size[moved], error[moved]
+    size, error = size[changed], error[changed]
     # Adam's first step is never longer than lr and reaches it wherever |g| >> eps.
     longer = (size > 1 + error).float().mean().item()
     if longer > 1e-3:
@@ -224,32 +123,31 @@ class SignMatch(GradientMatch):
     """Agreement of signs, for Adam and other steps that are nearly the sign of a gradient.
 
     ``1 - sum(r g) / (sum |r| |g| + sum over dead coordinates of |g|)``, in [0, 2],
-    with r the mean step. Zero at the truth for one step. A dead coordinate did
-    not move at all, so its gradient was zero: a candidate's counts there as if
-    it had the wrong sign half the time; one that a known defence set to zero, whose
-    move may have been a step's, does not count. For several steps of Adam it is a
-    cheap initialiser.
+    with r the mean step. Zero at the ground truth for one step. A dead coordinate has
+    no update, so its gradient was zero: a candidate's gradient there counts as if it
+    had the wrong sign half the time. Coordinates that a known defence may have set to
+    zero do not count. For several steps of Adam it is a cheap initialiser.
 
     Parameters and attributes are `GradientMatch`'s.
     """
 
     name = "sign"
 
-    def _prepare(self, w0: list[Tensor], w1: list[Tensor], knowledge: Knowledge) -> None:
+    def _prepare(self, w0: list[Tensor], w1: list[Tensor]) -> None:
         self.steps = mean_step(w0, w1, self.training, self.num_steps)
         if not any(r.any() for r in self.steps):
             raise ValueError("the update is zero: the client returned what it was sent")
-        # Adam's decay is inside the sign: it belongs to a candidate's gradient too.
+        # Adam's decay is inside the sign, so a candidate's gradient needs it too.
         inner = self.training.optimizer == "adam" and self.training.weight_decay
         self.decayed = [self.training.weight_decay * w for w in w0] if inner else None
         self.weights = []
         for r, t in zip(self.steps, _tolerance(w0, w1, self.training.lr), strict=True):
             self.weights.append(torch.where(r.abs() <= t, 1, r.abs()))
-        known = consistent([a - b for a, b in zip(w0, w1, strict=True)], knowledge.defense)
+        known = consistent([a - b for a, b in zip(w0, w1, strict=True)], self.knowledge.defense)
         if known:
             unit, _ = step_units(self.training, self.num_steps)
-            pieces = zip(self.weights, self.steps, known.sizes_told(unit), strict=True)
-            self.weights = [torch.where(told, s, r.abs()) for s, r, told in pieces]
+            pieces = zip(self.weights, self.steps, known.sizes_known(unit), strict=True)
+            self.weights = [torch.where(sized, s, r.abs()) for s, r, sized in pieces]
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the disagreement, shape (), of normalised images (N, C, H, W)."""

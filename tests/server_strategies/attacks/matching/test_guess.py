@@ -9,7 +9,7 @@ from helpers.clients import MEAN, STD, client
 from client_app.training import train
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining, Observation
-from server_strategies.attacks.matching.adam.fingerprints import single_touch_moves
+from server_strategies.attacks.matching.adam.fingerprints import single_step_updates
 from server_strategies.attacks.matching.guess import guess_training
 
 
@@ -53,20 +53,20 @@ def test_adams_spikes_give_the_number_of_steps_too(batch_size: int, steps: int) 
 def test_sgd_gives_only_the_product_of_rate_and_steps() -> None:
     training = LocalTraining("sgd", lr=0.02, batch_size=2, local_steps=3)
     guess = guess_training(client(training)[0])
-    assert not guess.confident and "not told apart" in guess.reason
+    assert not guess.confident and "can't be distinguished" in guess.reason
     product = guess.training.lr * guess.training.local_steps
     assert 0.03 < product < 0.12
 
 
-def test_single_touch_is_adams_arithmetic() -> None:
+def test_single_step_updates_are_adams_arithmetic() -> None:
     for step in range(4):
         w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([w], lr=1.0, eps=1e-30)
         for k in range(4):
             w.grad = torch.full_like(w, -0.3 if k == step else 0.0)
             optimizer.step()
-        assert w.item() == pytest.approx(single_touch_moves(4)[step].item())
-    assert single_touch_moves(1).tolist() == pytest.approx([1])
+        assert w.item() == pytest.approx(single_step_updates(4)[step].item())
+    assert single_step_updates(1).tolist() == pytest.approx([1])
 
 
 def test_nothing_to_guess_from_is_refused() -> None:

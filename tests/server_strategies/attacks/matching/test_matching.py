@@ -1,4 +1,4 @@
-"""How updates follow from data: against the real client's training and known answers."""
+"""Matching objectives: against the real client's training and known answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_simulation_is_the_clients_own_training(
 
 
 @pytest.mark.parametrize("name", CLIENTS)
-@pytest.mark.parametrize("graphs", [5, 2, 0])  # kept; the others are computed anew on the way back
+@pytest.mark.parametrize(
+    "graphs", [5, 2, 0]
+)  # kept; the others are computed again in the backward pass
 def test_the_adjoint_is_autograds_gradient(
     name: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,14 +47,16 @@ def test_the_adjoint_is_autograds_gradient(
     labels = torch.tensor(knowledge.labels)
     model = create_model("convnet", 10, SHAPE).to(torch.float64)
     generator = torch.Generator().manual_seed(0)
-    pull = {k: torch.randn(w.shape, generator=generator).to(w) for k, w in observation.w0.items()}
+    adjoint = {
+        k: torch.randn(w.shape, generator=generator).to(w) for k, w in observation.w0.items()
+    }
 
     def gradient(simulation: Callable[..., dict[str, Tensor]]) -> Tensor:
         start = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
         start.requires_grad_()
         batches = [(start[list(b)], labels[list(b)]) for b in training.batches(6)]
         weights = simulation(model, dict(observation.w0), batches, training, 0.3)
-        sum((pull[k] * w).sum() for k, w in weights.items()).backward()
+        sum((adjoint[k] * w).sum() for k, w in weights.items()).backward()
         assert start.grad is not None
         return start.grad
 
@@ -65,8 +69,8 @@ def test_the_adjoint_is_autograds_gradient(
 
     monkeypatch.setattr(trajectory._Steps, "_differentiable", counted)
     gradient(simulate)
-    assert len(computed) == 5 and computed[-1] > sum(w.nbytes for w in pull.values())
-    # Half a graph more: what is measured varies with the addresses that memory is given.
+    assert len(computed) == 5 and computed[-1] > sum(w.nbytes for w in adjoint.values())
+    # Half a graph more: the measured size varies with the addresses of memory.
     monkeypatch.setattr(trajectory, "KEPT_GRAPHS", (graphs + 0.5) * computed[-1])
     expected = gradient(slow_simulation)
     computed.clear()
@@ -112,7 +116,7 @@ def slow_simulation(
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_coordinates_that_never_moved_have_a_finite_gradient(smoothing: float) -> None:
+def test_coordinates_that_never_changed_have_a_finite_gradient(smoothing: float) -> None:
     observation, knowledge, _ = client(CLIENTS["adam"])
     x = torch.zeros((6, *SHAPE)).requires_grad_()  # no gradient reaches the first layer's weights
     labels = torch.tensor(knowledge.labels)
@@ -139,7 +143,7 @@ def test_one_sgd_step_is_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
-def test_the_truth_explains_better_than_other_images(name: str) -> None:
+def test_the_ground_truth_matches_better_than_other_images(name: str) -> None:
     observation, knowledge, x = client(CLIENTS[name])
     trajectory = matching_objective("auto", observation, knowledge)
     others = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
@@ -173,12 +177,12 @@ def test_a_surrogate_starts_where_the_gradients_were_taken() -> None:
     sgd, momentum = CLIENTS["sgd"], CLIENTS["momentum"]
     assert mean_position(sgd, 1) == 0
     assert mean_position(sgd, 5) == pytest.approx(0.4)  # of 0, 1/5, 2/5, 3/5, 4/5
-    # By hand, K=2: it moves 1, then 1.9; the gradients are worth 1.9 and 1.
+    # K=2: updates of 1, then 1.9; the gradients contribute 1.9 and 1.
     assert mean_position(momentum, 2) == pytest.approx((1.9 * 0 + 1 * 1) / 2.9**2)
     assert mean_position(CLIENTS["nesterov"], 2) == pytest.approx(1.9**2 / (1.9 + 2.71) ** 2)
 
 
-def test_labels_that_nobody_knows_are_fitted() -> None:
+def test_unknown_labels_are_fitted() -> None:
     observation, knowledge, x = client(replace(CLIENTS["sgd"], batch_size=6, local_steps=1))
     objective = matching_objective("auto", observation, replace(knowledge, labels=None))
     (unknown,) = objective.unknowns
@@ -205,7 +209,7 @@ def test_wrong_labels_and_kinds_are_refused() -> None:
         matching_objective("auto", observation, replace(knowledge, training=None))
 
 
-def test_cosine_distance_by_hand() -> None:
+def test_cosine_distance_is_its_formula() -> None:
     seen = [torch.tensor([1.0, 0.0]), torch.tensor([[1.0]])]
     distance = CosineDistance(seen)
     assert distance(seen).item() == pytest.approx(0, abs=1e-6)
@@ -215,3 +219,12 @@ def test_cosine_distance_by_hand() -> None:
     )
     with pytest.raises(ValueError, match="the update is zero"):
         CosineDistance([torch.zeros(2)])
+
+
+def test_a_masked_cosine_ignores_what_is_masked() -> None:
+    seen, mask = [torch.tensor([1.0, 5.0, 1.0])], [torch.tensor([True, False, True])]
+    distance = CosineDistance(seen, mask)
+    assert distance([torch.tensor([2.0, -9.0, 2.0])]).item() == pytest.approx(0, abs=1e-6)
+    assert distance([torch.tensor([1.0, 5.0, 0.0])]).item() == pytest.approx(1 - 0.5**0.5)
+    with pytest.raises(ValueError, match="zero"):
+        CosineDistance(seen, [torch.tensor([False] * 3)])

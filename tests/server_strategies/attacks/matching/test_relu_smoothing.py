@@ -1,4 +1,4 @@
-"""The slope of ReLU's gates: only second derivatives differ, and by the formula."""
+"""ReLU's surrogate second derivative: only second derivatives differ, and by the formula."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _as_modules(source: _Functional, inplace: bool) -> nn.Module:
 
 
 def _matching(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return a loss's gradient in the weights, and the slope of its projection in x."""
+    """Return a loss's gradient in the weights, and the gradient of its sum in x."""
     x = x.clone().requires_grad_()
     weights = {name: w.detach().requires_grad_() for name, w in model.named_parameters()}
     gradient = loss_gradient(model, weights, x, torch.tensor([0, 2]))
@@ -38,7 +38,7 @@ def _matching(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("inplace", [None, False, True])
-def test_values_and_gradients_stay_and_the_slope_in_x_gains_the_gates_part(
+def test_values_and_gradients_stay_and_the_second_derivative_gains_the_surrogate(
     inplace: bool | None,
 ) -> None:
     torch.manual_seed(0)
@@ -47,11 +47,11 @@ def test_values_and_gradients_stay_and_the_slope_in_x_gains_the_gates_part(
     x, width = torch.randn(2, 5, dtype=torch.float64), 0.7
     value, (gradient, slope) = model(x), _matching(model, x)
     smooth_relu(model, width)
-    sloped_gradient, sloped = _matching(model, x)
+    smoothed_gradient, smoothed = _matching(model, x)
 
     assert torch.equal(model(x), value)
-    assert all(map(torch.equal, sloped_gradient, gradient))
-    # By hand. The gradients of the first layer are sum_n (g_n H(z_n)) (x_n, 1); their sum's part
+    assert all(map(torch.equal, smoothed_gradient, gradient))
+    # The gradients of the first layer are sum_n (g_n H(z_n)) (x_n, 1). Of their sum, the part
     # that goes through H is, for each example, sum_u g_u N(z_u) (sum x + 1) first_u.
     w, z = network.first.weight.detach(), network.first(x).detach()
     error = F.softmax(value, 1).detach() - F.one_hot(torch.tensor([0, 2]), 3)
@@ -59,9 +59,9 @@ def test_values_and_gradients_stay_and_the_slope_in_x_gains_the_gates_part(
     scale = width * z.square().mean().sqrt()
     density = torch.exp(-0.5 * (z / scale) ** 2) / (math.sqrt(2 * math.pi) * scale)
     expected = (x.sum(1, keepdim=True) + 1) * (g * density) @ w
-    torch.testing.assert_close(sloped - slope, expected)
+    torch.testing.assert_close(smoothed - slope, expected)
 
 
-def test_a_slope_of_no_width_is_refused() -> None:
+def test_a_negative_width_is_refused() -> None:
     with pytest.raises(ValueError, match="relu_smoothing is -1"):
         smooth_relu(nn.ReLU(), -1.0)

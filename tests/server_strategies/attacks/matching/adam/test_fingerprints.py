@@ -1,4 +1,4 @@
-"""Fingerprints: against Adam itself, and against real clients."""
+"""Single-step gradient rows ("fingerprints"): against Adam itself, and against real clients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining, Observation
 from server_strategies.attacks.matching import matching_objective
-from server_strategies.attacks.matching.adam.decode import Decoded, combine, needed
+from server_strategies.attacks.matching.adam.decode import Decoded, fit_rows, supported
 from server_strategies.attacks.matching.adam.fingerprints import Fingerprint, find_fingerprints
 
 ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=4)
@@ -41,7 +41,7 @@ def adam_client(training: LocalTraining) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("training", [ADAM, replace(ADAM, optimizer="adamw", weight_decay=0.01)])
-def test_gradients_of_single_steps_are_read_from_adams_moves(training: LocalTraining) -> None:
+def test_gradients_of_single_steps_follow_from_adams_updates(training: LocalTraining) -> None:
     w0, w1, gradients = adam_client(training)
     found = find_fingerprints({"w": w0}, {"w": w1}, training, 4)
     assert [(f.step, f.rows.tolist()) for f in found] == [(0, [0]), (2, [1]), (3, [2])]
@@ -52,23 +52,23 @@ def test_gradients_of_single_steps_are_read_from_adams_moves(training: LocalTrai
         assert seen.gradient[true == 0].abs().max() < 1e-12
         error = ((seen.gradient - true) * seen.known).norm() / (true * seen.known).norm()
         assert error < 0.2
-        # Rounding is what is left, and it is known how much that is.
+        # The remaining error is rounding, of known size.
         apart = (seen.gradient - true).abs()[seen.known & (true != 0)]
         spread = seen.spread[seen.known & (true != 0)]
         assert (apart < 3 * spread).float().mean() > 0.98
         assert (apart > 0.01 * spread).float().mean() > 0.5
 
 
-def test_what_rounding_spoils_counts_less_the_better_the_rest_is_explained() -> None:
+def test_rounded_coordinates_count_less_the_better_the_rest_is_fitted() -> None:
     gradient = torch.tensor([[1.0, -1, 1, 0, 0]])
     spread = torch.tensor([[0.0, 1e-2, 0.5, 0, torch.inf]])
     seen = Fingerprint(0, "w", torch.arange(1), gradient, spread, spread.isfinite().float())
-    early, late = (seen.weighed(torch.tensor([misfit])).weight for misfit in (1.0, 1e-4))
+    early, late = (seen.weighted(torch.tensor([misfit])).weight for misfit in (1.0, 1e-4))
     torch.testing.assert_close(early, torch.tensor([[1, 1, 0.8**0.5, 1, 0]]), atol=1e-3, rtol=0)
     torch.testing.assert_close(late, torch.tensor([[1, 0.5**0.5, 0.02, 1, 0]]), atol=1e-3, rtol=0)
 
 
-def test_moves_that_do_not_tell_the_step_leave_no_fingerprint() -> None:
+def test_updates_that_do_not_identify_the_step_leave_no_fingerprint() -> None:
     w0, w1, _ = adam_client(ADAM)
     noisy = w1 + 1e-5 * torch.randn(w1.shape, generator=torch.Generator().manual_seed(1))
     assert not find_fingerprints({"w": w0}, {"w": noisy}, ADAM, 4)
@@ -76,12 +76,12 @@ def test_moves_that_do_not_tell_the_step_leave_no_fingerprint() -> None:
     assert not find_fingerprints({"w": w0}, {"w": w1}, replace(ADAM, weight_decay=0.01), 4)
 
 
-def test_rows_are_combined_from_features_by_least_squares() -> None:
+def test_rows_are_fitted_by_features_in_least_squares() -> None:
     features = torch.eye(3, 6)
     rows = torch.stack([2 * features[1], features[0] - features[2], torch.eye(6)[5]])
     exact, alike = torch.zeros(3, 6), torch.ones(3, 6)
     seen = Fingerprint(0, "w", torch.arange(3), rows, exact, alike)
-    alone, parts, together = combine(features, seen)
+    alone, parts, together = fit_rows(features, seen)
     half = 0.5**0.5
     torch.testing.assert_close(
         alone, torch.tensor([[1.0, 0, 1], [0.5, 1, 0.5], [1, 1, 1]]), atol=1e-2, rtol=0
@@ -92,27 +92,27 @@ def test_rows_are_combined_from_features_by_least_squares() -> None:
     torch.testing.assert_close(together, torch.tensor([0.0, 0, 1]), atol=1e-2, rtol=0)
 
 
-def test_a_copy_of_an_image_is_not_needed_beside_it() -> None:
+def test_a_copy_of_an_image_is_not_supported_beside_it() -> None:
     generator = torch.Generator().manual_seed(0)
-    shown, other, third = torch.rand(3, 50, generator=generator)
-    blend = 0.8 * shown + 0.2 * torch.rand(50, generator=generator)
-    rows = torch.stack([2 * shown - blend, other, torch.randn(50, generator=generator)])
+    image, other, third = torch.rand(3, 50, generator=generator)
+    blend = 0.8 * image + 0.2 * torch.rand(50, generator=generator)
+    rows = torch.stack([2 * image - blend, other, torch.randn(50, generator=generator)])
     exact, alike = torch.zeros(3, 50), torch.ones(3, 50)
     seen = Fingerprint(0, "w", torch.arange(3), rows, exact, alike)
-    features = torch.stack([blend, shown, third, other])
-    _, parts, _ = combine(features, seen)
+    features = torch.stack([blend, image, third, other])
+    _, parts, _ = fit_rows(features, seen)
     assert parts[0, 0].abs() > 0.5
-    # The third row is nobody's: what little of it an image explains does not count.
+    # No image fits the third row: the little that one fits of it does not count.
     expected = torch.zeros(3, 4, dtype=torch.bool)
     expected[0, 1] = expected[1, 3] = True
-    assert torch.equal(needed(features, seen), expected)
+    assert torch.equal(supported(features, seen), expected)
 
 
-def test_fingerprints_are_explained_by_the_truth_and_not_by_other_images() -> None:
+def test_fingerprints_are_fitted_by_the_ground_truth_and_not_by_other_images() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     objective = matching_objective("auto", observation, knowledge)
     assert isinstance(objective, Decoded)
-    assert "of them show" in objective.reason
+    assert "of them are readable" in objective.reason
     assert objective(x, 0.0) < 0.02
     generator = torch.Generator().manual_seed(5)
     assert objective(torch.randn(x.shape, generator=generator), 0.0) > 0.2
@@ -124,58 +124,58 @@ def test_fingerprints_are_explained_by_the_truth_and_not_by_other_images() -> No
     assert objective.found_labels() == (given[1], given[0], *given[2:])
 
 
-def test_counted_labels_find_their_images() -> None:
+def test_inferred_labels_find_their_images() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     given = knowledge.labels
     assert given
-    counted = replace(knowledge, labels=tuple(sorted(given)), labels_source="llg")
-    objective = matching_objective("fingerprints", observation, counted)
-    for _ in range(17):  # the weights are simulated anew, with the labels dealt before
+    inferred = replace(knowledge, labels=tuple(sorted(given)), labels_source="llg")
+    objective = matching_objective("fingerprints", observation, inferred)
+    for _ in range(17):  # the weights are simulated again, with the labels assigned before
         objective(x, 0.0)
-    assert counted.labels != given
+    assert inferred.labels != given
     assert objective.found_labels() == given
 
 
-def test_a_label_that_was_miscounted_is_put_right() -> None:
+def test_a_label_that_was_inferred_wrongly_is_corrected() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     given = knowledge.labels
     assert given
     other = next(c for c in range(10) if c not in given)
-    counted = replace(knowledge, labels=(other, *given[1:]), labels_source="llg")
-    objective = matching_objective("fingerprints", observation, counted)
+    inferred = replace(knowledge, labels=(other, *given[1:]), labels_source="llg")
+    objective = matching_objective("fingerprints", observation, inferred)
     for _ in range(17):
         objective(x, 0.0)
     assert objective.found_labels() == given
 
 
-def test_images_that_fingerprints_show_stand_still_after_the_restart() -> None:
+def test_decoded_images_stand_still_after_the_restart() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     objective = matching_objective("fingerprints", observation, knowledge)
     assert isinstance(objective, Decoded)
     assert objective.pace() is None
     assert objective(x, objective.restart) < 0.05
-    shown, pace = objective.shown, objective.pace()
-    assert shown is not None
+    decoded, pace = objective.decoded, objective.pace()
+    assert decoded is not None
     assert pace is not None
-    assert shown.any()
-    assert (pace[shown] < 0.1).all()
-    assert (pace[~shown] == 1).all()
+    assert decoded.any()
+    assert (pace[decoded] < 0.1).all()
+    assert (pace[~decoded] == 1).all()
 
 
-def test_an_image_that_its_label_contradicts_is_not_shown() -> None:
+def test_an_image_that_its_label_contradicts_is_not_decoded() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     given = knowledge.labels
     assert given
     right = matching_objective("fingerprints", observation, knowledge)
-    # A class that no image of the first step has: the label can't be dealt to another one.
+    # A class that no image of the first step has: the label can't be assigned to another one.
     other = next(c for c in range(10) if c not in given[:2])
     wrong = matching_objective(
         "fingerprints", observation, replace(knowledge, labels=(other, *given[1:]))
     )
     for objective in (right, wrong):
         objective(x, objective.restart)
-    assert right.shown.tolist()[:2] == [True, True]
-    assert wrong.shown.tolist()[:2] == [False, True]
+    assert right.decoded.tolist()[:2] == [True, True]
+    assert wrong.decoded.tolist()[:2] == [False, True]
 
 
 def test_without_fingerprints_the_reason_is_given() -> None:
@@ -184,7 +184,7 @@ def test_without_fingerprints_the_reason_is_given() -> None:
         matching_objective("fingerprints", observation, knowledge)
     with pytest.raises(ValueError, match="needs labels"):
         matching_objective("fingerprints", observation, replace(knowledge, labels=None))
-    # Of two passes the first is read.
+    # Of two passes the first is used.
     training = replace(ADAM, local_steps=6)
     observation, knowledge, _ = client(training)
     found = matching_objective("fingerprints", observation, knowledge)
@@ -192,7 +192,7 @@ def test_without_fingerprints_the_reason_is_given() -> None:
     assert max(found.prints) < 3
 
 
-def test_an_mlp_gives_the_images_themselves_away() -> None:
+def test_rows_of_an_mlps_first_layer_are_the_images() -> None:
     observation, knowledge, x = client(
         replace(ADAM, batch_size=1, local_steps=6), architecture="mlp"
     )

@@ -1,0 +1,171 @@
+"""The results of attacks: means with intervals, what they are compared with, and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.results import Results
+from fl_app.util.intervals import mean_interval
+from fl_app.util.markdown import half_width, signed
+
+_COLUMNS = [
+    "client", "attack", "trials", "PSNR dB", "threshold", "mean colour dB", "PSNR by local step",
+    "SSIM", "LPIPS VGG", "vs first dB", "vs first LPIPS", "loss", "at truth", "s", "it/s", "MB",
+]  # fmt: skip
+
+_ON_SCREEN = (
+    "client", "attack", "trials", "PSNR dB", "threshold", "mean colour dB", "LPIPS VGG",
+    "vs first dB", "s",
+)  # fmt: skip
+
+_MEANS = (
+    "loss", "loss_at_truth", "seconds", "iterations_per_second", "peak_memory",
+    "gflop_per_iteration",
+)  # fmt: skip
+
+
+@dataclass
+class AttackResults(Results):
+    """The rows of attacks: a case that was run is a line of the table."""
+
+    def summaries(self) -> dict[str, Any]:
+        """Return the summary of every case."""
+        return {"summary": [self.summary(case) for case in self.cases]}
+
+    def summary(self, case: Case) -> dict[str, Any]:
+        """Return a case's means and 95% intervals over trials, beside its baselines."""
+        rows = self.of(case)
+        entry: dict[str, Any] = {
+            "case": case.name, "trials": len(rows), "threshold": case.threshold,
+        }  # fmt: skip
+        if not rows:
+            return entry
+        for metric in rows[0]["metrics"]:
+            scores = [row["metrics"][metric] for row in rows]
+            if None in scores:
+                entry[metric] = None
+                continue
+            mean, low, high = mean_interval([s["mean"] for s in scores])
+            baseline = mean_interval([s["baseline"] for s in scores])[0]
+            entry[metric] = {"mean": mean, "low": low, "high": high, "baseline": baseline}
+        steps = zip(*(row["psnr_by_step"] for row in rows), strict=True)
+        # Steps of later passes use no new image.
+        entry["psnr_by_step"] = [sum(v) / len(v) for v in steps if None not in v]
+        for key in _MEANS:
+            entry[key] = sum(row[key] for row in rows) / len(rows)
+        reference = self.reference(case)
+        if reference:
+            entry["compared_with"] = reference.name
+            entry["gain"] = {
+                metric: self.gain(case, reference, metric) for metric in ("psnr", "lpips_vgg")
+            }
+        return entry
+
+    def reference(self, case: Case) -> Case | None:
+        """Return what a case is compared with: the first of its client and its budget.
+
+        None for that one itself.
+        """
+        first = next(other for other in self.cases if other.arena == case.arena)
+        return None if first.name == case.name else first
+
+    def gain(self, case: Case, reference: Case, metric: str) -> dict[str, float | None] | None:
+        """Return mean and 95% interval of a metric's difference on the trials that both have.
+
+        None: they have none in common.
+        """
+        ours, theirs = (
+            {row["seed"]: row["metrics"][metric]["mean"] for row in self.of(each)
+             if row["metrics"].get(metric)}
+            for each in (case, reference)
+        )  # fmt: skip
+        differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        if not differences:
+            return None
+        mean, low, high = mean_interval(differences)
+        return {"mean": mean, "low": low, "high": high}
+
+    def table(self) -> Table:
+        """Return the table's main columns for a screen: means with 95% intervals."""
+        table = Table(title=f"{self.name}: mean over trials, 95% interval")
+        shown = [place for place, name in enumerate(_COLUMNS) if name in _ON_SCREEN]
+        for place in shown:
+            words = _COLUMNS[place] in ("client", "attack")
+            width = 18 if words else None
+            table.add_column(_COLUMNS[place], min_width=width, overflow="fold", no_wrap=not words)
+        for line in self.cells()[1:]:
+            table.add_row(*(line[place] for place in shown))
+        return table
+
+    def cells(self) -> list[list[str]]:
+        """Return the lines of the table, its head first: a line a case that was run."""
+        return [_COLUMNS, *(self._line(case) for case in self.cases if self.of(case))]
+
+    def _line(self, case: Case) -> list[str]:
+        line = self.summary(case)
+        psnr, gain = line["psnr"], line.get("gain", {})
+        beaten = psnr["mean"] > psnr["baseline"]
+        return [
+            case.client,
+            case.name.split(", ", 1)[1],
+            str(line["trials"]),
+            f"{psnr['mean']:.2f}{half_width(psnr, 1)}"
+            + ("" if beaten else " (no better than the mean colour)"),
+            _threshold(case),
+            f"{psnr['baseline']:.1f}",
+            " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
+            f"{line['ssim']['mean']:.3f}",
+            f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
+            signed(gain.get("psnr"), 2),
+            signed(gain.get("lpips_vgg"), 3),
+            f"{line['loss']:.3f}",
+            f"{line['loss_at_truth']:.3f}",
+            f"{line['seconds']:.0f}",
+            f"{line['iterations_per_second']:.1f}",
+            f"{line['peak_memory'] / 1e6:.0f}",
+        ]
+
+    def shortfalls(self) -> list[str]:
+        """Return, in words, every threshold that a case which was run misses."""
+        return [
+            f"{case.name}: {words}"
+            for case in self.cases
+            if self.of(case)
+            for words in self._misses(case)
+        ]
+
+    def _misses(self, case: Case) -> Iterator[str]:
+        line = self.summary(case)
+        psnr = line["psnr"]["mean"]
+        if case.threshold is not None and psnr < case.threshold:
+            yield f"{psnr:.2f} dB, the threshold is {case.threshold:g} dB"
+        above = psnr - line["psnr"]["baseline"]
+        if case.above_mean_colour is not None and above < case.above_mean_colour:
+            wanted = f"the threshold is {case.above_mean_colour:+g} dB"
+            yield f"{above:+.2f} dB above the mean colour, {wanted}"
+        for other in self.cases if case.first else ():
+            rival = self.summary(other).get("psnr") if other.arena == case.arena else None
+            if rival and rival["mean"] > psnr:
+                yield f"{psnr:.2f} dB, but {rival['mean']:.2f} dB by {other.attack.name}"
+        if case.gain is not None:
+            gains, lpips = line["gain"]["psnr"], line["gain"]["lpips_vgg"]
+            if not gains or gains["mean"] < case.gain:
+                reached = signed(gains, 2) or "no trials in common"
+                yield f"{reached}, the threshold is {case.gain:+g} dB"
+            if not lpips or lpips["mean"] >= 0:
+                reached = signed(lpips, 3) or "not measured"
+                yield f"LPIPS VGG {reached}, the threshold is below 0"
+
+
+def _threshold(case: Case) -> str:
+    words = [] if case.threshold is None else [f"{case.threshold:g}"]
+    if case.above_mean_colour is not None:
+        words.append(f"mean colour {case.above_mean_colour:+g}")
+    words += [] if case.gain is None else [f"{case.gain:+g} dB, LPIPS lower"]
+    words += ["first"] * case.first
+    return "; ".join(words)

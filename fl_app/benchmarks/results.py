@@ -1,0 +1,154 @@
+"""The results of a benchmark: rows, kept in a file, and the table that they make."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.processes import shares
+from fl_app.benchmarks.rows import Row, commits, kept_results, machine, with_commit
+from fl_app.util.files import write_text
+from fl_app.util.markdown import markdown_table, sections_markdown
+
+
+@dataclass
+class Results(ABC):
+    """A benchmark's rows, kept in a file.
+
+    Attributes
+    ----------
+    name : str
+        The benchmark's.
+    cases : sequence of Case
+        In the order of the table.
+    facts : mapping
+        What the results depend on beside the cases, the commit among them; a file
+        with other facts is not resumed, see `kept_results`.
+    path : Path or None
+        Where the rows are kept; None: nowhere.
+    rows : list of dict
+        Each with its ``seed`` and `row_key`.
+    notes : list of str
+        Lines below the table.
+    """
+
+    name: str
+    cases: Sequence[Case]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _sharing: Mapping[str, Any] = field(default_factory=dict, init=False)
+    _machine: Mapping[str, Any] = field(default_factory=machine, init=False)
+
+    row_key = "case"
+
+    def __post_init__(self) -> None:
+        if not self.path or not self.path.exists():
+            return
+        kept = kept_results(self.path, self.facts)
+        self.rows, self.notes, self._machine = kept["rows"], kept.get("notes", []), kept["machine"]
+        self._sharing = {k: v for k, v in kept["facts"].items() if k in shares(1)}
+
+    def case_name(self, case: Case) -> str:
+        """Return what the rows of a case hold as their `row_key`."""
+        return case.name
+
+    def of(self, case: Case) -> list[Row]:
+        """Return the rows of a case."""
+        name = self.case_name(case)
+        return [row for row in self.rows if row[self.row_key] == name]
+
+    def chosen(self, only: str = "") -> list[Case]:
+        """Return the cases in whose name the regular expression `only` is found.
+
+        Raises
+        ------
+        ValueError
+            If there is no such case, or it is no regular expression.
+        """
+        try:
+            found = [case for case in self.cases if re.search(only, self.case_name(case))]
+        except re.error as error:
+            raise ValueError(f"cases is {only!r}: no regular expression, {error}") from error
+        if not found:
+            raise ValueError(
+                f"cases is {only!r}: no case of {self.name} has it in its name; a name is like "
+                f"{self.case_name(self.cases[0])!r}"
+            )
+        return found
+
+    def missing(self, only: str, seeds: Sequence[int]) -> list[tuple[Case, int]]:
+        """Return the chosen cases and seeds that have no row yet, seed by seed."""
+        done = {(row[self.row_key], row["seed"]) for row in self.rows}
+        return [
+            (case, seed)
+            for seed in seeds
+            for case in self.chosen(only)
+            if (self.case_name(case), seed) not in done
+        ]
+
+    def add(self, rows: Iterable[Row], workers: int) -> None:
+        """Keep rows that were made here, by one of so many processes."""
+        self._sharing, self._machine = shares(workers), machine()
+        self.rows += [with_commit(row, self.facts) for row in rows]
+        self.save()
+
+    @property
+    def trials(self) -> int:
+        """Trials of the case that has the most of them."""
+        return max((len({row["seed"] for row in self.of(case)}) for case in self.cases), default=0)
+
+    def save(self) -> None:
+        """Write facts, machine, summary, rows and notes, whole or not at all."""
+        if self.path:
+            content = {
+                "benchmark": self.name,
+                "facts": self._all_facts(),
+                "machine": self._machine,
+                **self.summaries(),
+                "rows": self.rows,
+                "notes": self.notes,
+            }
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+    def note(self, notes: Sequence[str]) -> None:
+        """Keep lines that stand below the table."""
+        if notes != self.notes:
+            self.notes = list(notes)
+            self.save()
+
+    def markdown(self, command: str) -> str:
+        """Return table and notes in Markdown, between the command and what they depend on."""
+        lines = markdown_table(self.cells())
+        if self.notes:
+            lines += ["", *self.notes]
+        facts = {**self._machine, **self._all_facts()}
+        return sections_markdown(self.name, command, lines, facts)
+
+    def summaries(self) -> dict[str, Any]:
+        """Return what is written beside the rows; nothing by default."""
+        return {}
+
+    @abstractmethod
+    def cells(self) -> list[list[str]]:
+        """Return the lines of the table, its head first."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """Return the table's main columns for a screen."""
+
+    @abstractmethod
+    def shortfalls(self) -> list[str]:
+        """Return, in words, every figure that misses its threshold."""
+
+    def _all_facts(self) -> dict[str, Any]:
+        return {**self.facts, **self._sharing, "commit": commits(self.rows)}

@@ -1,0 +1,277 @@
+"""What `flowleak bench NAME` runs: a suite of cases, each on trials.
+
+A trial draws fresh images and a fresh model, trains one client as Flower's clients
+train, and looks at the update that a server would see. Cases of one client share its
+trials, so they are compared in pairs. Rows are kept in a JSON file after every trial,
+so a killed benchmark continues where it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from fl_app.audit.truth import Truth
+from fl_app.benchmarks.attack_results import AttackResults
+from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.clients import Clients
+from fl_app.benchmarks.processes import in_processes
+from fl_app.benchmarks.results import Results
+from fl_app.benchmarks.rows import Row
+from fl_app.config import ConfigError, DatasetConfig, PriorConfig
+from fl_app.data import ImageSet, dataset_info, draw_images, load_split
+from fl_app.protocol import DatasetInfo, Knowledge, Observation
+from fl_app.registry import PRIORS
+from fl_app.runs.folder import git_commit
+from server_strategies.priors.flow import find_weights
+
+_Kept = TypeVar("_Kept", bound=Results)
+_TRAIN_IMAGES = 2000  # that earlier rounds draw from
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a suite is run on: the options of `flowleak bench`. Images are loaded when asked for.
+
+    Attributes
+    ----------
+    data : DatasetConfig
+    split : {"train", "test"}
+        That clients draw their images from.
+    trials : int
+        Of each case; 0: none, the results are those that `path` holds.
+    seed : int
+        Of the first trial; see `draw_client`.
+    path : Path or None
+        JSON file of all rows; an existing one is continued. None: nothing is kept.
+    workers : int
+        See `in_processes`.
+    only : str
+        Regular expression: only cases in whose name it is found are run.
+    prior : PriorConfig
+        Of the attacks.
+    lpips_weights : str
+        See `load_lpips`.
+    """
+
+    data: DatasetConfig
+    split: str = "test"
+    trials: int = 8
+    seed: int = 0
+    path: Path | None = None
+    workers: int = 1
+    only: str = ""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    lpips_weights: str = ""
+
+    def __post_init__(self) -> None:
+        kept = bool(self.path and self.path.exists())
+        if self.trials < (0 if kept else 1):
+            raise ConfigError(
+                f"trials is {self.trials}; allowed: 1 or more, or 0 where --out holds results"
+            )
+        if self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; allowed: 1 or more")
+
+    @cached_property
+    def info(self) -> DatasetInfo:
+        """The data set's facts."""
+        return dataset_info(self.data)
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The images of the split."""
+        return load_split(self.data, self.split)
+
+    def clients(self, cases: Iterable[Case]) -> Clients:
+        """Return what clients are drawn from; training images only if a case needs some."""
+        train_images = None
+        if any(case.rounds for case in cases):
+            train_images = draw_images(self.data, "train", _TRAIN_IMAGES, self.seed)
+        return Clients(self.images, self.info, train_images)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results depend on beside the cases."""
+        facts = {"dataset": self.data.name, "split": self.split, "first_seed": self.seed}
+        prior = {"prior": self._prior_name} if self._prior_name else {}
+        return {**facts, **prior, "commit": git_commit()}
+
+    @property
+    def _prior_name(self) -> str:
+        """The prior's name, or that of its file; empty for the default."""
+        if self.prior == PriorConfig():
+            return ""
+        weights = self.prior.weights
+        return weights if weights in PRIORS else find_weights(weights).stem
+
+    def command(self, name: str, trials: int) -> str:
+        """Return the command that makes these results."""
+        words = ["flowleak", "bench", name, "--dataset", self.data.name, "--split", self.split]
+        words += ["--prior", self._prior_name] if self._prior_name else []
+        words += ["--trials", str(trials), "--seed", str(self.seed)]
+        words += ["--workers", str(self.workers)] if self.workers > 1 else []
+        words += ["--cases", self.only] if self.only else []
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Suite(ABC, Generic[_Kept]):
+    """A benchmark. It is sent to worker processes, which import its class.
+
+    Attributes
+    ----------
+    cases : tuple of Case
+        In the order of the table.
+    """
+
+    cases: tuple[Case, ...]
+
+    @abstractmethod
+    def results(self, name: str, setting: Setting) -> _Kept:
+        """Return the results that `setting.path` holds; none yet where there is no such file."""
+
+    @abstractmethod
+    def trial(self, case: Case, seed: int, clients: Clients, setting: Setting) -> list[Row]:
+        """Return the rows of one trial, in a worker process."""
+
+    def notes(self, results: _Kept, setting: Setting, console: Console) -> list[str]:
+        """Return lines below the table in Markdown; none by default.
+
+        Parameters
+        ----------
+        results : Results
+            Those of `run`.
+        setting : Setting
+        console : Console
+            Shows the progress, where they take long.
+        """
+        return []
+
+    def run(self, name: str, setting: Setting, console: Console) -> _Kept:
+        """Run every case on every trial that has no row yet, trial by trial.
+
+        Parameters
+        ----------
+        name : str
+            The suite's, for the table.
+        setting : Setting
+        console : Console
+            Shows the progress.
+
+        Raises
+        ------
+        ValueError
+            If no case is chosen, or the kept results depend on other facts.
+        """
+        results = self.results(name, setting)
+        seeds = range(setting.seed, setting.seed + setting.trials)
+        missing = results.missing(setting.only, seeds)
+        if missing:
+            shared = self, setting.clients(case for case, _ in missing), setting
+            for rows in in_processes(_trial, shared, missing, setting.workers, name, console):
+                results.add(rows, setting.workers)
+        return results
+
+
+def _trial(shared: tuple[Suite[Any], Clients, Setting], case: Case, seed: int) -> list[Row]:
+    suite, clients, setting = shared
+    return suite.trial(case, seed, clients, setting)
+
+
+@dataclass(frozen=True)
+class AttackSuite(Suite[AttackResults]):
+    """A benchmark of attacks. The first case of a client, at equal budgets, is the reference.
+
+    The others are compared with it, trial by trial.
+    """
+
+    def results(self, name: str, setting: Setting) -> AttackResults:
+        """See `Suite`."""
+        return AttackResults(name, self.cases, setting.facts, setting.path)
+
+    def trial(self, case: Case, seed: int, clients: Clients, setting: Setting) -> list[Row]:
+        """See `Suite`."""
+        # Slow to import, and only workers need it.
+        from fl_app.benchmarks.trial import attack_trial
+
+        return [attack_trial(case, seed, clients, setting.prior, setting.lpips_weights)]
+
+
+@dataclass(frozen=True)
+class ReadingSuite(Suite["ReadingResults"]):
+    """A benchmark that reads something off clients' updates; the cases' attacks are not run.
+
+    Attributes
+    ----------
+    title : str
+        What the table shows.
+    """
+
+    title: str
+
+    @abstractmethod
+    def read(self, observation: Observation, knowledge: Knowledge, truth: Truth) -> list[Row]:
+        """Return the rows of one client, without its name and seed."""
+
+    @abstractmethod
+    def cells(self, rows: Sequence[Row]) -> list[list[str]]:
+        """Return the lines of the table of rows, its head first."""
+
+    def shortfalls(self, rows: Sequence[Row]) -> list[str]:
+        """Return, in words, every figure of rows that misses its threshold."""
+        return []
+
+    def results(self, name: str, setting: Setting) -> ReadingResults:
+        """See `Suite`.
+
+        Raises
+        ------
+        ConfigError
+            If a prior is chosen.
+        """
+        if setting.prior != PriorConfig():
+            raise ConfigError(f"prior is {setting.prior.weights!r}; {name} attacks with none")
+        return ReadingResults(name, self.cases, setting.facts, setting.path, suite=self)
+
+    def trial(self, case: Case, seed: int, clients: Clients, setting: Setting) -> list[Row]:
+        """See `Suite`."""
+        rows = self.read(*clients.draw(case, seed))
+        return [{"client": case.client, "seed": seed, **row} for row in rows]
+
+
+@dataclass
+class ReadingResults(Results):
+    """The rows of a `ReadingSuite`."""
+
+    suite: ReadingSuite = field(kw_only=True)
+
+    row_key = "client"
+
+    def case_name(self, case: Case) -> str:
+        """Return the client alone: the attack is not run."""
+        return case.client
+
+    def cells(self) -> list[list[str]]:
+        """See `ReadingSuite`."""
+        return self.suite.cells(self.rows)
+
+    def table(self) -> Table:
+        """Return the whole table for a screen."""
+        head, *lines = self.cells()
+        table = Table(*head, title=f"{self.name}: {self.suite.title}")
+        for line in lines:
+            table.add_row(*line)
+        return table
+
+    def shortfalls(self) -> list[str]:
+        """See `ReadingSuite`."""
+        return self.suite.shortfalls(self.rows)

@@ -1,0 +1,84 @@
+"""One trial of an attack: a client drawn anew, attacked and scored, in a worker process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import cache
+
+from client_app.defenses import distortion, update_bytes
+from client_app.training import NO_DEFENSE, normalise
+from fl_app.audit.metrics import MEASURES, feature_mse, score, target_features
+from fl_app.audit.perceptual import load_lpips
+from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.clients import Clients
+from fl_app.benchmarks.rows import Row
+from fl_app.config import PriorConfig
+from fl_app.protocol import Observation
+from server_strategies.attacks.matching import matching_objective
+from server_strategies.attacks.run import create_attack, run_attack
+
+_perceptual = cache(load_lpips)
+
+
+def attack_trial(
+    case: Case, seed: int, clients: Clients, prior: PriorConfig, lpips_weights: str
+) -> Row:
+    """Return the row of one trial.
+
+    Its ``peak_memory`` (the column MB) is the attack's alone, see `Reconstruction`.
+
+    Parameters
+    ----------
+    case : Case
+    seed : int
+        See `draw_client`.
+    clients : Clients
+    prior : PriorConfig
+    lpips_weights : str
+        See `load_lpips`.
+    """
+    observation, knowledge, truth = clients.draw(case, seed)
+    seen = knowledge if case.labels_known else replace(knowledge, labels=None)
+    seen = seen if case.defense_known else replace(seen, defense=NO_DEFENSE)
+    found = run_attack(observation, seen, case.attack, prior, seed)
+    attack = create_attack(case.attack)
+    options = {option.name: getattr(attack, option.name) for option in attack.options()}
+    distance = options.get("distance", "cosine")
+    objective = matching_objective(options["matching"], observation, knowledge, distance=distance)
+    private = normalise(truth.images, knowledge.mean, knowledge.std)
+    at_truth = objective(private, 1.0).item()
+    perceptual, reasons = _perceptual(lpips_weights)
+    features = feature_mse(target_features(observation, knowledge))
+    measures = {**MEASURES, **perceptual, "fmse": features}
+    leakage = score(found, truth, knowledge.mean, measures, reasons, knowledge.num_classes)
+    size, encoding = update_bytes(observation.update, case.defense.quantize)
+    return {
+        "case": case.name,
+        "seed": seed,
+        "distortion": _distortion(clients, case, seed, observation),
+        "update_bytes": size,
+        "update_encoding": encoding,
+        "matching": found.matching,
+        "options": dict(found.options),
+        "metrics": {k: v and asdict(v) for k, v in leakage.metrics.items()},
+        "psnr_by_step": leakage.psnr_by_step,
+        "reasons": dict(leakage.reasons),
+        "loss": found.losses[-1],
+        "loss_at_truth": at_truth,
+        "diagnosis": found.diagnosis,
+        "iterations": found.iterations,
+        "seconds": found.seconds,
+        "iterations_per_second": found.iterations / found.seconds,
+        "peak_memory": found.peak_memory,
+        "gflop_per_iteration": found.flops / found.iterations / 1e9,
+    }
+
+
+def _distortion(clients: Clients, case: Case, seed: int, observation: Observation) -> float:
+    """Return how far the case's defence moved the update, see `distortion`."""
+    # Of the same model: what is in it is no step on the update.
+    bare = replace(NO_DEFENSE, precode=case.defense.precode, dropout=case.defense.dropout)
+    if case.defense == bare:
+        return 0.0
+    undefended = clients.draw(replace(case, defense=bare), seed)[0]
+    return distortion(undefended.update, observation.update)

@@ -1,0 +1,117 @@
+"""`flowleak attack` and `score`: a run's recorded updates, attacked again, scored later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fl_app.commands.arguments import RunName, RunsDir
+from fl_app.commands.output import screen
+
+if TYPE_CHECKING:
+    from fl_app.config import AttackConfig
+
+
+def attack(
+    run: RunName,
+    attack: Annotated[
+        str,
+        typer.Option(
+            help="A name (`flowleak list attacks`), several with commas between, or all; "
+            "default: finish what the run left unfinished."
+        ),
+    ] = "",
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What each attack of a comparison may spend: authors (default), iterations=N "
+            "or seconds=S."
+        ),
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Setting of the attack, as iterations=500 or options.lr=0.4; repeatable. "
+            "`flowleak list attacks NAME` prints the options.",
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option(help="Take jobs that join the queue, until standard input ends.")
+    ] = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Attack a run's recorded Observations again; the lines join its log.
+
+    Several attacks, or one with a budget, make a comparison: what has its line already
+    is not run again, and comparison.md, .json and .png in the run's folder compare them.
+    """
+    from fl_app.audit.auditor import Auditor
+    from fl_app.audit.table import leakage_table
+    from fl_app.config import ConfigError, from_yaml
+    from fl_app.data import dataset_info
+    from fl_app.runs.attacking import finish_attacks, only_one, watch_input
+    from fl_app.runs.comparison import AttackComparison
+    from fl_app.runs.folder import find_run
+    from fl_app.util.files import user_path
+    from server_strategies.attack_pool import Job, enqueue
+    from server_strategies.observations import ObservationStore
+
+    console = screen()
+    folder = find_run(user_path(str(runs_dir)), run)
+    if budget or attack == "all" or "," in attack:
+        if set_ or follow:
+            raise ConfigError("--set and --follow are allowed with one attack, without --budget")
+        AttackComparison.of(attack or "all", budget or "authors").run(folder, console)
+        return
+    config = from_yaml(folder / "config.yaml")
+    store = ObservationStore(folder)
+    auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
+    before = len(auditor.lines())
+    if attack:
+        chosen = _attack_config(attack, set_ or [])
+        with only_one(folder):
+            for id_ in store.ids():
+                job = Job(store.load(id_), auditor.knowledge, chosen, config.prior, config.seed)
+                enqueue(folder, job)
+    finish_attacks(auditor, console, watch_input() if follow else lambda: True)
+    lines = auditor.lines()[before:]
+    if follow:  # the training shows the table
+        return
+    if lines:
+        console.print(leakage_table(lines))
+    else:
+        console.print("Nothing to do: no observation, or every attack of the run has its line")
+
+
+def score(
+    run: RunName,
+    truth: Annotated[
+        Path, typer.Option(help="Folder whose truth/ holds the clients' private batches.")
+    ],
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Score a run's reconstructions with a Truth brought later; the lines join its log."""
+    from fl_app.audit.table import leakage_table
+    from fl_app.runs.attacking import score_later
+    from fl_app.runs.folder import find_run
+    from fl_app.util.files import user_path
+
+    lines = score_later(find_run(user_path(str(runs_dir)), run), truth)
+    if not lines:
+        typer.echo(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
+        return
+    screen().print(leakage_table(lines))
+
+
+def _attack_config(name: str, settings: list[str]) -> AttackConfig:
+    from fl_app.config import load_config
+    from server_strategies.attacks.run import create_attack
+
+    pairs = [pair for setting in settings for pair in setting.split()]
+    overrides = " ".join(f"attack.{pair}" for pair in pairs)
+    chosen = load_config({"attack": name, "overrides": overrides}).attack
+    create_attack(chosen)
+    return chosen

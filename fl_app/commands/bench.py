@@ -1,0 +1,106 @@
+"""The command `flowleak bench`. It imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fl_app.commands.arguments import DatasetChoice, dataset_config, prior_weights, typed_path
+from fl_app.registry import BENCHMARKS
+
+
+def _names() -> list[str]:
+    try:
+        return sorted(BENCHMARKS)
+    except ValueError:  # two packages offer one name: only running a benchmark has to fail
+        return []
+
+
+def bench(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"One of: {', '.join(_names())}. `flowleak list benchmarks` says what they show.",
+            autocompletion=_names,
+        ),
+    ],
+    dataset: DatasetChoice = "cifar10",
+    split: Annotated[
+        str, typer.Option(help="Images that clients draw from: train or test.")
+    ] = "test",
+    trials: Annotated[
+        int,
+        typer.Option(
+            help="Clients drawn anew for each case, 1 or more; 0: only the table of the results "
+            "that --out holds."
+        ),
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Of the first trial, 0 or more.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file of all rows, with the table beside it (.md); one that exists is "
+            "continued."
+        ),
+    ] = None,
+    lpips_weights: Annotated[
+        str,
+        typer.Option(
+            help="Folder of LPIPS trunk weights; download: torchvision's; empty: what the cache "
+            "of torch.hub holds."
+        ),
+    ] = "",
+    workers: Annotated[
+        int,
+        typer.Option(help="Processes that share the cores, 1 or more; times are theirs."),
+    ] = 1,
+    cases: Annotated[
+        str, typer.Option(help="Run only cases in whose name this regular expression is found.")
+    ] = "",
+    prior: Annotated[
+        str,
+        typer.Option(
+            help="Of the attacks: a shipped prior's name (`flowleak list priors`), or a "
+            ".safetensors file; empty: the default one."
+        ),
+    ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 where a figure misses its threshold.")
+    ] = False,
+) -> None:
+    """Measure attacks on freshly drawn clients, print the table, keep every row."""
+    from fl_app.benchmarks.suite import Setting
+    from fl_app.commands.output import screen
+    from fl_app.config import ConfigError, PriorConfig
+    from fl_app.util.files import write_text
+
+    if name not in BENCHMARKS:
+        raise ConfigError(BENCHMARKS.unknown(name))
+    setting = Setting(
+        dataset_config(dataset),
+        split,
+        trials,
+        seed,
+        out,
+        workers,
+        cases,
+        PriorConfig(prior_weights(prior)) if prior else PriorConfig(),
+        lpips_weights if lpips_weights in ("", "download") else typed_path(lpips_weights),
+    )
+    suite, console = BENCHMARKS[name], screen()
+    results = suite.run(name, setting, console)
+    console.print(results.table())
+    results.note(suite.notes(results, setting, console))
+    for line in results.notes:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    if out:
+        table = out.with_suffix(".md")
+        write_text(table, results.markdown(setting.command(name, trials or results.trials)))
+        console.print(f"Rows: {out}, table: {table}", soft_wrap=True)
+    missed = results.shortfalls()
+    for words in missed:
+        console.print(f"Misses its threshold: {words}", style="yellow")
+    if check and missed:
+        raise typer.Exit(1)

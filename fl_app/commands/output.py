@@ -1,0 +1,47 @@
+"""What commands print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_WIDE = 100_000  # characters: more than any line has
+
+
+def screen() -> Console:
+    """Return the console of standard output; in a file or a pipe nothing is cut or wrapped."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def table_of(cells: Sequence[Sequence[str]]) -> Table:
+    """Return a table for a terminal; the first of `cells` is its head."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for heading in cells[0]:
+        table.add_column(heading, overflow="fold")
+    for row in cells[1:]:
+        table.add_row(*map(Text, row))  # Text, not str: a name may look like rich's markup
+    return table
+
+
+def print_json(objects: Sequence[Mapping[str, Any]]) -> None:
+    """Print a list of objects as strict JSON.
+
+    Raises
+    ------
+    ValueError
+        If a number is not finite.
+    """
+    typer.echo(json.dumps(list(objects), indent=1, allow_nan=False))

@@ -1,0 +1,190 @@
+"""`flowleak runs`, `show` and `rounds`: what runs have left. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fl_app.commands.arguments import RunName, RunsDir
+from fl_app.commands.output import print_json, screen, table_of
+
+if TYPE_CHECKING:
+    from fl_app.audit.rounds import RoundLine
+
+_ROUNDS_NOTE = (
+    "Accuracy: of the global model after the round, on the test images of the clients that "
+    "evaluated it. The updates of round r start from the model after round r - 1."
+)
+
+
+def runs(
+    runs_dir: RunsDir = Path("runs"),
+    json_: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print a JSON list instead. Keys: run, path, started, dataset, optimizer, lr, "
+            "attack, lines, best_psnr, mean_colour_psnr (dB; null: nothing was scored).",
+        ),
+    ] = False,
+) -> None:
+    """List the runs: when, what, how many attacks, the most that leaked."""
+    from fl_app.runs.folder import list_runs
+    from fl_app.util.files import user_path
+
+    folder = user_path(str(runs_dir))
+    found = [_summary(run) for run in list_runs(folder)]
+    if json_:
+        print_json(found)
+        return
+    head = ["run", "started", "data", "client", "attack", "lines", "best PSNR dB", "mean colour dB"]
+    console = screen()
+    console.print(table_of([head, *map(_run_cells, found)]) if found else f"No runs in {folder}")
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    """Return what `runs` says of a run; its configuration is read without being checked."""
+    from omegaconf import OmegaConf
+
+    from fl_app.audit.leakage_log import read_lines
+
+    config = OmegaConf.load(run / "config.yaml")
+    lines = read_lines(run / "leakage.jsonl")[0]
+    scores = [line["metrics"]["psnr"] for line in lines if line["metrics"].get("psnr")]
+    best: dict[str, Any] = max(scores, key=lambda score: score["mean"] or 0, default={})
+    settings = {
+        key: OmegaConf.select(config, where)
+        for key, where in (
+            ("started", "started"),
+            ("dataset", "dataset.name"),
+            ("optimizer", "client.optimizer"),
+            ("lr", "client.lr"),
+            ("attack", "attack.name"),
+        )
+    }
+    return {
+        "run": run.name,
+        "path": str(run),
+        **settings,
+        "lines": len(lines),
+        "best_psnr": best.get("mean"),
+        "mean_colour_psnr": best.get("baseline"),
+    }
+
+
+def _run_cells(run: Mapping[str, Any]) -> list[str]:
+    scores = (run["best_psnr"], run["mean_colour_psnr"])
+    return [
+        run["run"],
+        str(run["started"])[:16],
+        str(run["dataset"]),
+        f"{run['optimizer']} {run['lr']}",
+        str(run["attack"]),
+        str(run["lines"]),
+        *("-" if score is None else f"{score:.1f}" for score in scores),
+    ]
+
+
+def show(
+    run: RunName,
+    runs_dir: RunsDir = Path("runs"),
+    json_: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the lines of leakage.jsonl as a JSON list instead. Keys: round, node, "
+            "client, attack, status, metrics and all others of fl_app.audit.leakage_log.LogLine; "
+            "null: the line has none.",
+        ),
+    ] = False,
+) -> None:
+    """Show a run's leakage table, and where its pictures are."""
+    from fl_app.audit.leakage_log import LogLine, read_lines
+    from fl_app.runs.folder import find_run
+    from fl_app.util.files import user_path
+
+    folder = find_run(user_path(str(runs_dir)), run)
+    lines, torn = read_lines(folder / "leakage.jsonl")
+    if torn:
+        typer.secho(f"{torn} torn lines were left out", fg="yellow", err=True)
+    if json_:
+        keys = dict.fromkeys(field.name for field in fields(LogLine))
+        print_json([keys | line for line in lines])
+        return
+    _print_leakage(folder, lines)
+
+
+def _print_leakage(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    from fl_app.audit.advice import defense_advice
+    from fl_app.audit.table import leakage_table
+
+    console = screen()
+    console.print(leakage_table(lines))
+    advice = defense_advice(folder)
+    if advice:
+        console.print(advice, soft_wrap=True, highlight=False, markup=False)
+    for line in lines:
+        if line["picture"]:
+            console.print(folder / line["picture"], soft_wrap=True, highlight=False)
+
+
+def rounds(
+    run: RunName,
+    runs_dir: RunsDir = Path("runs"),
+    json_: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print a JSON list instead, and save nothing. Keys: round, accuracy, attack, "
+            "succeeded, updates, scores (by metric: mean, low, high, mean_colour).",
+        ),
+    ] = False,
+) -> None:
+    """Show accuracy and leakage by round, and save them as rounds.md and rounds.png.
+
+    The picture needs matplotlib. It is drawn anew where the table has changed.
+    """
+    from fl_app.audit.rounds import read_rounds
+    from fl_app.config import ConfigError
+    from fl_app.runs.folder import find_run
+    from fl_app.util.files import user_path
+
+    folder = find_run(user_path(str(runs_dir)), run)
+    lines = read_rounds(folder)
+    if json_:
+        print_json([asdict(line) for line in lines])
+        return
+    if not lines:
+        raise ConfigError(f"{folder} has no finished round and no attack yet")
+    _save_rounds(folder, lines)
+
+
+def _save_rounds(folder: Path, lines: Sequence[RoundLine]) -> None:
+    """Print the table, and write what is not as it was."""
+    from fl_app.audit.rounds import rounds_cells, save_plot
+    from fl_app.util.extras import MissingExtraError, extras
+    from fl_app.util.files import write_text
+    from fl_app.util.machine import host
+    from fl_app.util.markdown import markdown_table, sections_markdown
+
+    console = screen()
+    cells = rounds_cells(lines)
+    console.print(table_of(cells))
+    written, picture = folder / "rounds.md", folder / "rounds.png"
+    body = [*markdown_table(cells), "", _ROUNDS_NOTE]
+    text = sections_markdown(folder.name, f"flowleak rounds {folder.name}", body, host())
+    known = written.exists() and written.read_text(encoding="utf-8") == text
+    if not known or not picture.exists():  # drawing takes more time than all else here
+        try:
+            with extras():
+                save_plot(picture, lines, folder.name)
+        except MissingExtraError as error:
+            console.print(f"No picture: {error}", style="yellow", markup=False)
+    write_text(written, text)
+    for path in (written, picture):
+        if path.exists():
+            console.print(path, soft_wrap=True, highlight=False)
