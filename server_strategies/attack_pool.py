@@ -69,7 +69,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if not self.id:
-            # The same attack may be run on one update again: only chance tells them apart.
+            # The same attack may be run on one update again, so the name needs a random suffix.
             name = f"{self.observation.id}-{self.attack.name}-{secrets.token_hex(4)}"
             object.__setattr__(self, "id", name)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 class RandomLayer(nn.Module, ABC):
-    """A layer whose output depends on noise, drawn anew for every batch.
+    """A layer whose output depends on noise, sampled again for every batch.
 
     Parameters
     ----------
