@@ -6,7 +6,6 @@ with _extras():
     from server_strategies.attacks.accounting import AttackError as AttackError
     from server_strategies.attacks.attack import Attack as Attack
     from server_strategies.attacks.attack import Task as Task
-    from server_strategies.attacks.attack import option as option
     from server_strategies.attacks.dlf import DLF as DLF
     from server_strategies.attacks.dlg import DLG as DLG
     from server_strategies.attacks.dropout_inversion import DropoutInversion as DropoutInversion
@@ -20,4 +19,5 @@ with _extras():
     from server_strategies.attacks.optimise import Parts as Parts
     from server_strategies.attacks.optimise import cosine_schedule as cosine_schedule
     from server_strategies.attacks.optimise import step_schedule as step_schedule
+    from server_strategies.attacks.options import option as option
     from server_strategies.attacks.sme import SME as SME

@@ -35,13 +35,13 @@ from fl_app.config import (
 )
 from fl_app.data import dataset_info
 from fl_app.models import create_model
-from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
+from fl_app.protocol import Knowledge, LocalTraining, Observation
 from fl_app.runs import attacking
 from fl_app.runs.attacking import finish_attacks
 from fl_app.runs.folder import create_run
 from fl_app.server_app import create_strategy
 from fl_app.util.text import MOST, printable
-from server_strategies.attack_pool import AttackPool, Job, Report, enqueue, pending
+from server_strategies.attack_pool import AttackPool, Job, enqueue, pending
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 from server_strategies.recorder import Recorder
@@ -198,14 +198,7 @@ def test_training_does_not_wait_for_a_slow_disk() -> None:
     assert len(skipped) == 40 and "not written yet" in skipped[0][2]
 
 
-def counting(
-    observation: Observation,
-    knowledge: Knowledge,
-    attack: AttackConfig,
-    prior: PriorConfig,
-    seed: int,
-    report: Report,
-) -> Reconstruction:
+def counting(observation: Observation, _: Knowledge, attack: AttackConfig, *rest: Any) -> Any:
     """Take as long as every other attack, and say who did it."""
     time.sleep(float(attack.options["seconds"]))
     return pretended(observation, attack, matching=str(os.getpid()))

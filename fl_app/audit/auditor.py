@@ -34,6 +34,11 @@ from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_no
 from fl_app.util.files import whole_file
 from server_strategies.priors.flow import load_flow
 
+_AS_FOUND = (  # of a reconstruction, in its line
+    "matching", "labels_source", "seconds", "iterations", "peak_memory", "flops", "stop_reason",
+    "options", "diagnosis",
+)  # fmt: skip
+
 
 class Auditor:
     """Compares reconstructions with the Truth, which attacks may not see, and logs the scores.
@@ -126,25 +131,17 @@ class Auditor:
             observation,
             reconstruction.attack,
             status="ok",
-            matching=reconstruction.matching,
             metrics=leakage.metrics if leakage else {},
             reference_free=alone,
             psnr_by_step=leakage.psnr_by_step if leakage else (),
             label_accuracy=leakage.label_accuracy if leakage else None,
             label_chance=leakage.label_chance if leakage else None,
-            labels_source=reconstruction.labels_source,
-            seconds=reconstruction.seconds,
-            iterations=reconstruction.iterations,
             iterations_per_second=rate,
-            peak_memory=reconstruction.peak_memory,
-            flops=reconstruction.flops,
-            stop_reason=reconstruction.stop_reason,
-            options=reconstruction.options,
-            diagnosis=reconstruction.diagnosis,
             picture=picture,
             job=job,
             losses=thinned(reconstruction.losses),
             reasons=reasons,
+            **{name: getattr(reconstruction, name) for name in _AS_FOUND},
         )
 
     def baselines(self, observation: Observation) -> tuple[dict[str, Leakage], dict[str, str]]:

@@ -36,5 +36,5 @@ def sections_markdown(
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
     """Return a table's lines in Markdown; the first of `cells` is its head."""
-    head, *rows = cells
+    head, *rows = ([cell.replace("|", r"\|") for cell in line] for line in cells)
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, get_type_hints
 
 import torch
@@ -18,96 +17,8 @@ from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.base import MatchingObjective
 from server_strategies.attacks.matching.batch_norm import BatchStatistics, statistics_of
 from server_strategies.attacks.optimise import Parts, Report, optimise
+from server_strategies.attacks.options import Option
 from server_strategies.priors.flow import load_flow
-
-_KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a word"),
-}
-
-MATCHING = "how the update is matched, see docs/matching.md; the authors' by default"
-DISTANCE = "distance of updates, see docs/matching.md; the authors' by default"
-STEPPED_LR = "learning rate of Adam on normalised pixels; x0.1 at 3/8, 5/8 and 7/8"
-COSINE_LR = "peak learning rate of Adam on normalised pixels; falls by a half cosine"
-TV = "weight of total variation"
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    allowed: tuple[str, ...] = (),
-) -> Any:
-    """Return a dataclass field for a constant of an attack.
-
-    Parameters
-    ----------
-    default : bool, int, float, str or None
-        None, where the annotation allows it: the attack chooses.
-    help : str
-        One line, with its unit.
-    low, high : float, optional
-        The range, both ends included.
-    allowed : tuple of str
-        The words that it takes; empty: any.
-    """
-    about = {"help": help, "low": low, "high": high, "allowed": allowed}
-    return field(default=default, metadata=about)
-
-
-@dataclass(frozen=True)
-class Option:
-    """A constant of an attack: what the log, validation, `--help` and the docs say of it.
-
-    Attributes
-    ----------
-    name : str
-    default : bool, int, float, str or None
-    help : str
-    kind : type
-    optional : bool
-        Whether it may be None: the attack chooses.
-    low, high : float or None
-    choices : tuple of str
-    """
-
-    name: str
-    default: Any
-    help: str
-    kind: type
-    optional: bool
-    low: float | None
-    high: float | None
-    choices: tuple[str, ...]
-
-    @property
-    def allowed(self) -> str:
-        """What it may be, in words."""
-        if self.choices:
-            return ", ".join(self.choices)
-        words = _KINDS[self.kind][1]
-        if self.low is not None and self.high is not None:
-            words += f" from {self.low:g} to {self.high:g}"
-        elif self.low is not None:
-            words += f", {self.low:g} or more"
-        return words + ", or null" * self.optional
-
-    def check(self, value: object) -> None:
-        """Raise ValueError, with the name, the value and what is allowed, for any other value."""
-        if value is None and self.optional:
-            return
-        right = isinstance(value, _KINDS[self.kind][0])
-        right &= isinstance(value, bool) == (self.kind is bool)
-        if right and not isinstance(value, str):
-            right = (self.low is None or value >= self.low) and (  # type: ignore[operator]
-                self.high is None or value <= self.high  # type: ignore[operator]
-            )
-        if not right or (self.choices and value not in self.choices):
-            raise ValueError(f"{self.name} is {value!r}; allowed: {self.allowed}")
 
 
 @dataclass(frozen=True)
@@ -197,13 +108,8 @@ class Attack(ABC):
         found = []
         for each in fields(cls):
             kinds = getattr(hints[each.name], "__args__", (hints[each.name],))
-            about = each.metadata
-            found.append(
-                Option(
-                    each.name, each.default, about["help"], kinds[0], type(None) in kinds,
-                    about["low"], about["high"], about["allowed"],
-                )
-            )  # fmt: skip
+            about = each.metadata["about"]
+            found.append(Option(each.name, each.default, kinds[0], type(None) in kinds, about))
         return tuple(found)
 
     @abstractmethod

@@ -20,8 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from server_strategies.attacks.attack import DISTANCE, MATCHING, Attack, Parts, Task, option
+from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.matching.passes import Passes
+from server_strategies.attacks.options import DISTANCE, MATCHING, option
 from server_strategies.priors.order_invariance import OrderInvariance
 from server_strategies.priors.total_variation import TotalVariation
 

@@ -11,16 +11,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fl_app.protocol import Knowledge
-from server_strategies.attacks.attack import (
-    COSINE_LR,
-    DISTANCE,
-    MATCHING,
-    Attack,
-    Parts,
-    Task,
-    option,
-)  # fmt: skip
+from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.optimise import cosine_schedule
+from server_strategies.attacks.options import COSINE_LR, DISTANCE, MATCHING, option
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class DLG(Attack):
 
     matching: str = option("gradient", MATCHING)
     distance: str = option("squared", DISTANCE)
-    lr: float = option(0.1, COSINE_LR, low=0)
+    lr: float = option(0.1, COSINE_LR)
 
     def assume(self, known: Knowledge) -> Knowledge:
         """See `Attack`; labels are not read."""

@@ -2,7 +2,7 @@
 
 A mask starts as a random one of the client's distribution, and stays in [0, 1]. It is
 optimised whether or not `Knowledge.defense` names the dropout. Without dropout
-this is `inverting_gradients`.
+this is `inverting_gradients`. Masks have the learning rate of pixels.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import Knowledge
-from server_strategies.attacks.attack import MATCHING, STEPPED_LR, TV, Attack, Parts, Task, option
+from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.matching.base import MatchingObjective
 from server_strategies.attacks.optimise import step_schedule
+from server_strategies.attacks.options import MATCHING, STEPPED_LR, TV, option
 from server_strategies.priors.total_variation import TotalVariation
 
 
@@ -30,8 +31,8 @@ class DropoutInversion(Attack):
     name: ClassVar[str] = "dropout_inversion"
 
     matching: str = option("gradient", MATCHING)
-    lr: float = option(0.1, STEPPED_LR + "; that of masks, too", low=0)
-    tv: float = option(0.2, TV, low=0)
+    lr: float = option(0.1, STEPPED_LR)
+    tv: float = option(0.2, TV)
     mask: float = option(
         1e-2, "weight of |1 - mean(m) - p|: a layer's masks m leave out a share p", low=0
     )

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from server_strategies.attacks.attack import COSINE_LR, TV, Attack, Parts, Task, option
+from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.matching.defended import noise_share
 from server_strategies.attacks.optimise import cosine_schedule
+from server_strategies.attacks.options import COSINE_LR, DISTANCE, MATCHING, STATISTICS, TV, option
 from server_strategies.priors.flow import MODES, FlowPrior
 from server_strategies.priors.total_variation import TotalVariation
 
@@ -33,12 +34,12 @@ class FlowMatching(Attack):
     name: ClassVar[str] = "flow_matching"
     needs_prior: ClassVar[bool] = True
 
-    matching: str = option("auto", "how the update is matched, see docs/matching.md")
-    distance: str = option("auto", "distance of updates, see docs/matching.md")
+    matching: str = option("auto", MATCHING)
+    distance: str = option("auto", DISTANCE)
     mode: str = option("denoiser", "form of the flow penalty; velocity: eq. 17", allowed=MODES)
-    lr: float = option(0.8, COSINE_LR, low=0)
+    lr: float = option(0.8, COSINE_LR)
     flow: float = option(1.0, "weight of the flow prior; 0: left out, at no cost", low=0)
-    tv: float = option(0.03, TV + "; 0: left out", low=0)
+    tv: float = option(0.03, TV)
     prior_strength: float | None = option(
         None, "first ratio of gradient norms, priors to matching; 0: weights alone", low=0
     )
@@ -48,7 +49,7 @@ class FlowMatching(Attack):
     every: int = option(1, "iterations from one run of the denoiser to the next", low=1)
     draws: int = option(1, "draws of noise that a run of the denoiser averages", low=1)
     polish: float = option(0.0, "share of the iterations, the last ones, without flow", low=0)
-    statistics: float = option(0.1, "weight of BatchNorm's statistics, where sent", low=0)
+    statistics: float = option(0.1, STATISTICS)
     tiles: bool = option(False, "whether the prior sees images larger than its own in tiles")
     relu_smoothing: float | None = option(
         None, "width of ReLU's surrogate gradient in second derivatives; 0: none", low=0

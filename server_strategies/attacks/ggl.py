@@ -15,8 +15,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from server_strategies.attacks.attack import DISTANCE, MATCHING, Attack, Parts, Task, option
+from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.optimise import cosine_schedule
+from server_strategies.attacks.options import DISTANCE, MATCHING, option
 from server_strategies.priors.flow import generate
 from server_strategies.priors.networks import check_shape
 

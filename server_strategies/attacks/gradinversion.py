@@ -16,17 +16,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fl_app.protocol import Budget
-from server_strategies.attacks.attack import (
-    DISTANCE,
-    MATCHING,
-    TV,
-    Attack,
-    Parts,
-    Task,
-    option,
-)  # fmt: skip
+from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.matching.restarts import Restarts
 from server_strategies.attacks.optimise import cosine_schedule
+from server_strategies.attacks.options import DISTANCE, MATCHING, STATISTICS, TV, option
 from server_strategies.priors.group import GroupConsistency
 from server_strategies.priors.squared_norm import SquaredNorm
 from server_strategies.priors.total_variation import TotalVariation
@@ -47,11 +40,11 @@ class GradInversion(Attack):
     lr: float = option(
         0.1, "peak learning rate of Adam on normalised pixels, after 50 iterations", low=0
     )
-    tv: float = option(0.01, TV, low=0)
+    tv: float = option(0.01, TV)
     l2: float = option(1e-4, "weight of the squared norm", low=0)
     group: float = option(1.0, "weight of group consistency", low=0)
     noise: float = option(0.2, "noise of every step, in learning rates", low=0)
-    statistics: float = option(0.1, "weight of BatchNorm's statistics, where sent", low=0)
+    statistics: float = option(0.1, STATISTICS)
 
     def parts(self, task: Task) -> Parts:
         """See `Attack`."""

@@ -1,6 +1,7 @@
 """Inverting Gradients: cosine distance to the gradient at w0, by the sign of its gradient.
 
-The constants are those of its authors' CIFAR-10 experiments.
+The constants are those of its authors' CIFAR-10 experiments; total variation weighs 0.1 in
+their code, which does not halve it.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from server_strategies.attacks.attack import MATCHING, STEPPED_LR, TV, Attack, Parts, Task, option
+from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.matching.restarts import Restarts
 from server_strategies.attacks.optimise import step_schedule
+from server_strategies.attacks.options import MATCHING, STEPPED_LR, TV, option
 from server_strategies.priors.total_variation import TotalVariation
 
 
@@ -24,8 +26,8 @@ class InvertingGradients(Attack):
     name: ClassVar[str] = "inverting_gradients"
 
     matching: str = option("gradient", MATCHING)
-    lr: float = option(0.1, STEPPED_LR, low=0)
-    tv: float = option(0.2, TV + "; 0.1 in the authors' code, which does not halve it", low=0)
+    lr: float = option(0.1, STEPPED_LR)
+    tv: float = option(0.2, TV)
     restarts: int = option(1, "starts; that of least matching loss is returned", low=1)
 
     def parts(self, task: Task) -> Parts:

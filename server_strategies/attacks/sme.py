@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from server_strategies.attacks.attack import MATCHING, STEPPED_LR, TV, Attack, Parts, Task, option
+from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.optimise import step_schedule
+from server_strategies.attacks.options import MATCHING, STEPPED_LR, TV, option
 from server_strategies.priors.total_variation import TotalVariation
 
 
@@ -21,8 +22,8 @@ class SME(Attack):
 
     matching: str = option("surrogate", MATCHING)
     alpha: float = option(0.5, "where the surrogate starts, w0 (0) to w1 (1)", low=0, high=1)
-    lr: float = option(1.0, STEPPED_LR, low=0)
-    tv: float = option(0.01, TV, low=0)
+    lr: float = option(1.0, STEPPED_LR)
+    tv: float = option(0.01, TV)
 
     def parts(self, task: Task) -> Parts:
         """See `Attack`."""

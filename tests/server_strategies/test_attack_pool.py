@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -16,18 +17,12 @@ from rich.console import Console
 
 from fl_app.config import AttackConfig, ConfigError, PoolConfig, PriorConfig
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
-from server_strategies.attack_pool import AttackPool, Job, Report, pending
+from server_strategies.attack_pool import AttackPool, Job, pending
 
 
-def obedient(
-    observation: Observation,
-    knowledge: Knowledge,
-    attack: AttackConfig,
-    prior: PriorConfig,
-    seed: int,
-    report: Report,
-) -> Reconstruction:
+def obedient(observation: Observation, _: Knowledge, attack: AttackConfig, *rest: Any) -> Any:
     """Do what `options` say: raise or die, each time or only the first."""
+    *_, report = rest
     report(1, 0.5)
     marker = Path(attack.options["folder"]) / observation.id
     first = not marker.exists()
