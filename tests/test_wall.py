@@ -14,18 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import recorded_run
 from rich.console import Console
 
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.truth import write_truth
-from fl_app.benchmarks.case import Case
-from fl_app.benchmarks.clients import draw_client
 from fl_app.config import load_config
-from fl_app.data import dataset_info, load_split
+from fl_app.data import dataset_info
 from fl_app.runs import attacking
-from fl_app.runs.folder import create_run
 from server_strategies.attack_pool import AttackPool, Job, enqueue
-from server_strategies.observations import ObservationStore
 
 ROOT = Path(__file__).parents[1]
 # A client leaves its Truth and never reads one.
@@ -236,13 +232,8 @@ def test_a_worker_is_given_no_private_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config({"overrides": f"runs_dir={tmp_path} client.local_steps=2"})
-    info = dataset_info(config.dataset)
-    case = Case(config.client, config.attack)
-    observation, _, truth = draw_client(case, load_split(config.dataset, "test"), info, seed=0)
-    folder = create_run(config)
-    ObservationStore(folder).save(observation)
-    write_truth(folder, truth)
-    auditor = Auditor(folder, config, config.knowledge(info))
+    folder, observation, truth = recorded_run(config)
+    auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
     enqueue(folder, Job(observation, auditor.knowledge, config.attack, config.prior, config.seed))
     given: list[bytes] = []
     monkeypatch.setattr(AttackPool, "take", lambda self, job: given.append(pickle.dumps(job)))

@@ -21,12 +21,11 @@ from server_strategies.attacks.flow_matching import FlowMatching
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.priors.flow import FlowPrior, load_flow
 
+_TURNS = 5
 _PROGRESS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the attack, in the iterations of a turn
 
 
-def surrogate_speedup(
-    info: DatasetInfo, images: ImageSet, batch_size: int, rounds: int = 5
-) -> float:
+def surrogate_speedup(info: DatasetInfo, images: ImageSet, batch_size: int) -> float:
     """Return how many iterations our surrogate makes in the time of one of a plain loop.
 
     Both give the gradients of the same loss in the images and in alpha, for a
@@ -39,8 +38,6 @@ def surrogate_speedup(
         To draw the client's images from.
     batch_size : int
         B.
-    rounds : int
-        Turns of five iterations each, spread over an attack; the median turn counts.
     """
     training = LocalTraining("sgd", lr=0.01, batch_size=batch_size)
     observation, knowledge, truth = draw_client(Case(training, AttackConfig()), images, info, 0)
@@ -55,15 +52,11 @@ def surrogate_speedup(
     def theirs(progress: float) -> None:
         plain.gradients(x, 0.5)
 
-    return _time_ratio(theirs, ours, rounds)
+    return _time_ratio(theirs, ours)
 
 
 def prior_cost(
-    info: DatasetInfo,
-    images: ImageSet,
-    training: LocalTraining,
-    prior: PriorConfig,
-    rounds: int = 5,
+    info: DatasetInfo, images: ImageSet, training: LocalTraining, prior: PriorConfig
 ) -> float:
     """Return the time of the flow prior's step as a share of the matching step's.
 
@@ -74,13 +67,10 @@ def prior_cost(
 
     Parameters
     ----------
-    info : DatasetInfo
-    images : ImageSet
-        To draw the client's images from.
+    info, images
+        See `surrogate_speedup`.
     training : LocalTraining
     prior : PriorConfig
-    rounds : int
-        Turns of five iterations each, spread over an attack; the median turn counts.
     """
     observation, knowledge, truth = draw_client(Case(training, AttackConfig()), images, info, 0)
     pixels = truth.images.flip(0)
@@ -104,15 +94,13 @@ def prior_cost(
     def prior_step(progress: float) -> None:
         torch.autograd.grad(flow(pixels, progress), pixels)
 
-    return _time_ratio(prior_step, matching, rounds)
+    return _time_ratio(prior_step, matching)
 
 
-def _time_ratio(
-    step: Callable[[float], None], other: Callable[[float], None], rounds: int
-) -> float:
+def _time_ratio(step: Callable[[float], None], other: Callable[[float], None]) -> float:
     """Return a step's time in units of another's, the median of turns that alternate."""
     _seconds(step), _seconds(other)
-    turns = [(_seconds(step), _seconds(other)) for _ in range(rounds)]
+    turns = [(_seconds(step), _seconds(other)) for _ in range(_TURNS)]
     times, others = (statistics.median(column) for column in zip(*turns, strict=True))
     return times / others
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fl_app.commands.arguments import DatasetChoice, Weights
+from fl_app.commands.arguments import DatasetChoice, Weights, dataset_config, prior_weights
 from fl_app.commands.group import group
 from fl_app.commands.output import screen
 from server_strategies.priors.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from fl_app.config import DatasetConfig
+    from fl_app.data import ImageSet
 
 prior_app = group("Flow-matching priors: train one, measure one.")
 
@@ -61,8 +65,6 @@ def train_prior(
     ] = Path("checkpoints/prior/prior.safetensors"),
 ) -> None:
     """Train a flow prior; a killed training resumes with the same command."""
-    from fl_app.commands.arguments import prior_weights
-    from fl_app.runs.folder import git_commit
     from server_strategies.priors.images import load_images
     from server_strategies.priors.training import Trainer
 
@@ -82,7 +84,7 @@ def train_prior(
     console.print(f"{len(loaded):,} images{skipped}")
     trainer = Trainer(loaded, settings, folder, describe or Path(source).name)
     trainer.run(console)
-    trainer.export(out, git_commit() or "unknown")
+    trainer.export(out, _commit())
     console.print(f"Weights: {out}", highlight=False, soft_wrap=True)
 
 
@@ -94,21 +96,17 @@ def evaluate_prior(
 ) -> None:
     """Measure how well a flow prior denoises, and write it into its model card."""
     from fl_app.benchmarks.denoising import denoising_table, evaluate_denoising, write_card
-    from fl_app.commands.arguments import dataset_config, prior_weights
-    from fl_app.data import load_split
-    from fl_app.runs.folder import git_commit
     from server_strategies.priors.flow import find_weights
 
     console = screen()
     weights = prior_weights(weights)
     card = find_weights(weights).with_suffix(".md")
-    data = dataset_config(dataset)
-    test = load_split(data, "test").images
-    rows = evaluate_denoising(weights, test, images)
+    data, test = _test_split(dataset)
+    rows = evaluate_denoising(weights, test.images, images)
     console.print(denoising_table(rows))
     command = f"flowleak prior evaluate {card.stem} --dataset {data.name} --images {images}"
     what = f"{images} of {len(test):,} {data.name} test images"
-    write_card(card, rows, what, command, git_commit() or "unknown")
+    write_card(card, rows, what, command, _commit())
     console.print(f"Card: {card}", highlight=False, soft_wrap=True)
 
 
@@ -127,16 +125,13 @@ def check_assumptions(
     """Measure the paper's assumptions A1 and A2 on a flow prior."""
     from fl_app.benchmarks.assumptions import assumption_tables
     from fl_app.benchmarks.rows import machine
-    from fl_app.commands.arguments import dataset_config, prior_weights
-    from fl_app.data import dataset_info, load_split
-    from fl_app.runs.folder import git_commit
+    from fl_app.data import dataset_info
     from fl_app.util.files import write_text
     from fl_app.util.markdown import sections_markdown
 
     weights = prior_weights(weights)
-    data = dataset_config(dataset)
-    test = load_split(data, "test")
-    facts = {"dataset": data.name, "split": "test", "commit": git_commit()}
+    data, test = _test_split(dataset)
+    facts = {"dataset": data.name, "split": "test", "commit": _commit()}
     lines = assumption_tables(weights, test, dataset_info(data), images, iterations)
     name = weights if not weights.endswith(".safetensors") else Path(weights).name
     command = f"flowleak prior assumptions {name} --dataset {data.name} --images {images}"
@@ -145,3 +140,17 @@ def check_assumptions(
     screen().print(text, markup=False, highlight=False, soft_wrap=True)
     if out:
         write_text(out, text)
+
+
+def _test_split(dataset: str) -> tuple[DatasetConfig, ImageSet]:
+    """Return the data set that is meant, and its test images."""
+    from fl_app.data import load_split
+
+    data = dataset_config(dataset)
+    return data, load_split(data, "test")
+
+
+def _commit() -> str:
+    from fl_app.runs.folder import git_commit
+
+    return git_commit() or "unknown"

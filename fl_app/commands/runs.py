@@ -20,17 +20,36 @@ _ROUNDS_NOTE = (
     "evaluated it. The updates of round r start from the model after round r - 1."
 )
 
+RunsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print a JSON list instead. Keys: run, path, started, dataset, optimizer, lr, "
+        "attack, lines, best_psnr, mean_colour_psnr (dB; null: nothing was scored).",
+    ),
+]
+LinesJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the lines of leakage.jsonl as a JSON list instead. Keys: round, node, "
+        "client, attack, status, metrics and all others of fl_app.audit.leakage_log.LogLine; "
+        "null: the line has none.",
+    ),
+]
+RoundsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print a JSON list instead, and save nothing. Keys: round, accuracy, attack, "
+        "succeeded, updates, scores (by metric: mean, low, high, mean_colour).",
+    ),
+]
+
 
 def runs(
     runs_dir: RunsDir = Path("runs"),
-    json_: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print a JSON list instead. Keys: run, path, started, dataset, optimizer, lr, "
-            "attack, lines, best_psnr, mean_colour_psnr (dB; null: nothing was scored).",
-        ),
-    ] = False,
+    json_: RunsJson = False,
 ) -> None:
     """List the runs: when, what, how many attacks, the most that leaked."""
     from fl_app.runs.folder import list_runs
@@ -92,15 +111,7 @@ def _run_cells(run: Mapping[str, Any]) -> list[str]:
 def show(
     run: RunName,
     runs_dir: RunsDir = Path("runs"),
-    json_: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print the lines of leakage.jsonl as a JSON list instead. Keys: round, node, "
-            "client, attack, status, metrics and all others of fl_app.audit.leakage_log.LogLine; "
-            "null: the line has none.",
-        ),
-    ] = False,
+    json_: LinesJson = False,
 ) -> None:
     """Show a run's leakage table, and where its pictures are."""
     from fl_app.audit.leakage_log import LogLine, read_lines
@@ -135,14 +146,7 @@ def _print_leakage(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 def rounds(
     run: RunName,
     runs_dir: RunsDir = Path("runs"),
-    json_: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print a JSON list instead, and save nothing. Keys: round, accuracy, attack, "
-            "succeeded, updates, scores (by metric: mean, low, high, mean_colour).",
-        ),
-    ] = False,
+    json_: RoundsJson = False,
 ) -> None:
     """Show accuracy and leakage by round, and save them as rounds.md and rounds.png.
 

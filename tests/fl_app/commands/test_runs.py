@@ -9,29 +9,21 @@ from unittest.mock import ANY
 
 import pytest
 from helpers.command import flowleak
+from helpers.runs import recorded_run
 
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import LogLine, append_line, read_lines
-from fl_app.audit.truth import write_truth
-from fl_app.benchmarks.case import Case
-from fl_app.benchmarks.clients import draw_client
 from fl_app.config import load_config
-from fl_app.data import dataset_info, load_split
+from fl_app.data import dataset_info
 from fl_app.registry import ATTACKS
 from fl_app.runs.folder import create_run
 from server_strategies.attack_pool import pending
-from server_strategies.observations import ObservationStore
 
 
 def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
     settings = "client.batch_size=2 client.local_steps=2 client.lr=0.01"
     config = load_config({"client": "sgd", "overrides": f"{settings} runs_dir={tmp_path} name=x"})
-    info = dataset_info(config.dataset)
-    case = Case(config.client, config.attack)
-    observation, _, truth = draw_client(case, load_split(config.dataset, "test"), info, seed=0)
-    run = create_run(config)
-    ObservationStore(run).save(observation)
-    write_truth(run, truth)
+    run, _, _ = recorded_run(config)
     runs_dir = ["--runs-dir", str(tmp_path)]
 
     assert "Nothing to do" in flowleak("attack", "x", *runs_dir)
@@ -51,7 +43,7 @@ def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
         }
     ]  # fmt: skip
     assert json.loads(flowleak("show", "x", "--json", *runs_dir)) == lines
-    assert len(Auditor(run, config, config.knowledge(info)).lines()) == 1
+    assert len(Auditor(run, config, config.knowledge(dataset_info(config.dataset))).lines()) == 1
 
     comparison = ["attack", "x", "--attack", "all", "--budget", "iterations=1", *runs_dir]
     shown = flowleak(*comparison)
