@@ -219,6 +219,8 @@ def hidden_size(update: Sequence[Tensor], defense: Defense) -> str:
         return f"the client adds {defense.noise} noise"
     if defense.quantize != "none":
         return f"the client sends {defense.quantize}"
+    if defense.custom:
+        return f"the client applies {defense.custom}, a plug-in's defence"
     if norm_clipped(size, defense):
         return "the client clipped the update's norm"
     return ""
