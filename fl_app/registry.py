@@ -141,7 +141,7 @@ class Registry(MutableMapping[str, Any]):
         return self._loaded[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        entry = Entry(name, "", "this process")
+        entry = self.entries.get(name, Entry(name, "", "this process"))
         self._check(entry, value)
         self.entries[name], self._loaded[name] = entry, value
 

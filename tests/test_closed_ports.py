@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -52,13 +53,18 @@ def _opened(auditor: Host, stranger: Host) -> list[int]:
     return list(json.loads(shown.stdout))
 
 
-def _gcs_port(auditor: Host) -> int:
-    """Return the port of the Ray that runs there, or 0."""
+def _ray(auditor: Host) -> tuple[int, Path]:
+    """Return the port of the Ray that runs there and its folder; 0 where there is none."""
     shown = subprocess.run(
         [*auditor.enter, "ss", "-ltnpH"], capture_output=True, text=True, check=True
     ).stdout
-    ports = [line.split()[3].rpartition(":")[2] for line in shown.splitlines() if "gcs_" in line]
-    return int(ports[0]) if ports else 0
+    for line in shown.splitlines():
+        found = re.search(r":(\d+)\s.*gcs_server.*pid=(\d+)", line)
+        if found:
+            settings = Path(f"/proc/{found[2]}/environ").read_text().split("\0")
+            folder = next(word for word in settings if word.startswith("RAY_TMPDIR="))
+            return int(found[1]), Path(folder.partition("=")[2])
+    return 0, Path()
 
 
 def _steal(auditor: Host, port: int) -> subprocess.CompletedProcess[str]:
@@ -81,7 +87,7 @@ def test_a_door_that_is_open_is_found(hosts: tuple[Host, Host]) -> None:
 
 def test_no_stranger_gets_into_a_simulation(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     auditor, stranger = hosts
-    settings = f"runs_dir={tmp_path} name=closed rounds=1 watch.clients=[0] attack.seconds=25"
+    settings = f"runs_dir={tmp_path} name=closed rounds=1 watch.clients=[0] attack.seconds=15"
     settings += " attack.iterations=1000000"
     with flower_home(tmp_path / "flwr", auditor.enter) as home:
         run_id = home.start(f'attack="sme" overrides="{settings}"')
@@ -89,21 +95,15 @@ def test_no_stranger_gets_into_a_simulation(hosts: tuple[Host, Host], tmp_path: 
         refused = None
         while not (status := home.status(run_id)).startswith("finished"):
             opened |= set(_opened(auditor, stranger))
-            port = _gcs_port(auditor)
+            port, folder = _ray(auditor)
             if port and refused is None:
-                refused = _steal(auditor, port)
+                refused, kept = _steal(auditor, port), folder
         log = home.flwr("log", run_id, "local-simulation", "--show")
     assert status == "finished:completed", log
     assert not opened
     assert refused is not None and refused.returncode != 0
     assert "stolen" not in refused.stdout and "oken" in refused.stderr
-    left = list(Path("/tmp").glob("flowleak-ray-*/ray/session_latest"))
-    assert not [path for path in left if path.stat().st_mtime > home_started(tmp_path)]
-
-
-def home_started(folder: Path) -> float:
-    """Return when a test began: its folder was made then."""
-    return folder.stat().st_ctime
+    assert not kept.exists()
 
 
 def test_no_stranger_gets_into_a_later_attack(hosts: tuple[Host, Host], tmp_path: Path) -> None:
@@ -124,9 +124,10 @@ def test_no_stranger_gets_into_a_later_attack(hosts: tuple[Host, Host], tmp_path
         assert pool.stdout and pool.stdin
         assert pool.stdout.readline() == "up\n"
         assert _opened(auditor, stranger) == []
-        refused = _steal(auditor, _gcs_port(auditor))
+        port, folder = _ray(auditor)
+        assert folder.exists()
+        refused = _steal(auditor, port)
         assert refused.returncode != 0 and "stolen" not in refused.stdout
-        folders = {path.name for path in Path("/tmp").glob("flowleak-ray-*")}
         pool.stdin.close()
         assert pool.wait(60) == 0
-    assert len(folders - {path.name for path in Path("/tmp").glob("flowleak-ray-*")}) == 1
+    assert not folder.exists()
