@@ -159,9 +159,11 @@ class StrategyConfig:
 
     name: str = "fedavg"
     fraction_evaluate: float = 0.5
+    max_examples: int = 100_000
 
     def __post_init__(self) -> None:
         _one_of("name", self.name, ("fedavg", "fedadam"))
+        at_least("max_examples", self.max_examples, 1)
         if not 0 <= self.fraction_evaluate <= 1:
             raise ValueError(f"fraction_evaluate is {self.fraction_evaluate}; allowed: 0 to 1")
 
@@ -195,6 +197,12 @@ class Config:
         at_least("seed", self.seed, 0)
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; allowed: a folder's name, no path")
+
+    @property
+    def most_examples(self) -> int:
+        """Images that a client can train on in a round: K B; of whole epochs, what is agreed."""
+        steps = self.client.local_steps * self.client.batch_size
+        return steps or self.strategy.max_examples
 
     def settled(self, simulated: bool) -> Config:
         """Return the configuration with what depends on where it runs decided.

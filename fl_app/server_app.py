@@ -34,13 +34,13 @@ from server_strategies.checkpointing import Checkpointing
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 from server_strategies.recorder import Recorder
-from server_strategies.valid_replies import ValidReplies
+from server_strategies.valid_replies import Expected, ValidReplies
 
 app = ServerApp()
 
 _LOG_WIDTH = 140  # Flower streams the output as a log, where rich would assume 80 columns
 
-_MOST_IMAGES = 10_000  # of one client, where whole epochs leave their number open
+_MOST_IMAGES = 10_000  # that an attack takes
 
 _PATIENCE = 30.0  # seconds without another node connecting, before too few is an error
 
@@ -168,8 +168,12 @@ def create_strategy(config: Config) -> Strategy:
         min_available_nodes=1,
         min_evaluate_nodes=1,
     )
-    train = {"loss", "epsilon"} if config.defense.dp_clip else {"loss"}
-    return ValidReplies(inner, train=train, evaluate={"loss", "accuracy"})
+    train = frozenset({"loss", "epsilon"} if config.defense.dp_clip else {"loss"})
+    return ValidReplies(
+        inner,
+        train=Expected(train, config.most_examples),
+        evaluate=Expected(frozenset({"loss", "accuracy"}), config.strategy.max_examples),
+    )
 
 
 def _audit_in_simulation(
@@ -230,7 +234,7 @@ def _train(
     with Recorder(record, auditor.record_skipped) as recorder:
 
         def on_observation(observation: Observation) -> None:
-            _check_size(observation, config)
+            _check_size(observation)
             recorder.add(observation)
 
         strategy = HonestButCurious(
@@ -242,6 +246,7 @@ def _train(
             # Only in an audit are clients told where to leave their private batches.
             settings={"audit-dir": str(auditor.run_dir)} if config.audit.truth else None,
             secagg=config.defense.secagg,
+            most_examples=config.most_examples,
         )
         known = auditor.knowledge
         data = {
@@ -260,16 +265,11 @@ def _train(
     return bool(result.train_metrics_clientapp)
 
 
-def _check_size(observation: Observation, config: Config) -> None:
-    """Refuse a number of images that the protocol rules out, before an attack allocates them."""
-    most = config.client.local_steps * config.client.batch_size
-    most *= len(observation.nodes) or 1  # of a sum
-    if not most and observation.num_examples > _MOST_IMAGES:
-        raise ValueError(f"num-examples is {observation.num_examples}; no attack takes so many")
-    if most and observation.num_examples > most:
+def _check_size(observation: Observation) -> None:
+    """Refuse more images than any attack takes, before one allocates them."""
+    if observation.num_examples > _MOST_IMAGES:
         raise ValueError(
-            f"num-examples is {observation.num_examples}; "
-            f"{config.client.local_steps} local steps of {config.client.batch_size} use {most}"
+            f"num-examples is {observation.num_examples}; no attack takes more than {_MOST_IMAGES}"
         )
 
 
