@@ -68,6 +68,9 @@ def main(grid: Grid, context: Context) -> None:
         trained = _audit_in_deployment(grid, auditor, model, console)
     lines = auditor.lines()
     _tell(console, run_dir, lines)
+    unwatched = _unwatched(config, lines)
+    if unwatched:
+        console.print(unwatched, style="bold red", highlight=False, soft_wrap=True, markup=False)
     if not trained:
         reason = next((line["error"] for line in lines if line["error"]), "see the log above")
         raise RuntimeError(f"no client trained in any round: {reason}")
@@ -90,6 +93,7 @@ def _prepare(
         raise ConfigError(f"defense.{error}") from error
     _check_statistics(model, config)
     if simulated:
+        _check_watch(config)
         check_guarded()
         # Every client would find the same fault.
         load_partition(config.dataset, 0, config.num_clients, config.seed)
@@ -110,6 +114,19 @@ def _check_statistics(model: nn.Module, config: Config) -> None:
             f"strategy.name is {config.strategy.name!r}, which steps BatchNorm's running variances "
             "as if they were weights; allowed with them: fedavg, or client.send_buffers=false, or "
             "another model.norm"
+        )
+
+
+def _check_watch(config: Config) -> None:
+    """Refuse to watch a client that a simulation does not have: it has 0 to num_clients - 1."""
+    watched = config.watch.clients
+    if not isinstance(watched, list) or config.defense.secagg:
+        return
+    unknown = [client for client in watched if client >= config.num_clients]
+    if unknown:
+        raise ConfigError(
+            f"watch.clients holds {unknown[0]}; allowed with num_clients={config.num_clients}: "
+            f"0 to {config.num_clients - 1}, or all"
         )
 
 
@@ -286,6 +303,18 @@ def _save_training(run_dir: Path, result: Result) -> None:
         )
     ]
     write_text(run_dir / "training.json", json.dumps(rounds, indent=2))
+
+
+def _unwatched(config: Config, lines: list[dict[str, Any]]) -> str:
+    """Return which clients were to be watched and never were, in words; "": none."""
+    if not lines:
+        return "NOTHING WAS WATCHED: no update of a watched client and round arrived"
+    ids = config.watch.clients
+    if not isinstance(ids, list) or config.defense.secagg:
+        return ""
+    seen = {line[key] for line in lines for key in ("client", "node")}
+    missing = [str(client) for client in ids if client not in seen]
+    return f"NEVER WATCHED: client {', '.join(missing)} sent no update" if missing else ""
 
 
 def _tell(console: Console, run_dir: Path, lines: list[dict[str, Any]]) -> None:
