@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -353,10 +353,30 @@ def _unlock(node: Any) -> None:
             _unlock(child)
 
 
+def _refuse_interpolation(origin: str, layer: Any, key: str = "") -> None:
+    """Refuse ``${...}``: OmegaConf would read the environment and other keys for it.
+
+    A run's configuration may come from anybody.
+    """
+    if OmegaConf.is_config(layer):
+        layer = OmegaConf.to_container(layer, resolve=False)
+    if isinstance(layer, str) and "${" in layer:
+        raise ConfigError(f"{key} (from {origin}) is {layer!r}; allowed: text without ${{")
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(layer, Mapping):
+        items = layer.items()
+    elif isinstance(layer, list | tuple):
+        items = enumerate(layer)
+    for name, value in items:
+        _refuse_interpolation(origin, name, f"{key}.{name}".lstrip("."))
+        _refuse_interpolation(origin, value, f"{key}.{name}".lstrip("."))
+
+
 def _merge(layers: list[tuple[str, Any]]) -> Config:
     merged: Any = OmegaConf.structured(Config)
     _unlock(merged)
     for origin, layer in layers:
+        _refuse_interpolation(origin, layer)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -398,7 +418,13 @@ def from_yaml(path: Path) -> Config:
     """
     if not path.exists():
         raise ConfigError(f"{path} does not exist; is {path.parent} a run's folder?")
-    loaded = OmegaConf.load(path)
-    assert isinstance(loaded, DictConfig)
+    loaded = plain_yaml(path)
     known = set(Config.__dataclass_fields__)
     return _merge([(str(path), {key: loaded[key] for key in loaded if key in known})])
+
+
+def plain_yaml(path: Path) -> dict[str, Any]:
+    """Return a file's mapping as it is written: ``${...}`` in it is text, and nothing is run."""
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(loaded, dict)
+    return loaded

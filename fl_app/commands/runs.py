@@ -48,16 +48,15 @@ def runs(
 
 def _summary(run: Path) -> dict[str, Any]:
     """Return what `runs` says of a run; its configuration is read without being checked."""
-    from omegaconf import OmegaConf
-
     from fl_app.audit.leakage_log import read_lines
+    from fl_app.config import plain_yaml
 
-    config = OmegaConf.load(run / "config.yaml")
+    config = plain_yaml(run / "config.yaml")
     lines = read_lines(run / "leakage.jsonl")[0]
     scores = [line["metrics"]["psnr"] for line in lines if line["metrics"].get("psnr")]
     best: dict[str, Any] = max(scores, key=lambda score: score["mean"] or 0, default={})
     settings = {
-        key: OmegaConf.select(config, where)
+        key: _at(config, where)
         for key, where in (
             ("started", "started"),
             ("dataset", "dataset.name"),
@@ -74,6 +73,13 @@ def _summary(run: Path) -> dict[str, Any]:
         "best_psnr": best.get("mean"),
         "mean_colour_psnr": best.get("baseline"),
     }
+
+
+def _at(config: Any, where: str) -> Any:
+    """Return a setting by its dotted key, None where there is none."""
+    for part in where.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 def _run_cells(run: Mapping[str, Any]) -> list[str]:
