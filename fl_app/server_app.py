@@ -24,6 +24,7 @@ from fl_app.models import known_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
 from fl_app.runs.attacking import AttackProcess, only_one, open_pool
+from fl_app.runs.facts import run_facts
 from fl_app.runs.folder import create_run
 from fl_app.runs.states import ModelStore, find_state, load_state
 from fl_app.util.files import user_path, write_text
@@ -54,11 +55,12 @@ def main(grid: Grid, context: Context) -> None:
     try:
         simulated = isinstance(grid, InMemoryGrid)
         config, knowledge, model = _prepare(context.run_config, simulated)
+        facts = run_facts(config, knowledge, simulated)
         wait_for_nodes(grid, config.num_clients)
     except (ConfigError, DataError, UnguardedRayError) as error:
         console.print(f"[bold red]Nothing was started:[/] {error}", highlight=False)
         raise
-    run_dir = create_run(config)
+    run_dir = create_run(config, facts)
     console.print(f"Run folder: {run_dir}", highlight=False, soft_wrap=True)
     console.print(_truth_notice(config, run_dir, context.run_id), highlight=False, soft_wrap=True)
     auditor = Auditor(run_dir, config, knowledge)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fl_app.config import Config, to_yaml
 from fl_app.util.files import project_file, user_path, write_text
 
-_PACKAGES = ("flowleak", "flwr", "torch", "ray", "numpy")
+_PACKAGES = (
+    "flowleak", "flwr", "torch", "ray", "numpy", "scipy", "torchvision", "lpips", "opacus",
+    "omegaconf", "safetensors", "datasets", "flwr-datasets", "pillow", "scikit-image",
+)  # fmt: skip
 
 
-def create_run(config: Config) -> Path:
+def create_run(config: Config, facts: Mapping[str, Any] | None = None) -> Path:
     """Make the folder of a new run, with its resolved configuration in it.
+
+    Parameters
+    ----------
+    config : Config
+    facts : mapping, optional
+        What config.yaml is to say beside the settings, see `run_facts`.
 
     Returns
     -------
@@ -39,6 +50,7 @@ def create_run(config: Config) -> Path:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **versions},
+        **(facts or {}),
     }
     write_text(run_dir / "config.yaml", to_yaml(replace(config, runs_dir=str(runs_dir)), extra))
     for folder in ("observations", "reconstructions", *(["truth"] if config.audit.truth else [])):
