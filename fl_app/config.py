@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining
 from fl_app.registry import DATASETS, OURS, REGISTRIES, Registry
-from fl_app.util.files import project_file
+from fl_app.util.files import RUNS_DIR, project_file
 
 UNBOUNDED = 1_000_000
 """Iterations that no attack makes in its seconds."""
@@ -194,7 +194,7 @@ class Config:
     """Everything that decides a run; see conf/config.yaml for each default's why."""
 
     name: str = "audit"
-    runs_dir: str = "runs"
+    runs_dir: str = RUNS_DIR
     seed: int = 0
     rounds: int = 2
     start_from: str = ""

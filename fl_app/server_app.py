@@ -25,9 +25,10 @@ from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
 from fl_app.runs.attacking import AttackProcess, only_one, open_pool
 from fl_app.runs.facts import run_facts
-from fl_app.runs.folder import create_run
+from fl_app.runs.folder import anchored, create_run
 from fl_app.runs.states import ModelStore, find_state, load_state
-from fl_app.util.files import user_path, write_text
+from fl_app.util.files import RUNS_DIR, runs_folder, write_text
+from fl_app.util.origin import RUNS, origin
 from fl_app.util.ray_guard import UnguardedRayError, check_guarded
 from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks.run import create_attack
@@ -61,7 +62,8 @@ def main(grid: Grid, context: Context) -> None:
         console.print(f"[bold red]Nothing was started:[/] {error}", highlight=False)
         raise
     run_dir = create_run(config, facts)
-    console.print(f"Run folder: {run_dir}", highlight=False, soft_wrap=True)
+    for notice in (f"Run folder: {run_dir}", *_notices(config, context.run_id, simulated)):
+        console.print(notice, highlight=False, soft_wrap=True, markup=False)
     console.print(_truth_notice(config, run_dir, context.run_id), highlight=False, soft_wrap=True)
     auditor = Auditor(run_dir, config, knowledge)
     if simulated:
@@ -82,7 +84,7 @@ def _prepare(
     run_config: Mapping[str, Any], simulated: bool
 ) -> tuple[Config, Knowledge, ArrayRecord]:
     """Refuse what can't work, before anything starts."""
-    config = load_config(run_config).settled(simulated)
+    config = anchored(load_config(run_config).settled(simulated))
     create_attack(config.attack)
     info = dataset_info(config.dataset)
     try:
@@ -101,7 +103,7 @@ def _prepare(
         load_partition(config.dataset, 0, config.num_clients, config.seed)
     weights = model.state_dict()
     if config.start_from:
-        path = find_state(config.start_from, user_path(config.runs_dir))
+        path = find_state(config.start_from, runs_folder(config.runs_dir))
         shape = "x".join(map(str, info.image_shape))
         words = f"{config.model.name} for {info.num_classes} classes of {shape} images"
         weights = load_state(path, weights, words)
@@ -130,6 +132,18 @@ def _check_watch(config: Config) -> None:
             f"watch.clients holds {unknown[0]}; allowed with num_clients={config.num_clients}: "
             f"0 to {config.num_clients - 1}, or all"
         )
+
+
+def _notices(config: Config, run_id: int, simulated: bool) -> list[str]:
+    """Return what is to be known of a run when it starts."""
+    doubt = origin().doubt
+    uncertain = doubt and not (origin().runs and config.runs_dir == RUNS_DIR)
+    notices = []
+    if uncertain and not Path(config.runs_dir).expanduser().is_absolute():
+        notices.append(f"{doubt}. To be sure: --stream, {RUNS}, or runs_dir with its whole path")
+    stop = f"flwr stop {run_id} {'local-simulation' if simulated else '<as in flwr run>'}"
+    notices.append(f"Ctrl-C of flwr run does not end the audit; this does: {stop}")
+    return notices
 
 
 def _truth_notice(config: Config, run_dir: Path, run_id: int) -> str:

@@ -54,12 +54,12 @@ def attack(
     from fl_app.runs.comparison import AttackComparison
     from fl_app.runs.facts import open_auditor
     from fl_app.runs.folder import find_run
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
     from server_strategies.attack_pool import Job, enqueue
     from server_strategies.observations import ObservationStore
 
     console = screen()
-    folder = find_run(user_path(str(runs_dir)), run)
+    folder = find_run(runs_folder(str(runs_dir)), run)
     if budget or attack == "all" or "," in attack:
         if set_ or follow:
             raise ConfigError("--set and --follow are allowed with one attack, without --budget")
@@ -95,9 +95,9 @@ def score(
     from fl_app.audit.table import leakage_table
     from fl_app.runs.attacking import score_later
     from fl_app.runs.folder import find_run
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    lines = score_later(find_run(user_path(str(runs_dir)), run), truth, warn)
+    lines = score_later(find_run(runs_folder(str(runs_dir)), run), truth, warn)
     if not lines:
         typer.echo(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
         return

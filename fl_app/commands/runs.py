@@ -34,9 +34,9 @@ def runs(
 ) -> None:
     """List the runs: when, what, how many attacks, the most that leaked."""
     from fl_app.runs.folder import list_runs
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    folder = user_path(str(runs_dir))
+    folder = runs_folder(str(runs_dir))
     found = [_summary(run) for run in list_runs(folder)]
     if json_:
         print_json(found)
@@ -111,9 +111,9 @@ def show(
     """Show a run's leakage table, and where its pictures are."""
     from fl_app.audit.leakage_log import LogLine, read_lines
     from fl_app.runs.folder import find_run
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    folder = find_run(user_path(str(runs_dir)), run)
+    folder = find_run(runs_folder(str(runs_dir)), run)
     lines, torn = read_lines(folder / "leakage.jsonl")
     if torn:
         typer.secho(f"{torn} torn lines were left out", fg="yellow", err=True)
@@ -157,9 +157,9 @@ def rounds(
     from fl_app.audit.rounds import read_rounds
     from fl_app.config import ConfigError
     from fl_app.runs.folder import find_run
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    folder = find_run(user_path(str(runs_dir)), run)
+    folder = find_run(runs_folder(str(runs_dir)), run)
     lines = read_rounds(folder)
     if json_:
         print_json([asdict(line) for line in lines])
