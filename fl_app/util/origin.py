@@ -12,12 +12,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote, urlparse
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of the packages that run."""
@@ -102,7 +105,9 @@ def _places() -> list[tuple[Path, str]]:
     places = [(here, "where Flower was first started")]
     if editable:
         places.append((editable, "what is installed editable"))
-    return places
+    # The shell may still be where its `flwr run` was.
+    folders = {folder for folder in _of_processes(_folder) if (folder / "pyproject.toml").is_file()}
+    return places + [(folder, "the folder of a process of yours") for folder in sorted(folders)]
 
 
 def _inherited() -> Origin | None:
@@ -148,17 +153,24 @@ def choose(
 
 def flwr_runs() -> list[FlwrRun]:
     """Return this user's living processes `flwr run` that began before this one; on Linux."""
-    if sys.platform != "linux":
-        return []
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
+    found = [run for run in _of_processes(_flwr_run) if run]
+    return [run for run in found if run.started <= _started(Path("/proc/self"))]
+
+
+def _of_processes(read: Callable[[Path], T]) -> list[T]:
+    """Return what can be read from each of this user's processes, in /proc; on Linux."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*") if sys.platform == "linux" else ():
         try:
             if process.stat().st_uid == os.getuid():
-                found[process.name] = _flwr_run(process)
+                found.append(read(process))
         except (OSError, ValueError):
             continue  # it has just ended
-    own = _started(Path("/proc/self"))
-    return [run for run in found.values() if run and run.started <= own]
+    return found
+
+
+def _folder(process: Path) -> Path:
+    return Path(os.readlink(process / "cwd"))
 
 
 def _flwr_run(process: Path) -> FlwrRun | None:
@@ -166,7 +178,7 @@ def _flwr_run(process: Path) -> FlwrRun | None:
     heads = [i for i in range(len(words) - 1) if Path(words[i]).name == "flwr"][:1]
     if not heads or words[heads[0] + 1] != "run":
         return None
-    folder = Path(os.readlink(process / "cwd"))
+    folder = _folder(process)
     # The app is an argument among others, "." by default.
     named = (folder / word for word in words[heads[0] + 2 :] if word and not word.startswith("-"))
     app = next((path for path in named if (path / "pyproject.toml").is_file()), folder)

@@ -38,9 +38,9 @@ def _copy(target: Path) -> Path:
     return target
 
 
-def _edited(checkout: Path) -> Path:
+def _edited(checkout: Path, words: str = "edited") -> Path:
     with (checkout / "fl_app" / "config.py").open("a") as file:
-        file.write("# edited\n")
+        file.write(f"# {words}\n")
     return checkout
 
 
@@ -94,7 +94,10 @@ print(json.dumps([str(found.folder), str(runs_folder()), found.doubt, commit, st
 def test_two_checkouts_that_share_an_environment_have_their_own_runs(
     bundle: Path, tmp_path: Path
 ) -> None:
-    first, second = _copy(tmp_path / "first"), _edited(_copy(tmp_path / "second"))
+    # Neither is what is installed here.
+    first, second = (_edited(_copy(tmp_path / name), name) for name in ("first", "second"))
+    other = _edited(Path(shutil.copytree(bundle, f"{bundle}"[:-1] + "e")), "second")
+    _edited(bundle, "first")
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b",
                     "commit", "-qm", "a"]):  # fmt: skip
         subprocess.run(["git", *command], cwd=first, check=True)
@@ -114,13 +117,14 @@ def test_two_checkouts_that_share_an_environment_have_their_own_runs(
         assert ask(bundle) == [str(first), str(first / "runs"), "", commit, str(bundle)]
         (first / "fl_app" / "new.py").touch()  # the commit lacks it, and the bundle too
         assert ask(bundle)[3] == f"{commit}-dirty"
-    edited = _edited(bundle)
-    assert ask(edited)[:3] == [
-        str(second), str(second / "runs"), f"`flwr run` has ended; {second} is where Flower was "
-        "first started",
-    ]  # fmt: skip
+    with _flwr_run(first, "list"):  # whatever it is that works there
+        found = ask(bundle)
+        assert found[0] == str(first) and found[2].endswith("the folder of a process of yours")
+    assert ask(bundle)[0] == str(second)  # where nobody knows
+    doubt = f"`flwr run` has ended; {second} is where Flower was first started"
+    assert ask(other)[:3] == [str(second), str(second / "runs"), doubt]
     with _flwr_run(second, "run", FLOWLEAK_RUNS="/all"):
-        assert ask(edited)[1] == "/all"
+        assert ask(other)[1] == "/all"
     with _flwr_run(first, "list"):
         assert not [run for run in flwr_runs() if run.folder == first]
 
