@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 import zipfile
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 from flwr.cli.build import build_fab_from_files
@@ -18,6 +21,16 @@ PRIVATE = (
     "fl_app/runs/audit/config.yaml", "fl_app/audit/leakage.jsonl", "conf/audit/config.yaml",
     "conf/runs/audit/config.yaml", "lan/keys.json", "lan/clients/one/settings.yaml",
 )  # fmt: skip
+
+
+def test_uv_has_nothing_to_fetch_when_a_run_starts() -> None:
+    """Flower runs `uv sync` before a run, which resolves every extra: offline it would fail."""
+    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    project, overrides = settings["project"], settings["tool"]["uv"]["override-dependencies"]
+    needed = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in needed}  # type: ignore[index]
+    never = {override.removesuffix(" ; sys_platform == 'never'") for override in overrides}
+    assert names - {"flowleak"} <= never
 
 
 def test_the_bundle_holds_code_and_settings_and_nothing_private() -> None:
