@@ -100,11 +100,8 @@ class AttackComparison:
         ConfigError
             If the run holds no Observation.
         """
-        store, auditor = (
-            ObservationStore(folder),
-            open_auditor(folder, partial(console.print, **_TOLD)),
-        )
-        config = auditor.config
+        auditor = open_auditor(folder, partial(console.print, **_TOLD))
+        store, config = ObservationStore(folder), auditor.config
         jobs: dict[str, dict[str, str]] = {attack.name: {} for attack in self.attacks}
         with only_one(folder):
             logged = {line.get("job") for line in auditor.lines()}
