@@ -29,9 +29,12 @@ from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import ImageSet, dataset_info, load_partition, load_split
 from fl_app.models import known_model
 from fl_app.protocol import DatasetInfo
+from fl_app.util.origin import origin
 from fl_app.util.ray_guard import guard_ray
 
-guard_ray()  # Flower imports this module before it starts a simulation's Ray
+# Flower imports this module before it starts a simulation's Ray, whose workers inherit both.
+guard_ray()
+origin()
 
 app = ClientApp()
 _log = logging.getLogger("flwr")  # Flower streams it to the user

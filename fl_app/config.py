@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining
 from fl_app.registry import DATASETS, OURS, REGISTRIES, Registry
-from fl_app.util.files import project_file
+from fl_app.util.files import RUNS_DIR, project_file
 
 UNBOUNDED = 1_000_000
 """Iterations that no attack makes in its seconds."""
@@ -103,15 +103,36 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         clients = self.clients
-        share = isinstance(clients, int | float) and not isinstance(clients, bool)
+        share = type(clients) is float and 0 < clients <= 1
         ids = isinstance(clients, list) and all(type(c) is int and c >= 0 for c in clients)
-        if not (clients == "all" or (share and 0 < clients <= 1) or ids):
+        if not (clients == "all" or share or (ids and clients)):
+            hint = f"; [{clients}] is one client" if type(clients) is int else ""
             raise ValueError(
-                f"clients is {clients!r}; allowed: all, a share in (0, 1], or a list of ids"
+                f"clients is {clients!r}; allowed: all, a share in (0, 1] with its point, as 1.0, "
+                f"or a list of ids{hint}"
             )
         if any(round_ < 1 for round_ in self.rounds):
             raise ValueError(f"rounds is {self.rounds}; allowed: numbers from 1, or [] for every")
         at_least("every", self.every, 0)
+
+    def check(self, rounds: int) -> None:
+        """Raise ValueError, with what is allowed, where a run has no such rounds.
+
+        Parameters
+        ----------
+        rounds : int
+            Of the run.
+        """
+        beyond = [round_ for round_ in self.rounds if round_ > rounds]
+        if beyond:
+            raise ValueError(
+                f"rounds holds {beyond[0]}; allowed with rounds={rounds}: 1 to {rounds}"
+            )
+        if not self.rounds and self.every > rounds:
+            raise ValueError(
+                f"every is {self.every}, and no such round is in rounds={rounds}; "
+                f"allowed without watch.rounds: 0 to {rounds}"
+            )
 
     def watches(self, round_: int) -> bool:
         """Return whether a round, from 1, is watched: it is listed, or is the `every`-th.
@@ -159,9 +180,11 @@ class StrategyConfig:
 
     name: str = "fedavg"
     fraction_evaluate: float = 0.5
+    max_examples: int = 100_000
 
     def __post_init__(self) -> None:
         _one_of("name", self.name, ("fedavg", "fedadam"))
+        at_least("max_examples", self.max_examples, 1)
         if not 0 <= self.fraction_evaluate <= 1:
             raise ValueError(f"fraction_evaluate is {self.fraction_evaluate}; allowed: 0 to 1")
 
@@ -171,7 +194,7 @@ class Config:
     """Everything that decides a run; see conf/config.yaml for each default's why."""
 
     name: str = "audit"
-    runs_dir: str = "runs"
+    runs_dir: str = RUNS_DIR
     seed: int = 0
     rounds: int = 2
     start_from: str = ""
@@ -193,8 +216,18 @@ class Config:
         at_least("checkpoints", self.checkpoints, 1)
         at_least("num_clients", self.num_clients, 1)
         at_least("seed", self.seed, 0)
+        try:
+            self.watch.check(self.rounds)
+        except ValueError as error:
+            raise ValueError(f"watch.{error}") from error
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; allowed: a folder's name, no path")
+
+    @property
+    def most_examples(self) -> int:
+        """Images that a client can train on in a round: K B; of whole epochs, what is agreed."""
+        steps = self.client.local_steps * self.client.batch_size
+        return steps or self.strategy.max_examples
 
     def settled(self, simulated: bool) -> Config:
         """Return the configuration with what depends on where it runs decided.
@@ -320,10 +353,30 @@ def _unlock(node: Any) -> None:
             _unlock(child)
 
 
+def _refuse_interpolation(origin: str, layer: Any, key: str = "") -> None:
+    """Refuse ``${...}``: OmegaConf would read the environment and other keys for it.
+
+    A run's configuration may come from anybody.
+    """
+    if OmegaConf.is_config(layer):
+        layer = OmegaConf.to_container(layer, resolve=False)
+    if isinstance(layer, str) and "${" in layer:
+        raise ConfigError(f"{key} (from {origin}) is {layer!r}; allowed: text without ${{")
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(layer, Mapping):
+        items = layer.items()
+    elif isinstance(layer, list | tuple):
+        items = enumerate(layer)
+    for name, value in items:
+        _refuse_interpolation(origin, name, f"{key}.{name}".lstrip("."))
+        _refuse_interpolation(origin, value, f"{key}.{name}".lstrip("."))
+
+
 def _merge(layers: list[tuple[str, Any]]) -> Config:
     merged: Any = OmegaConf.structured(Config)
     _unlock(merged)
     for origin, layer in layers:
+        _refuse_interpolation(origin, layer)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -365,7 +418,13 @@ def from_yaml(path: Path) -> Config:
     """
     if not path.exists():
         raise ConfigError(f"{path} does not exist; is {path.parent} a run's folder?")
-    loaded = OmegaConf.load(path)
-    assert isinstance(loaded, DictConfig)
+    loaded = plain_yaml(path)
     known = set(Config.__dataclass_fields__)
     return _merge([(str(path), {key: loaded[key] for key in loaded if key in known})])
+
+
+def plain_yaml(path: Path) -> dict[str, Any]:
+    """Return a file's mapping as it is written: ``${...}`` in it is text, and nothing is run."""
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(loaded, dict)
+    return loaded

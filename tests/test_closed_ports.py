@@ -87,6 +87,9 @@ def test_a_door_that_is_open_is_found(hosts: tuple[Host, Host]) -> None:
 
 def test_no_stranger_gets_into_a_simulation(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     auditor, stranger = hosts
+    # The audit starts offline, too: nothing here leads to a network, and uv has nothing to fetch.
+    routes = [*auditor.enter, "ip", "route", "show", "default"]
+    assert not subprocess.run(routes, capture_output=True, check=True).stdout
     settings = f"runs_dir={tmp_path} name=closed rounds=1 watch.clients=[0] attack.seconds=15"
     settings += " attack.iterations=1000000"
     with flower_home(tmp_path / "flwr", auditor.enter) as home:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from client_app.defenses import update_bytes
-from fl_app.audit.baselines import PRIOR, baseline_images
+from fl_app.audit.baselines import PRIOR, TRAINING, baseline_images
 from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
     MEASURES,
@@ -53,15 +53,23 @@ class Auditor:
         What the server knows of every client; without labels.
     truth_dir : Path, optional
         Holds ``truth/``; the run's folder where not given.
+    no_data : str
+        Why the data set that is there is not the run's; "": it is.
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, knowledge: Knowledge, truth_dir: Path | None = None
+        self,
+        run_dir: Path,
+        config: Config,
+        knowledge: Knowledge,
+        truth_dir: Path | None = None,
+        no_data: str = "",
     ) -> None:
         self.run_dir = run_dir
         self.truth_dir = truth_dir or run_dir
         self.config = config
         self.knowledge = knowledge
+        self.no_data = no_data
         self._log = run_dir / "leakage.jsonl"
         self._lock = Lock()
 
@@ -159,8 +167,10 @@ class Auditor:
             return {}, {}
         network, why = self._prior
         seed = (self.config.seed, observation.round, observation.node)
-        mean, dataset = self.knowledge.mean, self.config.dataset
+        mean, dataset = self.knowledge.mean, None if self.no_data else self.config.dataset
         images, reasons = baseline_images(truth.images, mean, dataset, network, seed)
+        if self.no_data:
+            reasons[TRAINING] = self.no_data
         guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
         scores = {
             name: self._score(observation, replace(guess, images=guessed), truth)

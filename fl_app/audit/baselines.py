@@ -21,7 +21,7 @@ _STEPS = 50  # of a sample from the prior, as in the grids that its training dra
 def baseline_images(
     private: Tensor,
     mean: Sequence[float],
-    dataset: DatasetConfig,
+    dataset: DatasetConfig | None,
     network: nn.Module | None,
     seed: Sequence[int],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -33,8 +33,8 @@ def baseline_images(
         In [0, 1]; only its shape is read, and which images not to draw.
     mean : sequence of float
         The data set's mean colour in [0, 1].
-    dataset : DatasetConfig
-        Its train split is drawn from.
+    dataset : DatasetConfig or None
+        Its train split is drawn from; None: it is not there.
     network : nn.Module or None
         The velocity network of a flow prior; None: there is none.
     seed : sequence of int
@@ -53,7 +53,7 @@ def baseline_images(
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
     try:
         images[TRAINING] = _training_images(private, dataset, number)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         reasons[TRAINING] = str(error)
     try:
         images[PRIOR] = _prior_images(private, network, number)
@@ -62,7 +62,9 @@ def baseline_images(
     return images, reasons
 
 
-def _training_images(private: Tensor, dataset: DatasetConfig, seed: int) -> Tensor:
+def _training_images(private: Tensor, dataset: DatasetConfig | None, seed: int) -> Tensor:
+    if dataset is None:
+        raise ValueError("the data set is not there")
     count = len(private)
     known = {_bytes(image) for image in (255 * private).round().to(torch.uint8)}
     drawn = draw_images(dataset, "train", 2 * count, seed).images

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def _run_names(incomplete: str) -> list[str]:
     """Complete a run's name in the shell, among those of the default folder."""
     from fl_app.runs.folder import list_runs
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    return [run.name for run in list_runs(user_path("runs")) if run.name.startswith(incomplete)]
+    return [run.name for run in list_runs(runs_folder()) if run.name.startswith(incomplete)]
 
 
 RunName = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fl_app.commands.arguments import RunName, RunsDir
-from fl_app.commands.output import screen
+from fl_app.commands.output import screen, warn
 
 if TYPE_CHECKING:
     from fl_app.config import AttackConfig
@@ -48,27 +48,25 @@ def attack(
     Several attacks, or one with a budget, make a comparison: what has its line already
     is not run again, and comparison.md, .json and .png in the run's folder compare them.
     """
-    from fl_app.audit.auditor import Auditor
     from fl_app.audit.table import leakage_table
-    from fl_app.config import ConfigError, from_yaml
-    from fl_app.data import dataset_info
+    from fl_app.config import ConfigError
     from fl_app.runs.attacking import finish_attacks, only_one, watch_input
     from fl_app.runs.comparison import AttackComparison
+    from fl_app.runs.facts import open_auditor
     from fl_app.runs.folder import find_run
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
     from server_strategies.attack_pool import Job, enqueue
     from server_strategies.observations import ObservationStore
 
     console = screen()
-    folder = find_run(user_path(str(runs_dir)), run)
+    folder = find_run(runs_folder(str(runs_dir)), run)
     if budget or attack == "all" or "," in attack:
         if set_ or follow:
             raise ConfigError("--set and --follow are allowed with one attack, without --budget")
         AttackComparison.of(attack or "all", budget or "authors").run(folder, console)
         return
-    config = from_yaml(folder / "config.yaml")
-    store = ObservationStore(folder)
-    auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
+    store, auditor = ObservationStore(folder), open_auditor(folder, warn)
+    config = auditor.config
     before = len(auditor.lines())
     if attack:
         chosen = _attack_config(attack, set_ or [])
@@ -97,9 +95,9 @@ def score(
     from fl_app.audit.table import leakage_table
     from fl_app.runs.attacking import score_later
     from fl_app.runs.folder import find_run
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    lines = score_later(find_run(user_path(str(runs_dir)), run), truth)
+    lines = score_later(find_run(runs_folder(str(runs_dir)), run), truth, warn)
     if not lines:
         typer.echo(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
         return

@@ -23,6 +23,11 @@ def screen() -> Console:
     return console if console.is_terminal else Console(width=_WIDE)
 
 
+def warn(words: str) -> None:
+    """Print what is to be known beside a command's result, to standard error."""
+    typer.secho(words, fg="yellow", err=True)
+
+
 def table_of(cells: Sequence[Sequence[str]]) -> Table:
     """Return a table for a terminal; the first of `cells` is its head."""
     from rich.table import Table

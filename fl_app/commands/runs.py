@@ -53,9 +53,9 @@ def runs(
 ) -> None:
     """List the runs: when, what, how many attacks, the most that leaked."""
     from fl_app.runs.folder import list_runs
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    folder = user_path(str(runs_dir))
+    folder = runs_folder(str(runs_dir))
     found = [_summary(run) for run in list_runs(folder)]
     if json_:
         print_json(found)
@@ -67,16 +67,15 @@ def runs(
 
 def _summary(run: Path) -> dict[str, Any]:
     """Return what `runs` says of a run; its configuration is read without being checked."""
-    from omegaconf import OmegaConf
-
     from fl_app.audit.leakage_log import read_lines
+    from fl_app.config import plain_yaml
 
-    config = OmegaConf.load(run / "config.yaml")
+    config = plain_yaml(run / "config.yaml")
     lines = read_lines(run / "leakage.jsonl")[0]
     scores = [line["metrics"]["psnr"] for line in lines if line["metrics"].get("psnr")]
     best: dict[str, Any] = max(scores, key=lambda score: score["mean"] or 0, default={})
     settings = {
-        key: OmegaConf.select(config, where)
+        key: _at(config, where)
         for key, where in (
             ("started", "started"),
             ("dataset", "dataset.name"),
@@ -93,6 +92,13 @@ def _summary(run: Path) -> dict[str, Any]:
         "best_psnr": best.get("mean"),
         "mean_colour_psnr": best.get("baseline"),
     }
+
+
+def _at(config: Any, where: str) -> Any:
+    """Return a setting by its dotted key, None where there is none."""
+    for part in where.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 def _run_cells(run: Mapping[str, Any]) -> list[str]:
@@ -116,9 +122,9 @@ def show(
     """Show a run's leakage table, and where its pictures are."""
     from fl_app.audit.leakage_log import LogLine, read_lines
     from fl_app.runs.folder import find_run
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    folder = find_run(user_path(str(runs_dir)), run)
+    folder = find_run(runs_folder(str(runs_dir)), run)
     lines, torn = read_lines(folder / "leakage.jsonl")
     if torn:
         typer.secho(f"{torn} torn lines were left out", fg="yellow", err=True)
@@ -155,9 +161,9 @@ def rounds(
     from fl_app.audit.rounds import read_rounds
     from fl_app.config import ConfigError
     from fl_app.runs.folder import find_run
-    from fl_app.util.files import user_path
+    from fl_app.util.files import runs_folder
 
-    folder = find_run(user_path(str(runs_dir)), run)
+    folder = find_run(runs_folder(str(runs_dir)), run)
     lines = read_rounds(folder)
     if json_:
         print_json([asdict(line) for line in lines])

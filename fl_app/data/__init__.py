@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ import numpy as np
 
 from fl_app.config import DatasetConfig
 from fl_app.data.base import DataError, ImageSet, read_images
+from fl_app.data.hub import on_hub
 from fl_app.protocol import DatasetInfo
 from fl_app.registry import DATASETS
 from fl_app.util.extras import extras
@@ -23,9 +26,13 @@ __all__ = [
     "ImageSet",
     "dataset_info",
     "draw_images",
+    "fingerprint",
     "load_partition",
     "load_split",
+    "on_hub",
 ]
+
+_FINGERPRINT_IMAGES = 16
 
 
 @lru_cache(maxsize=4)
@@ -134,6 +141,23 @@ def load_split(config: DatasetConfig, split: str) -> ImageSet:
         If the data is not there or is broken.
     """
     return read_images(_encoded_split(config, split), dataset_info(config), config.name)
+
+
+@lru_cache(maxsize=4)
+def fingerprint(config: DatasetConfig) -> str:
+    """Return a digest of a train split: of all labels, and of the pixels of a few images.
+
+    Raises
+    ------
+    DataError
+        If the data is not there or is broken.
+    """
+    rows = _encoded_split(config, "train")
+    picks = np.unique(np.linspace(0, len(rows) - 1, _FINGERPRINT_IMAGES).astype(int))
+    images = read_images(rows.select(picks), dataset_info(config), config.name).images
+    digest = hashlib.sha256(json.dumps(rows["label"][:]).encode())
+    digest.update(images.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def draw_images(config: DatasetConfig, split: str, count: int, seed: int) -> ImageSet:

@@ -69,6 +69,16 @@ def _location(source: str) -> str:
         raise
 
 
+def on_hub(config: DatasetConfig) -> bool:
+    """Say whether a data set would be fetched from the hub, or from its cache."""
+    if config.name not in LAYOUTS:
+        return False
+    try:
+        return not Path(_location(config.source)).is_dir()
+    except DataError:
+        return False
+
+
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
     with extras():
         from flwr_datasets import FederatedDataset

@@ -23,7 +23,7 @@ from fl_app.commands.arguments import RunsDir
 from fl_app.commands.group import group
 from fl_app.commands.output import screen
 from fl_app.config import at_least
-from fl_app.util.files import user_path
+from fl_app.util.files import runs_folder
 from fl_app.util.processes import Child, run_together
 from fl_app.util.ray_guard import own_folder
 
@@ -99,7 +99,7 @@ def server(
         superexec(this, f"{this.server}:{this.port}", {**ray_, "RAY_ADDRESS": _ray_address(this)}),
         ray_head(this, attacks),
     ]
-    unfinished = _unfinished(user_path(str(runs_dir))) if resume else []
+    unfinished = _unfinished(runs_folder(str(runs_dir))) if resume else []
     if unfinished:
         attack = [sys.executable, "-m", "flowleak", "attack"]
         commands = [

@@ -18,9 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fl_app.audit.auditor import Auditor
-from fl_app.config import from_yaml
-from fl_app.data import dataset_info
 from fl_app.protocol import Reconstruction, observation_id
+from fl_app.runs.facts import open_auditor
 from server_strategies.attack_pool import (
     AttackPool,
     Job,
@@ -226,7 +225,9 @@ def watch_input() -> Callable[[], bool]:
     return ended.is_set
 
 
-def score_later(run_dir: Path, truth_dir: Path) -> list[dict[str, Any]]:
+def score_later(
+    run_dir: Path, truth_dir: Path, tell: Callable[[str], None] = _log.warning
+) -> list[dict[str, Any]]:
     """Score the reconstructions of a run without Truth, now that there is one.
 
     Parameters
@@ -235,6 +236,8 @@ def score_later(run_dir: Path, truth_dir: Path) -> list[dict[str, Any]]:
     truth_dir : Path
         Holds ``truth/round-NNNN-node-ID.safetensors``, as clients write it; what
         it lacks stays unscored. It is not copied, but the pictures show it.
+    tell : callable
+        See `open_auditor`.
 
     Returns
     -------
@@ -248,9 +251,7 @@ def score_later(run_dir: Path, truth_dir: Path) -> list[dict[str, Any]]:
     """
     if not (truth_dir / "truth").is_dir():
         raise FileNotFoundError(f"{truth_dir / 'truth'} is no folder; clients write it there")
-    config = from_yaml(run_dir / "config.yaml")
-    knowledge = config.knowledge(dataset_info(config.dataset))
-    auditor, store = Auditor(run_dir, config, knowledge, truth_dir), ObservationStore(run_dir)
+    auditor, store = open_auditor(run_dir, tell, truth_dir), ObservationStore(run_dir)
     lines = auditor.lines()
     scored = {line["job"] for line in lines if line["metrics"]}
     for line in lines:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fl_app.audit.auditor import Auditor
 from fl_app.audit.comparison import compare, save_comparison_picture
-from fl_app.config import UNBOUNDED, AttackConfig, ConfigError, from_yaml, load_config
-from fl_app.data import dataset_info
+from fl_app.config import UNBOUNDED, AttackConfig, ConfigError, load_config
 from fl_app.registry import ATTACKS
 from fl_app.runs.attacking import finish_attacks, only_one
+from fl_app.runs.facts import open_auditor
 from fl_app.runs.folder import git_commit
 from fl_app.util.files import write_text
 from fl_app.util.machine import host
@@ -42,6 +42,7 @@ _METRICS = {
     "prior_residual": ("prior residual", 3),
     "label_accuracy": ("labels right", 2),
 }
+_TOLD: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
 # By pixels, by looks, and what needs no truth.
 _ON_SCREEN = ("", "done", "PSNR dB", "LPIPS VGG", "TV", "s", "note")
 
@@ -99,9 +100,8 @@ class AttackComparison:
         ConfigError
             If the run holds no Observation.
         """
-        config = from_yaml(folder / "config.yaml")
-        store = ObservationStore(folder)
-        auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
+        auditor = open_auditor(folder, partial(console.print, **_TOLD))
+        store, config = ObservationStore(folder), auditor.config
         jobs: dict[str, dict[str, str]] = {attack.name: {} for attack in self.attacks}
         with only_one(folder):
             logged = {line.get("job") for line in auditor.lines()}

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fl_app.config import Config, to_yaml
-from fl_app.util.files import project_file, user_path, write_text
+from fl_app.util.files import runs_folder, user_path, write_text
+from fl_app.util.origin import PACKAGES, code_digest, origin
 
-_PACKAGES = ("flowleak", "flwr", "torch", "ray", "numpy")
+_PACKAGES = (
+    "flowleak", "flwr", "torch", "ray", "numpy", "scipy", "torchvision", "lpips", "opacus",
+    "omegaconf", "safetensors", "datasets", "flwr-datasets", "pillow", "scikit-image",
+)  # fmt: skip
 
 
-def create_run(config: Config) -> Path:
+def create_run(config: Config, facts: Mapping[str, Any] | None = None) -> Path:
     """Make the folder of a new run, with its resolved configuration in it.
+
+    Parameters
+    ----------
+    config : Config
+    facts : mapping, optional
+        What config.yaml is to say beside the settings, see `run_facts`.
 
     Returns
     -------
@@ -24,7 +36,7 @@ def create_run(config: Config) -> Path:
         Absolute: ``runs_dir/name``, or ``name-2``, ``name-3``, ... where taken.
         Only its owner can enter it, for it holds private images.
     """
-    runs_dir = user_path(config.runs_dir)
+    runs_dir = runs_folder(config.runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -37,13 +49,35 @@ def create_run(config: Config) -> Path:
     versions = {package: _version(package) for package in _PACKAGES}
     extra = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_sha256": code_digest(),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **versions},
+        **(facts or {}),
     }
     write_text(run_dir / "config.yaml", to_yaml(replace(config, runs_dir=str(runs_dir)), extra))
     for folder in ("observations", "reconstructions", *(["truth"] if config.audit.truth else [])):
         (run_dir / folder).mkdir(mode=0o700)
     return run_dir
+
+
+def anchored(config: Config) -> Config:
+    """Return the configuration with whole paths: it will be read in other processes and folders."""
+
+    def whole(path: str) -> str:
+        return str(user_path(path)) if path.endswith(".safetensors") else path
+
+    source, lpips = config.dataset.source, config.audit.lpips_weights
+    if source and user_path(source).is_dir():  # else the hub's name
+        source = str(user_path(source))
+    if lpips not in ("", "download"):
+        lpips = str(user_path(lpips))
+    return replace(
+        config,
+        start_from=whole(config.start_from),
+        dataset=replace(config.dataset, source=source),
+        prior=replace(config.prior, weights=whole(config.prior.weights)),
+        audit=replace(config.audit, lpips_weights=lpips),
+    )
 
 
 def list_runs(runs_dir: Path) -> list[Path]:
@@ -76,13 +110,24 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Return the checkout's commit, with ``-dirty`` after it where files differ from it."""
+    """Return the commit of the code that runs, with ``-dirty`` after it where it differs from it.
+
+    None where no checkout is known to hold the files that run.
+    """
+    checkout = origin().checkout
+    if not checkout or not (checkout / ".git").exists():
+        return None
     try:
-        checkout = project_file(".git").parent
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=checkout, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        commit = _git(checkout, "rev-parse", "HEAD")
+        changed = _git(checkout, "status", "--porcelain", "--", *PACKAGES, "conf")
     except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git
-    return described.stdout.strip()
+        return None  # no git, or no commit yet
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=checkout, capture_output=True, text=True, timeout=10, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()

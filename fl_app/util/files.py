@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
+from fl_app.util.origin import ROOT, editable_folder, origin
 
-def _origin() -> tuple[Path, bool] | None:
-    """Return the folder that flowleak was installed from, and whether editable."""
-    try:
-        text = metadata.distribution("flowleak").read_text("direct_url.json")
-    except metadata.PackageNotFoundError:
-        return None
-    facts = json.loads(text) if text else {}
-    url = urlparse(facts.get("url", ""))
-    if url.scheme != "file":
-        return None
-    return Path(unquote(url.path)), bool(facts.get("dir_info", {}).get("editable"))
+RUNS_DIR = "runs"
+"""The default of the setting runs_dir."""
 
 
 def _roots() -> Iterator[Path]:
     """Yield the folders that may hold the project's files, nearest first."""
-    yield Path(__file__).resolve().parents[2]
+    yield ROOT
     # Flower runs an unpacked copy of the app that lacks every binary file, so
-    # look beside the installed distribution as well.
-    origin = _origin()
-    if origin:
-        yield origin[0]
+    # look in the checkout that it was made of, and beside the installed distribution.
+    for folder in (origin().checkout, editable_folder()):
+        if folder:
+            yield folder
     try:
         site = Path(str(metadata.distribution("flowleak").locate_file("")))
     except metadata.PackageNotFoundError:
@@ -45,19 +35,27 @@ def user_path(path: str) -> Path:
     """Return a path from the configuration as an absolute one: the one rule for all of them.
 
     The server, the clients and the attacks run in processes whose working folders
-    differ, and none is where `flwr run` was typed: a Flower app's is where its
-    SuperLink was once started. So they do not count where there is anything better.
-    What is typed as an argument of the command `flowleak` is made absolute there.
+    differ, and none need be where `flwr run` was typed, see `origin`.
 
     Parameters
     ----------
     path : str
-        Absolute, from the home folder (``~``), or relative: to the project's
-        folder where it is installed editable, else to the working folder.
+        Absolute, from the home folder (``~``), or relative: to the folder where the command
+        was typed.
     """
-    origin = _origin()
-    base = origin[0] if origin and origin[1] else Path.cwd()
-    return (base / Path(path).expanduser()).absolute()
+    return (origin().folder / Path(path).expanduser()).absolute()
+
+
+def runs_folder(runs_dir: str = RUNS_DIR) -> Path:
+    """Return the folder that holds the runs.
+
+    Parameters
+    ----------
+    runs_dir : str
+        As in the configuration. Where it is the default, the variable ``FLOWLEAK_RUNS``
+        names the folder, if it is set.
+    """
+    return user_path(origin().runs or runs_dir) if runs_dir == RUNS_DIR else user_path(runs_dir)
 
 
 def project_file(relative: str) -> Path:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from helpers.command import flowleak
 
-from fl_app.config import ConfigError, from_yaml, load_config, to_yaml
+from fl_app.config import Config, ConfigError, from_yaml, load_config, to_yaml
 from fl_app.protocol import DatasetInfo
 
 
@@ -25,9 +32,33 @@ def test_what_the_server_does_not_know_is_not_in_its_knowledge() -> None:
 
 
 def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
-    config = load_config({"attack": "sme", "overrides": "watch.rounds=[1,3] name=x"})
+    config = load_config({"attack": "sme", "overrides": "watch.rounds=[1,3] rounds=3 name=x"})
     (tmp_path / "config.yaml").write_text(to_yaml(config, {"versions": {"torch": "2"}}))
     assert from_yaml(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("setting", ["name", "dataset.source", "attack.options.x", "client.lr"])
+@pytest.mark.parametrize("value", ["${oc.env:FLOWLEAK_SECRET}", "a${runs_dir}", "${oc.decode:1}"])
+def test_nothing_in_a_configuration_is_resolved(
+    setting: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's folder may come from anybody: it reads no environment and no other key."""
+    monkeypatch.setenv("FLOWLEAK_SECRET", "hunter2")
+    refusal = re.escape(f"is '{value}'; allowed: text without")
+    for override in (f"{setting}='{value}'", f"attack.options.y='[1,{{b: \"{value}\"}}]'"):
+        with pytest.raises(ConfigError, match=refusal) as error:
+            load_config({"overrides": override})
+        assert "hunter2" not in str(error.value)
+    run = tmp_path / "audit"
+    run.mkdir()
+    config: Any = yaml.safe_load(to_yaml(Config(), {"started": value}))
+    *sections, key = setting.split(".")
+    functools.reduce(operator.getitem, sections, config)[key] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=rf"^{re.escape(setting)} \(from .*{refusal}"):
+        from_yaml(run / "config.yaml")
+    shown = json.loads(flowleak("runs", "--runs-dir", str(tmp_path), "--json"))
+    assert shown[0]["started"] == value
 
 
 @pytest.mark.parametrize(
@@ -49,6 +80,10 @@ def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
         ({"overrides": "rounds=0"}, "rounds is 0; allowed: 1 or more"),
         ({"overrides": "watch.clients=some"}, "clients is 'some'; allowed: all, a share"),
         ({"overrides": "watch.every=-1"}, "watch.every is -1; allowed: 0 or more"),
+        ({"overrides": "watch.clients=1"}, r"clients is 1; .* 1.0, or a list of ids; \[1\] is one"),
+        ({"overrides": "watch.clients=[]"}, r"clients is \[\]; allowed: all"),
+        ({"overrides": "watch.rounds=[1,3]"}, r"watch.rounds holds 3; allowed with rounds=2: 1"),
+        ({"overrides": "watch.rounds=[] watch.every=3"}, "watch.every is 3, and no such round"),
         ({"overrides": "checkpoints=0"}, "checkpoints is 0; allowed: 1 or more"),
         ({"overrides": "dataset.dirichlet_alpha=nan"}, "dirichlet_alpha is nan; allowed: more"),
         ({"overrides": "dataset.name=svhn"}, "name is 'svhn'; allowed: photos, cifar10, cifar100"),

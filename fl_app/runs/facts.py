@@ -1,0 +1,133 @@
+"""What a run's folder says of its data, its prior and its code: what is done later needs no more.
+
+The data set that a run was on may have changed since, or lie on another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fl_app.audit.auditor import Auditor
+from fl_app.config import Config, ConfigError, DatasetConfig, from_yaml, plain_yaml
+from fl_app.data import dataset_info, fingerprint, on_hub
+from fl_app.protocol import DatasetInfo, Knowledge
+from fl_app.util.text import printable
+from server_strategies.priors.flow import find_weights
+
+_DATA = "data"  # the entry of config.yaml
+
+
+def run_facts(config: Config, knowledge: Knowledge, simulated: bool) -> dict[str, Any]:
+    """Return what a run's config.yaml says beside its settings.
+
+    Parameters
+    ----------
+    config : Config
+    knowledge : Knowledge
+        Holds the facts of the data that the run is on.
+    simulated : bool
+        Whether the clients' images are this machine's. Those of other machines have no
+        fingerprint here.
+
+    Raises
+    ------
+    DataError
+        If the data is not there or is broken.
+    """
+    data = {field.name: getattr(knowledge, field.name) for field in fields(DatasetInfo)}
+    return {
+        _DATA: {**data, "fingerprint": fingerprint(config.dataset) if simulated else None},
+        "prior_sha256": _prior_digest(config.prior.weights),
+    }
+
+
+def open_auditor(
+    run_dir: Path, tell: Callable[[str], None], truth_dir: Path | None = None
+) -> Auditor:
+    """Return the auditor of a run that has ended, by what its folder says of the data.
+
+    Parameters
+    ----------
+    run_dir : Path
+    tell : callable
+        Takes a line where the data set that is there now is not the run's.
+    truth_dir : Path, optional
+        See `Auditor`.
+
+    Raises
+    ------
+    ConfigError
+        If the run's configuration can't be used.
+    DataError
+        If it says nothing of the data, as in older versions, and the data is not there.
+    """
+    path = run_dir / "config.yaml"
+    config = from_yaml(path)
+    facts = plain_yaml(path).get(_DATA)
+    if facts is None:
+        knowledge = config.knowledge(dataset_info(config.dataset))
+        return Auditor(run_dir, config, knowledge, truth_dir)
+    info = _recorded(facts, path)
+    difference = _difference(config.dataset, info, facts.get("fingerprint"))
+    if difference:
+        difference = printable(difference)
+        tell(f"{difference}. What the run recorded of it is used, and no baseline is drawn from it")
+    return Auditor(run_dir, config, config.knowledge(info), truth_dir, difference)
+
+
+def _recorded(facts: Any, path: Path) -> DatasetInfo:
+    """Read the facts of the data, or raise ConfigError."""
+    try:
+        info = DatasetInfo(
+            num_classes=int(facts["num_classes"]),
+            image_shape=tuple(int(side) for side in facts["image_shape"]),  # type: ignore[arg-type]
+            mean=tuple(float(value) for value in facts["mean"]),
+            std=tuple(float(value) for value in facts["std"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{_DATA} (from {path}) can't be read: {error!r}") from error
+    channels = info.image_shape[0] if len(info.image_shape) == 3 else 0
+    positive = min(info.num_classes, *info.image_shape, *info.std) > 0
+    if not positive or not channels == len(info.mean) == len(info.std):
+        raise ConfigError(f"{_DATA} (from {path}) is {info}; allowed: a shape (C, H, W), C means")
+    return info
+
+
+def _difference(dataset: DatasetConfig, info: DatasetInfo, known: str | None) -> str:
+    """Return how the data set that is there differs from the run's, in words; "": it does not.
+
+    One on the hub is not fetched to find out, and one without a fingerprint never was here.
+    """
+    if known is None or on_hub(dataset):
+        return ""
+    where = f"the data set {dataset.name} {dataset.source}".rstrip()
+    try:
+        now, print_ = dataset_info(dataset), fingerprint(dataset)
+    except (ValueError, OSError) as error:
+        return f"{where} is not here ({error})"
+    pairs = [(field.name, getattr(info, field.name), getattr(now, field.name))
+             for field in fields(DatasetInfo)]  # fmt: skip
+    changed = [f"{name} was {old} and is {new}" for name, old, new in pairs if _differ(old, new)]
+    if not changed and print_ != known:
+        changed = ["its images or labels have changed"]
+    return f"{where} is not what the run was on: {'; '.join(changed)}" if changed else ""
+
+
+def _differ(old: int | tuple[float, ...], new: int | tuple[float, ...]) -> bool:
+    """Compare facts; the last digits of a mean depend on the machine."""
+    return np.shape(old) != np.shape(new) or not np.allclose(old, new, rtol=0, atol=1e-6)
+
+
+def _prior_digest(weights: str) -> str | None:
+    """Return the SHA-256 of a prior's weights, None where they are in no file."""
+    try:
+        data = find_weights(weights).read_bytes()
+    except (ValueError, OSError):
+        return None  # a plug-in's; or missing, which the attack that needs it tells
+    return hashlib.sha256(data).hexdigest()
