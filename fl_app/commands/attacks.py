@@ -52,9 +52,10 @@ def attack(
     from fl_app.audit.table import leakage_table
     from fl_app.config import ConfigError, from_yaml
     from fl_app.data import dataset_info
-    from fl_app.runs.attacking import finish_attacks, only_one, watch_input
+    from fl_app.runs.attacking import finish_attacks, watch_input
     from fl_app.runs.comparison import AttackComparison
     from fl_app.runs.folder import find_run
+    from fl_app.runs.lock import only_one
     from fl_app.util.files import user_path
     from server_strategies.attack_pool import Job, enqueue
     from server_strategies.observations import ObservationStore

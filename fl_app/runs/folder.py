@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fl_app.config import Config, to_yaml
-from fl_app.util.files import project_file, user_path, write_text
+from fl_app.util.files import private_folder, project_file, user_path, write_text
 
 _PACKAGES = ("flowleak", "flwr", "torch", "ray", "numpy")
 
@@ -42,7 +42,7 @@ def create_run(config: Config) -> Path:
     }
     write_text(run_dir / "config.yaml", to_yaml(replace(config, runs_dir=str(runs_dir)), extra))
     for folder in ("observations", "reconstructions", *(["truth"] if config.audit.truth else [])):
-        (run_dir / folder).mkdir(mode=0o700)
+        private_folder(run_dir / folder)
     return run_dir
 
 
