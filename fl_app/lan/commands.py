@@ -336,8 +336,10 @@ def _ray(kit: Kit, name: str, command: list[str], attacks: int) -> Child:
 
     command += ["--num-cpus", "0", "--resources", json.dumps({SLOT: attacks})]
     command += ["--disable-usage-stats", "--block"]
-    # `ray start` may outlast a SIGTERM; its own processes end with it, however it ends.
     environment = ray_environment(kit) | _slots(attacks)
+    # A worker would use the head's folder, which nobody removes on its machine.
+    command += ["--temp-dir", str(Path(environment["RAY_TMPDIR"]) / "ray")]
+    # `ray start` may outlast a SIGTERM; its own processes end with it, however it ends.
     return Child(name, command, environment, when_it_ends="restart", end=signal.SIGKILL)
 
 
