@@ -24,15 +24,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fl_app.config import AttackConfig, PoolConfig, PriorConfig
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 from fl_app.util.files import write_text
-from fl_app.util.ray_guard import check_guarded, guarded_ray
+from fl_app.util.ray_guard import SLOT, check_guarded, guarded_ray
 from server_strategies.attacks.run import run_attack
 
 ray = guarded_ray()
 
 Report = Callable[[int, float], None]
 Runner = Callable[[Observation, Knowledge, AttackConfig, PriorConfig, int, Report], Reconstruction]
-
-SLOT = "attack"  # the Ray resource by which a machine of a cluster says how many attacks it takes
 
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 _MOST_WORKERS = 64  # in a cluster, each with a thread here that waits for it

@@ -26,7 +26,7 @@ from fl_app.commands.output import print_json, screen, table_of
 from fl_app.config import at_least
 from fl_app.util.files import user_path
 from fl_app.util.processes import Child, run_together
-from fl_app.util.ray_guard import own_folder
+from fl_app.util.ray_guard import SLOT, own_folder
 
 if TYPE_CHECKING:
     from fl_app.lan.ending import Ending
@@ -309,7 +309,9 @@ def supernode(kit: Kit, config: dict[str, str | int], address: str) -> Child:
     return Child("SuperNode", command, _QUIET, on_line=explain)
 
 
-def superexec(kit: Kit, address: str, environment: dict[str, str], tls: bool = True) -> Child:
+def superexec(
+    kit: Kit, address: str, environment: dict[str, str | None], tls: bool = True
+) -> Child:
     """Return the process that starts the app's own, for who has its secret."""
     command = [str(_SCRIPTS / "flower-superexec"), "--runtime-api-address", address]
     command += ["--root-certificates", str(kit.file("ca.crt"))] if tls else ["--insecure"]
@@ -332,18 +334,16 @@ def ray_worker(kit: Kit, attacks: int) -> Child:
 
 
 def _ray(kit: Kit, name: str, command: list[str], attacks: int) -> Child:
-    from server_strategies.attack_pool import SLOT
-
     command += ["--num-cpus", "0", "--resources", json.dumps({SLOT: attacks})]
     command += ["--disable-usage-stats", "--block"]
     environment = ray_environment(kit) | _slots(attacks)
     # A worker would use the head's folder, which nobody removes on its machine.
-    command += ["--temp-dir", str(Path(environment["RAY_TMPDIR"]) / "ray")]
+    command += ["--temp-dir", str(Path(_ray_folder()) / "ray")]
     # `ray start` may outlast a SIGTERM; its own processes end with it, however it ends.
     return Child(name, command, environment, when_it_ends="restart", end=signal.SIGKILL)
 
 
-def ray_environment(kit: Kit) -> dict[str, str]:
+def ray_environment(kit: Kit) -> dict[str, str | None]:
     """Return the settings by which Ray's processes trust each other and nobody else.
 
     Raises
@@ -355,6 +355,9 @@ def ray_environment(kit: Kit) -> dict[str, str]:
     if tuple(int(part) for part in version.split(".")[:2]) < _RAY_WITH_TOKENS:
         raise ValueError(f"ray is {version}, which has no tokens; allowed on a LAN: 2.52 or more")
     return _QUIET | {
+        # What keeps the Ray of one process to itself, see `guard_ray`, would keep machines apart.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        "RAY_AUTH_TOKEN": None,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(kit.file("ray.token")),
         "RAY_USE_TLS": "1",  # mutual: who connects needs a certificate too
@@ -362,11 +365,15 @@ def ray_environment(kit: Kit) -> dict[str, str]:
         "RAY_TLS_SERVER_CERT": str(kit.file("tls.crt")),
         "RAY_TLS_SERVER_KEY": str(kit.file("tls.key")),
         # Ray's own folder is the machine's, where every other Ray would take this for its cluster.
-        "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or str(own_folder()),
+        "RAY_TMPDIR": _ray_folder(),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker that asks for no GPU may use it
         # A head that is started again knows nobody: who waits for it should join it anew.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     }
+
+
+def _ray_folder() -> str:
+    return os.environ.get("RAY_TMPDIR") or str(own_folder())
 
 
 def _slots(attacks: int) -> dict[str, str]:

@@ -27,8 +27,8 @@ class Child:
     ----------
     name : str
     command : sequence of str
-    environment : mapping of str to str
-        Added to this process's own.
+    environment : mapping of str to (str or None)
+        Added to this process's own; None: not in it.
     when_it_ends : {"stop", "restart", "retry"}
         End all others too, start it again, or start it again unless it succeeded.
     end : signal.Signals
@@ -39,7 +39,7 @@ class Child:
 
     name: str
     command: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str | None] = field(default_factory=dict)
     when_it_ends: str = "stop"
     end: signal.Signals = signal.SIGTERM
     on_line: Callable[[str], None] | None = None
@@ -111,11 +111,12 @@ def run_together(
 
 def _start(child: Child) -> _Running:
     read = child.on_line is not None
+    environment = {**os.environ, **child.environment}
     process = subprocess.Popen(
         child.command,
         stdout=subprocess.PIPE if read else None,
         stderr=subprocess.STDOUT if read else None,
-        env={**os.environ, **child.environment},
+        env={name: value for name, value in environment.items() if value is not None},
         start_new_session=True,  # Ctrl-C reaches this process, which ends them in order
         preexec_fn=partial(_end_with_parent, child.end) if sys.platform == "linux" else None,
     )
