@@ -23,9 +23,10 @@ from fl_app.data import DataError, dataset_info, load_partition
 from fl_app.models import known_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
-from fl_app.runs.attacking import AttackProcess, only_one, open_pool
+from fl_app.runs.attacking import AttackProcess, open_pool
 from fl_app.runs.facts import run_facts
 from fl_app.runs.folder import anchored, create_run
+from fl_app.runs.lock import only_one
 from fl_app.runs.states import ModelStore, find_state, load_state
 from fl_app.util.files import RUNS_DIR, runs_folder, write_text
 from fl_app.util.origin import RUNS, origin

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -23,15 +24,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fl_app.config import AttackConfig, PoolConfig, PriorConfig
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 from fl_app.util.files import write_text
-from fl_app.util.ray_guard import check_guarded, guarded_ray
+from fl_app.util.ray_guard import SLOT, check_guarded, guarded_ray
 from server_strategies.attacks.run import run_attack
 
 ray = guarded_ray()
 
 Report = Callable[[int, float], None]
 Runner = Callable[[Observation, Knowledge, AttackConfig, PriorConfig, int, Report], Reconstruction]
-
-SLOT = "attack"  # the Ray resource by which a machine of a cluster says how many attacks it takes
 
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 _MOST_WORKERS = 64  # in a cluster, each with a thread here that waits for it
@@ -278,6 +277,7 @@ class AttackPool:
             while (coming := feed() if feed else 0) or self.unfinished:
                 if not wait(self._futures, timeout=0.5).not_done:
                     time.sleep(0.5)
+                self._check()
                 share, state = self._state(coming)
                 progress.update(bar, completed=share, description=state)
                 if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY:
@@ -286,13 +286,18 @@ class AttackPool:
                     line = f"attacks [{drawn}] {share:4.0%}  {state}"
                     console.print(line, highlight=False, soft_wrap=True, markup=False)
             progress.update(bar, completed=1.0, description="")
+        self._check()
+
+    def _check(self) -> None:
+        """Raise what ended a thread: Ray itself is gone, and none of the others will do better."""
         for future in self._futures:
-            future.result()
+            if future.done():
+                future.result()
 
     def close(self) -> None:
         """End the workers, and Ray if the pool started it."""
+        self._closed = True  # before the lock, which one that waits for Ray may hold
         with self._worker_lock:
-            self._closed = True
             self._worker_lock.notify_all()
         self._threads.shutdown(wait=False, cancel_futures=True)
         if ray.is_initialized():
@@ -375,7 +380,9 @@ class AttackPool:
             self._drop(worker)
 
     def _start_ray(self) -> None:
-        if not self._cluster:
+        if self._cluster:
+            self._wait_for_cluster(os.environ["RAY_ADDRESS"])
+        else:
             check_guarded()
         ray.init(
             **({} if self._cluster else {"include_dashboard": False, "address": "local"}),
@@ -384,6 +391,28 @@ class AttackPool:
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
         )
         self._started_ray = True
+
+    def _wait_for_cluster(self, address: str) -> None:
+        """Wait until a cluster's head listens, but not for ever, as Ray itself would."""
+        host, _, port = address.rpartition("/")[2].rpartition(":")
+        if not port.isdecimal():
+            return  # "auto": Ray knows at once
+        began, told = time.monotonic(), False
+        while not self._closed:
+            try:
+                socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+                return
+            except OSError as error:
+                if time.monotonic() - began > _TOO_LONG:
+                    raise ConnectionError(
+                        f"no Ray cluster answers at {address}, the RAY_ADDRESS: {error}. Start "
+                        "flowleak lan server there, or unset RAY_ADDRESS; the queue stays"
+                    ) from error
+                if not told:
+                    _log.warning("no Ray cluster answers at %s yet: %s", address, error)
+                told = True
+                time.sleep(0.5)
+        raise RuntimeError("the pool is closed")
 
     def _capacity(self) -> int:
         """Return how many workers there may be; in a cluster that changes with its machines."""

@@ -9,6 +9,7 @@ import resource
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from fl_app.config import (
 )
 from fl_app.data import dataset_info
 from fl_app.models import create_model
-from fl_app.protocol import Knowledge, LocalTraining, Observation
+from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
 from fl_app.runs import attacking
 from fl_app.runs.attacking import finish_attacks
 from fl_app.runs.folder import create_run
@@ -223,48 +224,75 @@ def counting(observation: Observation, _: Knowledge, attack: AttackConfig, *rest
     return pretended(observation, attack, matching=str(os.getpid()))
 
 
+def watched_rounds(clients: int, rounds: int) -> list[Observation]:
+    """Return all that a server sees of a training; of each update an image is made up."""
+    seen: list[Observation] = []
+    weights = {"x": torch.rand(1, 3, 2, 2)}
+    strategy = HonestButCurious(
+        create_strategy(Config(num_clients=clients)),
+        watch=WatchConfig(),
+        on_observation=lambda each: seen.append(replace(each, w0=weights, w1=weights)),
+        on_skipped=lambda *facts: pytest.fail(str(facts)),
+    )
+    start(strategy, [toy_client(0.1, i) for i in range(clients)], rounds)
+    return seen
+
+
 def run_queue(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, workers: int, seconds: float
-) -> Counter[str]:
-    """Empty a queue of jobs; return how many each worker's process did."""
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    observations: list[Observation],
+    attacks: int,
+    workers: int,
+    seconds: float,
+) -> tuple[Counter[str], Counter[str]]:
+    """Attack each update so many times; return how many each process and each update had."""
     config = Config(
         runs_dir=str(folder),
         audit=AuditConfig(truth=False, labels="unknown"),
         pool=PoolConfig(workers=workers),
     )
     auditor = Auditor(create_run(config), config, KNOWLEDGE)
-    store, done = ObservationStore(auditor.run_dir), Counter[str]()
-    weights = {"x": torch.rand(1, 3, 2, 2)}
-    clients = [Observation(weights, weights, 1, 1, node, node) for node in range(50)]
-    for seen in clients:
+    store = ObservationStore(auditor.run_dir)
+    by_process, by_update = Counter[str](), Counter[str]()
+    attack = AttackConfig("counting", options={"seconds": seconds})
+    for seen in observations:
         store.save(seen)
-    for number in range(jobs):
-        seen = clients[number % len(clients)]
-        attack = AttackConfig("counting", options={"seconds": seconds})
-        enqueue(auditor.run_dir, Job(seen, KNOWLEDGE, attack, PriorConfig(), 0))
+        for _ in range(attacks):
+            enqueue(auditor.run_dir, Job(seen, KNOWLEDGE, attack, PriorConfig(), 0))
+
+    def count(job: Job, found: Reconstruction) -> None:
+        by_process[found.matching] += 1
+        by_update[job.observation.id] += 1
 
     def pool(of: Auditor) -> AttackPool:
         return AttackPool(
             of.run_dir,
             of.config.pool,
-            on_result=lambda job, found: done.update([found.matching]),
+            on_result=count,
             on_error=lambda job, error: pytest.fail(error),
             runner=counting,
         )
 
     monkeypatch.setattr(attacking, "open_pool", pool)
+    jobs = attacks * len(observations)
     assert finish_attacks(auditor, Console(file=io.StringIO())) == jobs
     assert pending(auditor.run_dir) == []
-    return done
+    return by_process, by_update
 
 
 def test_a_thousand_queued_attacks_are_shared_and_have_one_outcome_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attacks that sleep, so that two workers need no second core: each does about half."""
-    done = run_queue(tmp_path, monkeypatch, 1000, 2, 0.02)
-    assert sum(done.values()) == 1000
-    assert len(done) == 2 and min(done.values()) >= 250
+    """Fifty clients in four rounds, each update attacked five times.
+
+    Attacks sleep, so that two workers need no second core: each does about half.
+    """
+    seen = watched_rounds(clients=50, rounds=4)
+    assert Counter(each.round for each in seen) == dict.fromkeys((1, 2, 3, 4), 50)
+    by_process, by_update = run_queue(tmp_path, monkeypatch, seen, 5, 2, 0.02)
+    assert by_update == {each.id: 5 for each in seen} and len(by_update) == 200
+    assert len(by_process) == 2 and min(by_process.values()) >= 250
 
 
 def test_clients_normalise_as_the_server_says_or_refuse() -> None:

@@ -71,7 +71,6 @@ def truth_path(folder: Path, round_: int, node: int) -> Path:
 def write_truth(folder: Path, truth: Truth) -> None:
     """Leave a Truth in the auditor's run folder, whole or not at all."""
     path = truth_path(folder, truth.round, truth.node)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = {"batches": json.dumps(truth.batches)}
     tensors = {"images": truth.images.contiguous(), "labels": torch.tensor(truth.labels)}
     with whole_file(path) as temporary:

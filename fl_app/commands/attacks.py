@@ -50,10 +50,11 @@ def attack(
     """
     from fl_app.audit.table import leakage_table
     from fl_app.config import ConfigError
-    from fl_app.runs.attacking import finish_attacks, only_one, watch_input
+    from fl_app.runs.attacking import finish_attacks, watch_input
     from fl_app.runs.comparison import AttackComparison
     from fl_app.runs.facts import open_auditor
     from fl_app.runs.folder import find_run
+    from fl_app.runs.lock import only_one
     from fl_app.util.files import runs_folder
     from server_strategies.attack_pool import Job, enqueue
     from server_strategies.observations import ObservationStore

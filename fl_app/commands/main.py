@@ -9,6 +9,7 @@ import typer
 
 from fl_app.commands.attacks import attack, score
 from fl_app.commands.bench import bench
+from fl_app.commands.delete import delete
 from fl_app.commands.group import group
 from fl_app.commands.listing import list_choices
 from fl_app.commands.prior import prior_app
@@ -22,7 +23,7 @@ app = group(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,  # keys are among them
 )
-for command in (runs, show, rounds, attack, score, bench):
+for command in (runs, show, rounds, attack, score, delete, bench):
     app.command()(command)
 app.command("list")(list_choices)
 app.add_typer(prior_app, name="prior")

@@ -25,7 +25,8 @@ RunsJson = Annotated[
     typer.Option(
         "--json",
         help="Print a JSON list instead. Keys: run, path, started, dataset, optimizer, lr, "
-        "attack, lines, best_psnr, mean_colour_psnr (dB; null: nothing was scored).",
+        "attack, lines, best_psnr, mean_colour_psnr (dB; null: nothing was scored), and disk_bytes "
+        "with --disk.",
     ),
 ]
 LinesJson = Annotated[
@@ -49,6 +50,9 @@ RoundsJson = Annotated[
 
 def runs(
     runs_dir: RunsDir = Path("runs"),
+    disk: Annotated[
+        bool, typer.Option("--disk", help="Say what each takes on the disk, too.")
+    ] = False,
     json_: RunsJson = False,
 ) -> None:
     """List the runs: when, what, how many attacks, the most that leaked."""
@@ -56,13 +60,20 @@ def runs(
     from fl_app.util.files import runs_folder
 
     folder = runs_folder(str(runs_dir))
-    found = [_summary(run) for run in list_runs(folder)]
+    found = [_summary(run) | (_disk(run) if disk else {}) for run in list_runs(folder)]
     if json_:
         print_json(found)
         return
     head = ["run", "started", "data", "client", "attack", "lines", "best PSNR dB", "mean colour dB"]
+    head += ["on disk"] * disk
     console = screen()
     console.print(table_of([head, *map(_run_cells, found)]) if found else f"No runs in {folder}")
+
+
+def _disk(run: Path) -> dict[str, int]:
+    from fl_app.runs.deleting import disk_bytes
+
+    return {"disk_bytes": disk_bytes(run)}
 
 
 def _summary(run: Path) -> dict[str, Any]:
@@ -102,6 +113,8 @@ def _at(config: Any, where: str) -> Any:
 
 
 def _run_cells(run: Mapping[str, Any]) -> list[str]:
+    from rich.filesize import decimal
+
     scores = (run["best_psnr"], run["mean_colour_psnr"])
     return [
         run["run"],
@@ -111,6 +124,7 @@ def _run_cells(run: Mapping[str, Any]) -> list[str]:
         str(run["attack"]),
         str(run["lines"]),
         *("-" if score is None else f"{score:.1f}" for score in scores),
+        *([decimal(run["disk_bytes"])] if "disk_bytes" in run else []),
     ]
 
 

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import socket
+import ssl
 import sys
 import time
 from importlib import metadata
@@ -21,13 +22,14 @@ import typer
 
 from fl_app.commands.arguments import RunsDir
 from fl_app.commands.group import group
-from fl_app.commands.output import screen
+from fl_app.commands.output import print_json, screen, table_of
 from fl_app.config import at_least
 from fl_app.util.files import runs_folder
 from fl_app.util.processes import Child, run_together
-from fl_app.util.ray_guard import own_folder
+from fl_app.util.ray_guard import SLOT, own_folder
 
 if TYPE_CHECKING:
+    from fl_app.lan.ending import Ending
     from fl_app.lan.keys import Kit
 
 lan_app = group("A federation on several machines: one command a role.")
@@ -35,12 +37,27 @@ lan_app = group("A federation on several machines: one command a role.")
 _SCRIPTS = Path(sys.executable).parent
 _RAY_WITH_TOKENS = (2, 52)
 _START = 60.0  # seconds that the SuperLink may take to listen
+_ANSWER = 5.0  # seconds that a server may take to answer
 
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # each machine has its own
     "PATH": f"{_SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}",
+}
+
+# What flower-supernode prints when it ends, and what that means.
+_REFUSALS = {
+    "[code: 2004]": (
+        "{server} does not take this client's key, {key}. Either it isn't registered: its .pub "
+        "belongs into nodes/ of the server's kit, where flowleak lan init puts it, and flowleak "
+        "lan server registers it when it starts again; a kit of another init is never taken. Or a "
+        "client with this key is running elsewhere, or died in the last minute: end it, or wait."
+    ),
+    "401 Unauthorized": (
+        "{server} does not take what this client signs with {key}: is the clock right here and "
+        "there?"
+    ),
 }
 
 KitFolder = Annotated[
@@ -78,6 +95,69 @@ def init(
 
 
 @lan_app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="A kit, or the folder of all kits.")] = Path("lan"),
+    json_: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print a JSON list instead. Keys: kit, path, role, address (null: it has none), "
+            "ends_first (a file), valid_until, days_left.",
+        ),
+    ] = False,
+) -> None:
+    """Say when certificates end; exit with 1 where one does within 14 days, or has ended."""
+    from fl_app.lan.ending import endings
+
+    found = endings(folder)
+    if json_:
+        print_json([_ending(each) for each in found])
+    else:
+        head = ["kit", "role", "address", "ends first", "valid until", "days left"]
+        cells = [[str(value or "-") for value in _ending(each).values()] for each in found]
+        screen().print(table_of([head, *([row[0], *row[2:]] for row in cells)]))
+    if any(each.is_near for each in found):
+        if not json_:
+            _tell("To renew: flowleak lan renew, where ca.key is (docs/lan.md)")
+        raise typer.Exit(1)
+
+
+def _ending(of: Ending) -> dict[str, str | int | None]:
+    return {
+        "kit": of.folder.absolute().name,
+        "path": str(of.folder.absolute()),
+        "role": of.role,
+        "address": of.address or None,
+        "ends_first": of.file,
+        "valid_until": of.valid_until.isoformat(),
+        "days_left": of.days_left,
+    }
+
+
+@lan_app.command()
+def renew(
+    folder: Annotated[Path, typer.Argument(help="The folder of all kits, with ca.key.")] = Path(
+        "lan"
+    ),
+) -> None:
+    """Make the certificates anew, with the same keys, and say what to copy again, and where."""
+    from fl_app.lan.keys import renew_kits
+
+    for name, files in renew_kits(folder).items():
+        kit = folder / name
+        if not files:
+            _tell(f"{name}: nothing to copy")
+        elif kit.exists():
+            _tell(f"{name}: copy {' and '.join(str(kit / file) for file in files)} into its kit")
+        else:  # it was moved to its machine
+            _tell(f"{name}: copy {folder / 'ca.crt'} into its kit")
+    _tell(
+        "Then start flowleak lan server, worker and client again where files are new: they read "
+        "them when they start. Old and new certificates work together."
+    )
+
+
+@lan_app.command()
 def server(
     kit: KitFolder = Path("lan/server"),
     attacks: Annotated[
@@ -90,7 +170,7 @@ def server(
     connection: Annotated[str, typer.Option(help="Flower's name for it in flwr run.")] = "lan",
 ) -> None:
     """Run the SuperLink and the Ray head; clients and workers may come, go and come back."""
-    this = _kit(kit)
+    this = _valid_kit(kit)
     at_least("attacks", attacks, 0)
     _connect(this, connection)
     ray_ = ray_environment(this)
@@ -135,7 +215,7 @@ def client(
     ] = None,
 ) -> None:
     """Run a SuperNode that trains on this machine's data."""
-    this = _kit(kit)
+    this = _valid_kit(kit)
     at_least("partition", partition, 0)
     at_least("partitions", partitions, 0)
     config: dict[str, str | int] = {"partition-id": partition}
@@ -146,6 +226,7 @@ def client(
             if name == "data-path" and not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
             config[name] = str(path.expanduser().absolute())
+    _greet(this, this.port)
     address = f"127.0.0.1:{_free_port()}"
     children = [supernode(this, config, address), superexec(this, address, {}, tls=False)]
     raise typer.Exit(run_together(children, _tell))
@@ -160,8 +241,9 @@ def worker(
     ] = 1,
 ) -> None:
     """Join the server's Ray cluster and take attacks, on a GPU if there is one."""
-    this = _kit(kit)
+    this = _valid_kit(kit)
     at_least("attacks", attacks, 1)
+    _greet(this, this.ray_port)
     raise typer.Exit(run_together([ray_worker(this, attacks)], _tell))
 
 
@@ -218,10 +300,18 @@ def supernode(kit: Kit, config: dict[str, str | int], address: str) -> Child:
     command += ["--node-config", " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())]
     command += ["--host", host, "--port", port, "--isolation", "process"]
     command += ["--superexec-auth-secret-file", str(kit.file("superexec.key"))]
-    return Child("SuperNode", command, _QUIET)
+
+    def explain(line: str) -> None:
+        for words, why in _REFUSALS.items():
+            if words in line:
+                _tell(why.format(server=f"{kit.server}:{kit.port}", key=kit.file("node.key")))
+
+    return Child("SuperNode", command, _QUIET, on_line=explain)
 
 
-def superexec(kit: Kit, address: str, environment: dict[str, str], tls: bool = True) -> Child:
+def superexec(
+    kit: Kit, address: str, environment: dict[str, str | None], tls: bool = True
+) -> Child:
     """Return the process that starts the app's own, for who has its secret."""
     command = [str(_SCRIPTS / "flower-superexec"), "--runtime-api-address", address]
     command += ["--root-certificates", str(kit.file("ca.crt"))] if tls else ["--insecure"]
@@ -244,16 +334,16 @@ def ray_worker(kit: Kit, attacks: int) -> Child:
 
 
 def _ray(kit: Kit, name: str, command: list[str], attacks: int) -> Child:
-    from server_strategies.attack_pool import SLOT
-
     command += ["--num-cpus", "0", "--resources", json.dumps({SLOT: attacks})]
     command += ["--disable-usage-stats", "--block"]
-    # `ray start` may outlast a SIGTERM; its own processes end with it, however it ends.
     environment = ray_environment(kit) | _slots(attacks)
+    # A worker would use the head's folder, which nobody removes on its machine.
+    command += ["--temp-dir", str(Path(_ray_folder()) / "ray")]
+    # `ray start` may outlast a SIGTERM; its own processes end with it, however it ends.
     return Child(name, command, environment, when_it_ends="restart", end=signal.SIGKILL)
 
 
-def ray_environment(kit: Kit) -> dict[str, str]:
+def ray_environment(kit: Kit) -> dict[str, str | None]:
     """Return the settings by which Ray's processes trust each other and nobody else.
 
     Raises
@@ -265,6 +355,9 @@ def ray_environment(kit: Kit) -> dict[str, str]:
     if tuple(int(part) for part in version.split(".")[:2]) < _RAY_WITH_TOKENS:
         raise ValueError(f"ray is {version}, which has no tokens; allowed on a LAN: 2.52 or more")
     return _QUIET | {
+        # What keeps the Ray of one process to itself, see `guard_ray`, would keep machines apart.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        "RAY_AUTH_TOKEN": None,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(kit.file("ray.token")),
         "RAY_USE_TLS": "1",  # mutual: who connects needs a certificate too
@@ -272,11 +365,15 @@ def ray_environment(kit: Kit) -> dict[str, str]:
         "RAY_TLS_SERVER_CERT": str(kit.file("tls.crt")),
         "RAY_TLS_SERVER_KEY": str(kit.file("tls.key")),
         # Ray's own folder is the machine's, where every other Ray would take this for its cluster.
-        "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or str(own_folder()),
+        "RAY_TMPDIR": _ray_folder(),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker that asks for no GPU may use it
         # A head that is started again knows nobody: who waits for it should join it anew.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     }
+
+
+def _ray_folder() -> str:
+    return os.environ.get("RAY_TMPDIR") or str(own_folder())
 
 
 def _slots(attacks: int) -> dict[str, str]:
@@ -292,6 +389,40 @@ def _kit(folder: Path) -> Kit:
     from fl_app.lan.keys import read_kit
 
     return read_kit(folder)
+
+
+def _valid_kit(folder: Path) -> Kit:
+    """Return a kit whose certificates have not ended, and say when that is near."""
+    from fl_app.lan.ending import warning
+
+    kit = _kit(folder)
+    words = warning(kit)
+    if words:
+        _tell(words)
+    return kit
+
+
+def _greet(kit: Kit, port: int) -> None:
+    """Say so where the server does not answer, for all else waits for it without a word.
+
+    Raises
+    ------
+    ValueError
+        If who answers has no valid certificate of this deployment.
+    """
+    at = f"{kit.server}:{port}"
+    context = ssl.create_default_context(cafile=str(kit.file("ca.crt")))
+    try:
+        with socket.create_connection((kit.server, port), timeout=_ANSWER) as plain:
+            context.wrap_socket(plain, server_hostname=kit.server).close()
+    except ssl.SSLCertVerificationError as error:
+        raise ValueError(
+            f"{at} has no valid certificate of this kit's deployment: {error.verify_message}. "
+            "Is the kit of the same flowleak lan init as the server's, and its clock right? "
+            "flowleak lan status tells on each machine when certificates end"
+        ) from error
+    except OSError as error:
+        _tell(f"Waiting for flowleak lan server: nobody answers at {at} yet ({error})")
 
 
 def _connect(kit: Kit, name: str) -> None:

@@ -2,7 +2,7 @@
 
 A folder for each machine, a kit, holds what that machine needs and nothing else::
 
-    lan/ca.key                  stays where it was made; makes further kits
+    lan/ca.key                  stays where it was made; makes further kits, renews certificates
     lan/server/                 ca.crt, tls.crt, tls.key, run.key, superexec.key, ray.token,
                                 nodes/*.pub
     lan/client-0/               ca.crt, node.key, superexec.key
@@ -39,6 +39,7 @@ from fl_app.config import at_least
 from fl_app.util.files import whole_file
 
 _VALID = timedelta(days=365)
+_AUTHORITY_VALID = timedelta(days=3650)  # longer, so that clients need no new certificate each year
 _CLOCKS = timedelta(hours=1)  # by which machines' clocks may differ
 
 
@@ -63,6 +64,13 @@ class Kit:
     server: str
     port: int
     ray_port: int
+
+    @property
+    def role(self) -> str:
+        """What the machine is, as its files tell: server, client or worker."""
+        if (self.folder / "node.key").exists():
+            return "client"
+        return "server" if (self.folder / "run.key").exists() else "worker"
 
     def file(self, name: str) -> Path:
         """Return the absolute path of one of its files.
@@ -131,6 +139,8 @@ def make_kits(
     for address in (server, *workers):
         _check_address(address)
     _private(folder)
+    if not any(folder.iterdir()):  # made for this: no key of it gets into a repository around it
+        _write(folder / ".gitignore", b"*\n")
     if (folder / "server").exists():
         known = read_kit(folder / "server")
         if (known.server, known.port, known.ray_port) != (server, port, ray_port):
@@ -152,15 +162,63 @@ def make_kits(
     return made
 
 
+def list_kits(folder: Path) -> list[Kit]:
+    """Return the kits that lie in a folder, by name."""
+    return [read_kit(facts.parent) for facts in sorted(folder.glob("[!.]*/lan.json"))]
+
+
+def renew_kits(folder: Path) -> dict[str, list[str]]:
+    """Make the certificates of all kits anew; every key and token stays.
+
+    The authority's own is made anew when it would end before those that it signs.
+    As it has the same key, machines with its old and its new certificate trust each
+    other: they may get their new files in any order.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the kits were made, with ``ca.key``.
+
+    Returns
+    -------
+    dict of str to list of str
+        By kit: the files that are new. Clients whose kits lie elsewhere alone are among
+        them; a worker's has to be here.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no ``ca.key``.
+    """
+    if not (folder / "ca.key").exists():
+        raise ValueError(f"{folder} holds no ca.key; run it where flowleak lan init was run")
+    before = (folder / "ca.crt").read_bytes()
+    authority = _Authority(folder)
+    authority.renew()
+    ca = authority.certificate.public_bytes(Encoding.PEM)
+    changed: dict[str, list[str]] = {}
+    for kit in list_kits(folder):
+        changed[kit.folder.name] = []
+        if kit.file("ca.crt").read_bytes() != ca:
+            _write(kit.folder / "ca.crt", ca)
+            changed[kit.folder.name].append("ca.crt")
+        if kit.address:
+            key = _private_key(kit.file("tls.key"))
+            _write(kit.folder / "tls.crt", authority.issue(kit.address, key))
+            changed[kit.folder.name].append("tls.crt")
+    elsewhere = {node.stem for node in (folder / "server" / "nodes").glob("*.pub")} - set(changed)
+    return changed | dict.fromkeys(sorted(elsewhere), ["ca.crt"] if ca != before else [])
+
+
 def _make(kit: Kit, authority: _Authority, server: Path) -> None:
     unfinished = kit.folder.with_name(f".{kit.folder.name}")
     _private(unfinished)
     role = kit.folder.name.partition("-")[0]
     _write(unfinished / "ca.crt", authority.certificate.public_bytes(Encoding.PEM))
     if kit.address:
-        key, certificate = authority.issue(kit.address)
+        key = generate_private_key(SECP384R1())
         _write(unfinished / "tls.key", _private_bytes(key))
-        _write(unfinished / "tls.crt", certificate)
+        _write(unfinished / "tls.crt", authority.issue(kit.address, key))
     if role == "server":
         _private(unfinished / "nodes")
         _write(unfinished / "run.key", secrets.token_urlsafe(32).encode())
@@ -185,37 +243,45 @@ class _Authority:
     """The deployment's own certificate authority, made once."""
 
     def __init__(self, folder: Path) -> None:
-        key, certificate = folder / "ca.key", folder / "ca.crt"
+        key, self._path = folder / "ca.key", folder / "ca.crt"
         if not key.exists():
             made = generate_private_key(SECP384R1())
-            name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "flowleak lan")])
-            constraints = x509.BasicConstraints(ca=True, path_length=0)
-            signed = _builder(made, name, name).add_extension(constraints, critical=True)
-            signed = signed.add_extension(_usage(signs=True), critical=True)
-            pem = signed.sign(made, hashes.SHA384()).public_bytes(Encoding.PEM)
-            _write(certificate, pem)
+            _write(self._path, _own_certificate(made))
             _write(key, _private_bytes(made))
-        loaded = load_pem_private_key(key.read_bytes(), password=None)
-        assert isinstance(loaded, EllipticCurvePrivateKey)
-        self._key = loaded
-        self.certificate = x509.load_pem_x509_certificate(certificate.read_bytes())
+        self._key = _private_key(key)
+        self.certificate = x509.load_pem_x509_certificate(self._path.read_bytes())
 
-    def issue(self, address: str) -> tuple[EllipticCurvePrivateKey, bytes]:
-        """Return a key and its certificate (PEM) for a machine's address and its loopback."""
-        key = generate_private_key(SECP384R1())
+    def renew(self) -> None:
+        """Make its certificate anew if it ends before one would that it signs now."""
+        if self.certificate.not_valid_after_utc < datetime.now(UTC) + _VALID:
+            _write(self._path, _own_certificate(self._key))
+            self.certificate = x509.load_pem_x509_certificate(self._path.read_bytes())
+
+    def issue(self, address: str, key: EllipticCurvePrivateKey) -> bytes:
+        """Return a certificate (PEM) of a key for a machine's address and its loopback."""
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, address[:64])])
         ips = dict.fromkeys((address, "127.0.0.1"))
         names: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ips]
         names.append(x509.DNSName("localhost"))
-        builder = _builder(key, subject, self.certificate.subject)
+        builder = _builder(key, subject, self.certificate.subject, _VALID)
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         builder = builder.add_extension(x509.BasicConstraints(False, None), critical=True)
         builder = builder.add_extension(_usage(signs=False), critical=True)
-        return key, builder.sign(self._key, hashes.SHA384()).public_bytes(Encoding.PEM)
+        return builder.sign(self._key, hashes.SHA384()).public_bytes(Encoding.PEM)
+
+
+def _own_certificate(key: EllipticCurvePrivateKey) -> bytes:
+    """Return an authority's certificate (PEM), signed by itself."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "flowleak lan")])
+    constraints = x509.BasicConstraints(ca=True, path_length=0)
+    builder = _builder(key, name, name, _AUTHORITY_VALID)
+    builder = builder.add_extension(constraints, critical=True)
+    builder = builder.add_extension(_usage(signs=True), critical=True)
+    return builder.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM)
 
 
 def _builder(
-    key: EllipticCurvePrivateKey, subject: x509.Name, issuer: x509.Name
+    key: EllipticCurvePrivateKey, subject: x509.Name, issuer: x509.Name, valid: timedelta
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
@@ -225,7 +291,7 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _CLOCKS)
-        .not_valid_after(now + _VALID)
+        .not_valid_after(now + valid)
     )
 
 
@@ -243,6 +309,13 @@ def _check_address(address: str) -> None:
         ipaddress.IPv4Address(address)
     except ValueError:  # Ray knows its machines by their addresses, not by names
         raise ValueError(f"address is {address!r}; allowed: an IPv4 address") from None
+
+
+def _private_key(path: Path) -> EllipticCurvePrivateKey:
+    key = load_pem_private_key(path.read_bytes(), password=None)
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise ValueError(f"{path} holds another kind of key than flowleak lan init makes")
+    return key
 
 
 def _private_bytes(key: EllipticCurvePrivateKey) -> bytes:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from fl_app.audit.auditor import Auditor
 from fl_app.protocol import Reconstruction, observation_id
 from fl_app.runs.facts import open_auditor
+from fl_app.runs.lock import only_one
 from server_strategies.attack_pool import (
     AttackPool,
     Job,
@@ -49,24 +48,6 @@ def open_pool(auditor: Auditor) -> AttackPool:
             job.observation, job.attack.name, error, job.id
         ),
     )
-
-
-@contextmanager
-def only_one(run_dir: Path) -> Iterator[None]:
-    """Hold a run's attacks, for two processes would run each of them twice.
-
-    Waits for another process that holds them; one that dies lets go.
-    """
-    handle = os.open(run_dir / ".attacking", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("another process is attacking %s; waiting for it", run_dir)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def finish_attacks(

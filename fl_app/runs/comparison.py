@@ -19,9 +19,10 @@ from rich.text import Text
 from fl_app.audit.comparison import compare, save_comparison_picture
 from fl_app.config import UNBOUNDED, AttackConfig, ConfigError, load_config
 from fl_app.registry import ATTACKS
-from fl_app.runs.attacking import finish_attacks, only_one
+from fl_app.runs.attacking import finish_attacks
 from fl_app.runs.facts import open_auditor
 from fl_app.runs.folder import git_commit
+from fl_app.runs.lock import only_one
 from fl_app.util.files import write_text
 from fl_app.util.machine import host
 from fl_app.util.markdown import half_width, markdown_table, sections_markdown

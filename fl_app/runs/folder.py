@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_app.config import Config, to_yaml
-from fl_app.util.files import runs_folder, user_path, write_text
+from fl_app.util.files import private_folder, runs_folder, user_path, write_text
 from fl_app.util.origin import PACKAGES, code_digest, origin
 
 _PACKAGES = (
@@ -56,7 +56,7 @@ def create_run(config: Config, facts: Mapping[str, Any] | None = None) -> Path:
     }
     write_text(run_dir / "config.yaml", to_yaml(replace(config, runs_dir=str(runs_dir)), extra))
     for folder in ("observations", "reconstructions", *(["truth"] if config.audit.truth else [])):
-        (run_dir / folder).mkdir(mode=0o700)
+        private_folder(run_dir / folder)
     return run_dir
 
 

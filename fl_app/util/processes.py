@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Thread
 from types import FrameType
+from typing import IO
 
 _GRACE = 10.0  # seconds to end by itself, before a process is killed
 _PAUSE = 2.0  # seconds before a process is started again
@@ -25,19 +27,36 @@ class Child:
     ----------
     name : str
     command : sequence of str
-    environment : mapping of str to str
-        Added to this process's own.
+    environment : mapping of str to (str or None)
+        Added to this process's own; None: not in it.
     when_it_ends : {"stop", "restart", "retry"}
         End all others too, start it again, or start it again unless it succeeded.
     end : signal.Signals
         What ends it, also when this process is killed (on Linux).
+    on_line : callable, optional
+        Takes each line that it prints, after that was printed here.
     """
 
     name: str
     command: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str | None] = field(default_factory=dict)
     when_it_ends: str = "stop"
     end: signal.Signals = signal.SIGTERM
+    on_line: Callable[[str], None] | None = None
+
+
+@dataclass(frozen=True)
+class _Running:
+    child: Child
+    process: subprocess.Popen[bytes]
+    reader: Thread | None
+
+    def ended(self) -> int | None:
+        """Return its exit status once it has ended, and all that it printed was read."""
+        code = self.process.poll()
+        if code is not None and self.reader:
+            self.reader.join(_PAUSE)  # no longer: a child of its own may keep the pipe open
+        return code
 
 
 def run_together(
@@ -64,24 +83,24 @@ def run_together(
         told.append(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    running: list[tuple[Child, subprocess.Popen[bytes]]] = []
+    running: list[_Running] = []
     try:
-        running = [(child, _start(child)) for child in children]
+        running = [_start(child) for child in children]
         if ready:
             ready()
         while not told:
-            for child, process in list(running):
-                code = process.poll()
+            for each in list(running):
+                child, code = each.child, each.ended()
                 if code is None:
                     continue
-                running.remove((child, process))
+                running.remove(each)
                 if child.when_it_ends == "stop":
                     tell(f"{child.name} ended ({code})")
                     return code or 1
                 if child.when_it_ends == "restart" or code:
                     tell(f"{child.name} ended ({code}); it is started again")
                     time.sleep(_PAUSE)
-                    running.append((child, _start(child)))
+                    running.append(_start(child))
             time.sleep(0.2)
         return 0
     finally:
@@ -90,13 +109,30 @@ def run_together(
             signal.signal(number, handler)
 
 
-def _start(child: Child) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+def _start(child: Child) -> _Running:
+    read = child.on_line is not None
+    environment = {**os.environ, **child.environment}
+    process = subprocess.Popen(
         child.command,
-        env={**os.environ, **child.environment},
+        stdout=subprocess.PIPE if read else None,
+        stderr=subprocess.STDOUT if read else None,
+        env={name: value for name, value in environment.items() if value is not None},
         start_new_session=True,  # Ctrl-C reaches this process, which ends them in order
         preexec_fn=partial(_end_with_parent, child.end) if sys.platform == "linux" else None,
     )
+    if child.on_line is None or process.stdout is None:
+        return _Running(child, process, None)
+    reader = Thread(target=_pass_on, args=(process.stdout, child.on_line), daemon=True)
+    reader.start()
+    return _Running(child, process, reader)
+
+
+def _pass_on(output: IO[bytes], on_line: Callable[[str], None]) -> None:
+    for raw in output:
+        line = raw.decode(errors="replace")
+        sys.stdout.write(line)
+        sys.stdout.flush()
+        on_line(line)
 
 
 def _end_with_parent(number: signal.Signals) -> None:
@@ -104,13 +140,13 @@ def _end_with_parent(number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(1, number)
 
 
-def _end(running: list[tuple[Child, subprocess.Popen[bytes]]]) -> None:
-    for child, process in reversed(running):
-        process.send_signal(child.end)
+def _end(running: list[_Running]) -> None:
+    for each in reversed(running):
+        each.process.send_signal(each.child.end)
     deadline = time.monotonic() + _GRACE
-    for _, process in running:
+    for each in running:
         try:
-            process.wait(max(0.1, deadline - time.monotonic()))
+            each.process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            each.process.kill()
+            each.process.wait()

@@ -22,6 +22,8 @@ from typing import Any
 
 from fl_app.util.extras import extras
 
+SLOT = "attack"  # the Ray resource by which a machine of a cluster says how many attacks it takes
+
 _PREFIX = "flowleak-ray-"
 _LOCK = "owner"
 _LONGEST = 40  # characters of a folder: the sockets in it have to fit in 107

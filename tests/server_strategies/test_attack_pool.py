@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from fl_app.config import AttackConfig, ConfigError, PoolConfig, PriorConfig
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
+from server_strategies import attack_pool
 from server_strategies.attack_pool import AttackPool, Job, pending
 
 
@@ -104,6 +106,22 @@ def test_an_attack_whose_outcome_is_being_recorded_counts_as_done(tmp_path: Path
         pool.drain(Console(file=shown, force_terminal=True, width=120))
     frames = shown.getvalue().split("attacks")
     assert any("being scored" in frame and "100%" in frame for frame in frames)
+
+
+def test_a_cluster_that_is_gone_is_told_and_the_queue_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(attack_pool, "_TOO_LONG", 1.0)
+    with AttackPool(tmp_path, PoolConfig(), lambda *_: None, lambda *_: None, obedient) as pool:
+        for round_ in (1, 2, 3):
+            pool.submit(job(tmp_path, "succeed", round_))
+        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {address}"):
+            pool.drain(Console(file=io.StringIO()))
+    assert f"no Ray cluster answers at {address} yet" in caplog.text
+    assert len(pending(tmp_path)) == 3
 
 
 def test_jobs_without_outcome_can_be_taken_up_again(tmp_path: Path) -> None:

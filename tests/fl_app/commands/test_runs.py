@@ -60,6 +60,11 @@ def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run 'y'"):
         flowleak("show", "y", *runs_dir)
 
+    flowleak("rounds", "x", *runs_dir)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in [run, *run.rglob("*")])
+    flowleak("delete", "x", "--yes", *runs_dir)
+    assert not run.exists()  # nothing was in it that no run makes
+
 
 def test_a_table_in_a_pipe_is_as_wide_as_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

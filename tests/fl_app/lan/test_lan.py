@@ -62,12 +62,13 @@ class Deployment:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs = folder / "runs"
-        self.environment = os.environ | {
+        # A Ray that this process has set up for itself is not theirs.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.environment = inherited | {
             "PYTHONPATH": str(PROJECT),
             "FLWR_HOME": str(folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "RAY_TMPDIR": str(folder / "ray"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -131,6 +132,13 @@ def find(*words: str) -> list[int]:
     return found
 
 
+def ray_folder(pid: int) -> Path:
+    """Return where a process keeps Ray's files."""
+    settings = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    (folder,) = (each.partition("=")[2] for each in settings if each.startswith("RAY_TMPDIR="))
+    return Path(folder)
+
+
 def kill(*words: str) -> None:
     found = find(*words)
     assert found, f"no process {words}"
@@ -177,13 +185,20 @@ def test_nobody_enters_without_a_key(lan: Deployment) -> None:
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
         httpx.post(url, **body)
     # A client whose key the server never saw.
-    make_kits(lan.folder / "others", HOST, 1, [], PORT, RAY_PORT)
+    make_kits(lan.folder / "others", HOST, 1, [HOST], PORT, RAY_PORT)
     shutil.copy(ca, lan.folder / "others" / "client-0" / "ca.crt")
     stranger = subprocess.run(
         lan.command("client", str(lan.folder / "others" / "client-0"), "--partition", "0"),
         env=lan.environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert stranger.returncode == 1 and "SuperNode ended" in stranger.stdout
+    assert "does not take this client's key" in stranger.stdout
+    # And one that looks for its own server and finds ours.
+    lost = subprocess.run(
+        lan.command("worker", str(lan.folder / "others" / f"worker-{HOST}")),
+        env=lan.environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert lost.returncode == 2 and "no valid certificate of this kit" in lost.stderr
     # Ray takes nobody without a certificate of ours; its token comes after that.
     context = ssl.create_default_context(cafile=ca)
     plain = socket.create_connection((HOST, RAY_PORT))
@@ -246,6 +261,7 @@ def test_a_killed_server_goes_on_where_it_was(lan: Deployment) -> None:
     """No finished attack is repeated, none is lost."""
     run = lan.runs / "audit"
     finished, seen = lines(run), ObservationStore(run).ids()
+    killed = ray_folder(find("gcs_server")[0])
     kill("flowleak", "lan", "server")  # and the kernel ends what it had started
     wait_until(lambda: not find("fl_app.lan.superlink") and not find("gcs_server"), "all ended")
     attack = AttackConfig("sme", iterations=2)
@@ -257,7 +273,9 @@ def test_a_killed_server_goes_on_where_it_was(lan: Deployment) -> None:
     jobs.append(Job(observation, knowledge, attack, PriorConfig(), 0, again))
     for job in jobs:
         enqueue(run, job)
+    assert killed.exists()
     lan.start_server("--resume")
+    assert not killed.exists()
     wait_until(lambda: not pending(run), "the queue is empty")
     jobs_done = Counter(line["job"] for line in lines(run)[len(finished) :])
     assert jobs_done == {job.id: 1 for job in jobs[:3]}
@@ -305,3 +323,33 @@ def test_a_client_cut_off_for_thirty_seconds_is_waited_for(lan: Deployment) -> N
     rounds = json.loads((run / "training.json").read_text())
     assert [each["round"] for each in rounds if each["train"]] == [1, 2, 3]
     assert len(ObservationStore(run).ids()) == 3
+
+
+# A Ray of this machine alone, as a simulation or `flowleak attack` starts one.
+LOCAL = """
+import pathlib, fl_app.runs.attacking
+from fl_app.config import PoolConfig
+from server_strategies.attack_pool import AttackPool, ray
+pool = AttackPool(pathlib.Path("."), PoolConfig(workers=1), print, print)
+pool._start_ray()
+print(len(ray.nodes()), "machine")
+pool.close()
+"""
+
+
+@inside
+def test_an_end_leaves_nothing_that_another_ray_could_take_for_its_own(lan: Deployment) -> None:
+    folder = ray_folder(find("gcs_server")[0])
+    workers = {name: each for name, each in lan.processes.items() if name.startswith("worker")}
+    folders = {folder, *map(ray_folder, find("ray", "start", "--address"))}
+    for process in (lan.processes["server"], *workers.values()):
+        process.terminate()
+        assert process.wait(60) == 0
+    assert len(folders) == 3
+    for each in folders:
+        assert not each.exists(), list(each.rglob("*"))[:5]
+    done = subprocess.run(
+        [sys.executable, "-c", LOCAL],
+        cwd=PROJECT, env=lan.environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.stdout == "1 machine\n", done.stderr
