@@ -123,15 +123,36 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         clients = self.clients
-        share = isinstance(clients, int | float) and not isinstance(clients, bool)
+        share = type(clients) is float and 0 < clients <= 1
         ids = isinstance(clients, list) and all(type(c) is int and c >= 0 for c in clients)
-        if not (clients == "all" or (share and 0 < clients <= 1) or ids):
+        if not (clients == "all" or share or (ids and clients)):
+            hint = f"; [{clients}] is one client" if type(clients) is int else ""
             raise ValueError(
-                f"clients is {clients!r}; allowed: all, a share in (0, 1], or a list of ids"
+                f"clients is {clients!r}; allowed: all, a share in (0, 1] with its point, as 1.0, "
+                f"or a list of ids{hint}"
             )
         if any(round_ < 1 for round_ in self.rounds):
             raise ValueError(f"rounds is {self.rounds}; allowed: numbers from 1, or [] for every")
         at_least("every", self.every, 0)
+
+    def check(self, rounds: int) -> None:
+        """Raise ValueError, with what is allowed, where a run has no such rounds.
+
+        Parameters
+        ----------
+        rounds : int
+            Of the run.
+        """
+        beyond = [round_ for round_ in self.rounds if round_ > rounds]
+        if beyond:
+            raise ValueError(
+                f"rounds holds {beyond[0]}; allowed with rounds={rounds}: 1 to {rounds}"
+            )
+        if not self.rounds and self.every > rounds:
+            raise ValueError(
+                f"every is {self.every}, and no such round is in rounds={rounds}; "
+                f"allowed without watch.rounds: 0 to {rounds}"
+            )
 
     def watches(self, round_: int) -> bool:
         """Return whether a round, from 1, is watched: it is listed, or is the `every`-th.
@@ -179,9 +200,11 @@ class StrategyConfig:
 
     name: str = "fedavg"
     fraction_evaluate: float = 0.5
+    max_examples: int = 100_000
 
     def __post_init__(self) -> None:
         _one_of("name", self.name, ("fedavg", "fedadam"))
+        at_least("max_examples", self.max_examples, 1)
         if not 0 <= self.fraction_evaluate <= 1:
             raise ValueError(f"fraction_evaluate is {self.fraction_evaluate}; allowed: 0 to 1")
 
@@ -213,8 +236,18 @@ class Config:
         at_least("checkpoints", self.checkpoints, 1)
         at_least("num_clients", self.num_clients, 1)
         check_seed("seed", self.seed)
+        try:
+            self.watch.check(self.rounds)
+        except ValueError as error:
+            raise ValueError(f"watch.{error}") from error
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; allowed: a folder's name, no path")
+
+    @property
+    def most_examples(self) -> int:
+        """Images that a client can train on in a round: K B; of whole epochs, what is agreed."""
+        steps = self.client.local_steps * self.client.batch_size
+        return steps or self.strategy.max_examples
 
     def settled(self, simulated: bool) -> Config:
         """Return the configuration with what depends on where it runs decided.

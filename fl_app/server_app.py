@@ -34,13 +34,13 @@ from server_strategies.checkpointing import Checkpointing
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 from server_strategies.recorder import Recorder
-from server_strategies.valid_replies import ValidReplies
+from server_strategies.valid_replies import Expected, ValidReplies
 
 app = ServerApp()
 
 _LOG_WIDTH = 140  # Flower streams the output as a log, where rich would assume 80 columns
 
-_MOST_IMAGES = 10_000  # of one client, where whole epochs leave their number open
+_MOST_IMAGES = 10_000  # that an attack takes
 
 _PATIENCE = 30.0  # seconds without another node connecting, before too few is an error
 
@@ -68,6 +68,9 @@ def main(grid: Grid, context: Context) -> None:
         trained = _audit_in_deployment(grid, auditor, model, console)
     lines = auditor.lines()
     _tell(console, run_dir, lines)
+    unwatched = _unwatched(config, lines)
+    if unwatched:
+        console.print(unwatched, style="bold red", highlight=False, soft_wrap=True, markup=False)
     if not trained:
         reason = next((line["error"] for line in lines if line["error"]), "see the log above")
         raise RuntimeError(f"no client trained in any round: {reason}")
@@ -90,6 +93,7 @@ def _prepare(
         raise ConfigError(f"defense.{error}") from error
     _check_statistics(model, config)
     if simulated:
+        _check_watch(config)
         check_guarded()
         # Every client would find the same fault.
         load_partition(config.dataset, 0, config.num_clients, config.seed)
@@ -110,6 +114,19 @@ def _check_statistics(model: nn.Module, config: Config) -> None:
             f"strategy.name is {config.strategy.name!r}, which steps BatchNorm's running variances "
             "as if they were weights; allowed with them: fedavg, or client.send_buffers=false, or "
             "another model.norm"
+        )
+
+
+def _check_watch(config: Config) -> None:
+    """Refuse to watch a client that a simulation does not have: it has 0 to num_clients - 1."""
+    watched = config.watch.clients
+    if not isinstance(watched, list) or config.defense.secagg:
+        return
+    unknown = [client for client in watched if client >= config.num_clients]
+    if unknown:
+        raise ConfigError(
+            f"watch.clients holds {unknown[0]}; allowed with num_clients={config.num_clients}: "
+            f"0 to {config.num_clients - 1}, or all"
         )
 
 
@@ -168,8 +185,12 @@ def create_strategy(config: Config) -> Strategy:
         min_available_nodes=1,
         min_evaluate_nodes=1,
     )
-    train = {"loss", "epsilon"} if config.defense.dp_clip else {"loss"}
-    return ValidReplies(inner, train=train, evaluate={"loss", "accuracy"})
+    train = frozenset({"loss", "epsilon"} if config.defense.dp_clip else {"loss"})
+    return ValidReplies(
+        inner,
+        train=Expected(train, config.most_examples),
+        evaluate=Expected(frozenset({"loss", "accuracy"}), config.strategy.max_examples),
+    )
 
 
 def _audit_in_simulation(
@@ -230,7 +251,7 @@ def _train(
     with Recorder(record, auditor.record_skipped) as recorder:
 
         def on_observation(observation: Observation) -> None:
-            _check_size(observation, config)
+            _check_size(observation)
             recorder.add(observation)
 
         strategy = HonestButCurious(
@@ -242,6 +263,7 @@ def _train(
             # Only in an audit are clients told where to leave their private batches.
             settings={"audit-dir": str(auditor.run_dir)} if config.audit.truth else None,
             secagg=config.defense.secagg,
+            most_examples=config.most_examples,
         )
         known = auditor.knowledge
         data = {
@@ -260,16 +282,11 @@ def _train(
     return bool(result.train_metrics_clientapp)
 
 
-def _check_size(observation: Observation, config: Config) -> None:
-    """Refuse a number of images that the protocol rules out, before an attack allocates them."""
-    most = config.client.local_steps * config.client.batch_size
-    most *= len(observation.nodes) or 1  # of a sum
-    if not most and observation.num_examples > _MOST_IMAGES:
-        raise ValueError(f"num-examples is {observation.num_examples}; no attack takes so many")
-    if most and observation.num_examples > most:
+def _check_size(observation: Observation) -> None:
+    """Refuse more images than any attack takes, before one allocates them."""
+    if observation.num_examples > _MOST_IMAGES:
         raise ValueError(
-            f"num-examples is {observation.num_examples}; "
-            f"{config.client.local_steps} local steps of {config.client.batch_size} use {most}"
+            f"num-examples is {observation.num_examples}; no attack takes more than {_MOST_IMAGES}"
         )
 
 
@@ -286,6 +303,18 @@ def _save_training(run_dir: Path, result: Result) -> None:
         )
     ]
     write_text(run_dir / "training.json", json.dumps(rounds, indent=2))
+
+
+def _unwatched(config: Config, lines: list[dict[str, Any]]) -> str:
+    """Return which clients were to be watched and never were, in words; "": none."""
+    if not lines:
+        return "NOTHING WAS WATCHED: no update of a watched client and round arrived"
+    ids = config.watch.clients
+    if not isinstance(ids, list) or config.defense.secagg:
+        return ""
+    seen = {line[key] for line in lines for key in ("client", "node")}
+    missing = [str(client) for client in ids if client not in seen]
+    return f"NEVER WATCHED: client {', '.join(missing)} sent no update" if missing else ""
 
 
 def _tell(console: Console, run_dir: Path, lines: list[dict[str, Any]]) -> None:

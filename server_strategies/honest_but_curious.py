@@ -53,6 +53,9 @@ class HonestButCurious(Wrapper):
         Whether clients aggregate securely: the server then sees one sum over all
         that replied, whichever are watched, see `Observation`. The sum is made
         here in the clear: Flower 1.41 has SecAgg+ for its legacy workflows only.
+    most_examples : float
+        Images that the protocol lets a client train on in a round; who claims more is
+        not observed.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class HonestButCurious(Wrapper):
         seed: int = 0,
         settings: Mapping[str, str] | None = None,
         secagg: bool = False,
+        most_examples: float = math.inf,
     ) -> None:
         super().__init__(inner)
         self._watch = watch
@@ -73,6 +77,7 @@ class HonestButCurious(Wrapper):
         self._seed = seed
         self._settings = settings or {}
         self._secagg = secagg
+        self._most_examples = most_examples
         self._sent: dict[int, Mapping[str, Tensor]] = {}
 
     def configure_train(
@@ -155,7 +160,7 @@ class HonestButCurious(Wrapper):
         return Observation(
             w0={name: _as_loaded(w0[name], w1[name]) for name in w0},
             w1=w1,
-            num_examples=num_examples(reply),
+            num_examples=num_examples(reply, self._most_examples),
             round=server_round,
             node=node,
             client=_client(reply),

@@ -43,6 +43,7 @@ class ObservationStore:
             for name, tensor in weights.items()
         }
         facts = {name: getattr(observation, name) for name in _FACTS}
+        facts["order"] = list(observation.w0)  # a safetensors file sorts them
         with whole_file(self._path(observation.id)) as temporary:
             save_file(tensors, temporary, metadata={"observation": json.dumps(facts)})
 
@@ -66,9 +67,11 @@ class ObservationStore:
                 side, _, name = key.partition(".")
                 weights[side][name] = file.get_tensor(key)
             facts = json.loads(file.metadata()["observation"])
-        # Older files hold no sums.
+        # Older files hold no sums and no order.
         facts |= {name: tuple(facts.get(name, ())) for name in ("nodes", "clients", "examples")}
-        return Observation(w0=weights["w0"], w1=weights["w1"], **facts)
+        order = facts.pop("order", list(weights["w0"]))
+        w0, w1 = ({name: weights[side][name] for name in order} for side in ("w0", "w1"))
+        return Observation(w0=w0, w1=w1, **facts)
 
     def ids(self) -> list[str]:
         """Return the ids of all stored observations, by round."""

@@ -69,13 +69,22 @@ def array_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array.numpy())  # decoded into memory of its own
 
 
-def num_examples(reply: Message) -> int:
+def num_examples(reply: Message, most: float) -> int:
     """Return how many images the client says it trained on.
+
+    The claim weighs its update in the average, so one beyond what the protocol allows
+    would set the model alone.
+
+    Parameters
+    ----------
+    reply : Message
+    most : float
+        Images that the protocol allows.
 
     Raises
     ------
     ValueError
-        If that is no whole number of 1 or more, or said not exactly once.
+        If that is no whole number from 1 to `most`, or said not exactly once.
     """
     counts = [
         r["num-examples"] for r in reply.content.metric_records.values() if "num-examples" in r
@@ -85,6 +94,8 @@ def num_examples(reply: Message) -> int:
     count = counts[0]
     if isinstance(count, list) or not math.isfinite(count) or count < 1 or count != int(count):
         raise ValueError(f"num-examples is {count}; allowed: a whole number of 1 or more")
+    if count > most:
+        raise ValueError(f"num-examples is {count}; the protocol allows {most} at most")
     return int(count)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -16,6 +17,22 @@ from server_strategies.updates import array_tensor, num_examples, returned_weigh
 from server_strategies.wrapper import Wrapper
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The metrics of a valid reply.
+
+    Attributes
+    ----------
+    names : frozenset of str
+        Beside ``num-examples``.
+    most_examples : float
+        What ``num-examples`` may say at most.
+    """
+
+    names: frozenset[str]
+    most_examples: float
 
 
 class ValidReplies(Wrapper):
@@ -30,11 +47,11 @@ class ValidReplies(Wrapper):
     ----------
     inner : Strategy
         Decides everything else.
-    train, evaluate : set of str
-        The metrics of a valid reply, beside ``num-examples``.
+    train, evaluate : Expected
+        The metrics of a valid reply.
     """
 
-    def __init__(self, inner: Strategy, train: set[str], evaluate: set[str]) -> None:
+    def __init__(self, inner: Strategy, train: Expected, evaluate: Expected) -> None:
         super().__init__(inner)
         self._train, self._evaluate = train, evaluate
         self._model: Mapping[str, Tensor] = {}
@@ -100,13 +117,14 @@ def _valid(
     return kept
 
 
-def _check_metrics(reply: Message, names: set[str]) -> None:
+def _check_metrics(reply: Message, expected: Expected) -> None:
     """Raise ValueError if a reply's metrics can't be averaged with the others'."""
-    num_examples(reply)
+    num_examples(reply, expected.most_examples)
     records = list(reply.content.metric_records.values())
-    if len(records) != 1 or set(records[0]) != names | {"num-examples"}:
+    if len(records) != 1 or set(records[0]) != expected.names | {"num-examples"}:
         found = ", ".join(sorted(name for record in records for name in record))
-        raise ValueError(f"metrics are {found}; expected {', '.join(sorted(names))}, num-examples")
+        names = ", ".join(sorted(expected.names))
+        raise ValueError(f"metrics are {found}; expected {names}, num-examples")
     for name, value in records[0].items():
         if isinstance(value, list) or not math.isfinite(value):
             raise ValueError(f"metric {name} is {value}; allowed: a finite number")

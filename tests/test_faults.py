@@ -30,6 +30,7 @@ from fl_app.config import (
     ConfigError,
     PoolConfig,
     PriorConfig,
+    StrategyConfig,
     WatchConfig,
     load_config,
 )
@@ -101,6 +102,7 @@ def hostile(tmp_path: Path) -> dict[str, Client]:
         "pickle": put("bias", raw(pickle.dumps(Bomb(tmp_path / "owned")))),
         "allocate|array": put("bias", raw(header.getvalue())),
         "num-examples is -3": toy_client(0, 1, count=-3),
+        "num-examples is 1000000000000000; the protocol allows 5": toy_client(9, 1, count=10**15),
         "metric loss is nan": metric("loss", float("nan")),
         "metrics are": metric("../../x", 1.0),
         r"\x1b]0;owned\x07": toy_client(0, 1, raises="\x1b]0;owned\x07" + "x" * 10**6),
@@ -121,6 +123,7 @@ def test_a_hostile_client_ends_neither_training_nor_audit(
             watch=WatchConfig(),
             on_observation=lambda observation, seen=seen: seen.append(observation.client),
             on_skipped=lambda *facts: skipped.append(facts[2]),
+            most_examples=config.most_examples,
         )
         caplog.clear()
         # An honest pair moves every weight by 0.2 a round, whatever the third one does.
@@ -132,6 +135,22 @@ def test_a_hostile_client_ends_neither_training_nor_audit(
         assert "\x1b" not in said
     assert not (tmp_path / "owned").exists()
     assert max(map(len, skipped)) <= MOST + len("the client failed: ")
+
+
+@pytest.mark.parametrize(
+    ("training", "most"),
+    [
+        (LocalTraining(local_steps=3, batch_size=4), 12),
+        (LocalTraining(local_steps=0), 1000),  # whole epochs leave the number open
+    ],
+)
+def test_a_claim_of_too_many_images_weighs_nothing(training: LocalTraining, most: int) -> None:
+    config = Config(client=training, strategy=StrategyConfig(max_examples=1000))
+    honest = toy_client(0.1, 0, count=1)
+    for claimed, mean in ((most, (0.1 + 9 * most) / (most + 1)), (most + 1, 0.1)):
+        clients = [honest, toy_client(9.0, 1, count=claimed)]
+        arrays = start(create_strategy(config), clients, 1).to_torch_state_dict()
+        torch.testing.assert_close(arrays["bias"], torch.full((2,), mean))
 
 
 def _matches(words: str, said: str) -> bool:

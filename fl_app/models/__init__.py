@@ -104,6 +104,12 @@ def known_model(knowledge: Knowledge, seed: int | None = None) -> nn.Module:
     )
 
 
+def classifier(model: nn.Module) -> str:
+    """Return the name of a model's last linear layer, which has an output a class; "": none."""
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    return linear[-1] if linear else ""
+
+
 def clients_model(knowledge: Knowledge, w0: Mapping[str, Tensor]) -> nn.Module:
     """Return the model in the client's mode, with the running statistics that it was sent.
 

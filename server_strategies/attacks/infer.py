@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fl_app.models import classifier, known_model
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.labels import infer_labels
 from server_strategies.attacks.matching.guess import guess_training
@@ -34,7 +35,7 @@ def infer(
     """
     inferred = list(knowledge.inferred)
     if knowledge.training is None:
-        guess = guess_training(observation)
+        guess = guess_training(observation, classifier(known_model(knowledge)))
         t = guess.training
         words = f"{t.optimizer}, lr {t.lr:.2g}, {t.local_steps} steps of {t.batch_size}"
         words += "" if guess.confident else ", unsure"

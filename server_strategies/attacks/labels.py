@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fl_app.models import clients_model
+from fl_app.models import classifier, clients_model
 from fl_app.models.extensions import local_loss
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, LocalTraining, Observation
@@ -138,10 +138,9 @@ class _Head:
         batch_norm = any(layer.training for _, layer in batch_norms(self.model))
         # With BatchNorm in training mode an image's features depend on the others of its batch.
         self.together = self.training.batch_size if batch_norm else _RANDOM_IMAGES
-        linear = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
-        if not linear:
+        self.name = classifier(self.model)
+        if not self.name:
             raise ValueError(f"{knowledge.model} has no linear layer: its labels can't be inferred")
-        self.name = linear[-1]
         self.layer = self.model.get_submodule(self.name)
         if self.layer.out_features != knowledge.num_classes:
             raise ValueError(

@@ -27,7 +27,7 @@ def test_what_the_server_does_not_know_is_not_in_its_knowledge() -> None:
 
 
 def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
-    config = load_config({"attack": "sme", "overrides": "watch.rounds=[1,3] name=x"})
+    config = load_config({"attack": "sme", "overrides": "watch.rounds=[1,3] rounds=3 name=x"})
     (tmp_path / "config.yaml").write_text(to_yaml(config, {"versions": {"torch": "2"}}))
     assert from_yaml(tmp_path / "config.yaml") == config
 
@@ -51,6 +51,10 @@ def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
         ({"overrides": "rounds=0"}, "rounds is 0; allowed: 1 or more"),
         ({"overrides": "watch.clients=some"}, "clients is 'some'; allowed: all, a share"),
         ({"overrides": "watch.every=-1"}, "watch.every is -1; allowed: 0 or more"),
+        ({"overrides": "watch.clients=1"}, r"clients is 1; .* 1.0, or a list of ids; \[1\] is one"),
+        ({"overrides": "watch.clients=[]"}, r"clients is \[\]; allowed: all"),
+        ({"overrides": "watch.rounds=[1,3]"}, r"watch.rounds holds 3; allowed with rounds=2: 1"),
+        ({"overrides": "watch.rounds=[] watch.every=3"}, "watch.every is 3, and no such round"),
         ({"overrides": "checkpoints=0"}, "checkpoints is 0; allowed: 1 or more"),
         ({"overrides": "dataset.dirichlet_alpha=nan"}, "dirichlet_alpha is nan; allowed: more"),
         ({"overrides": "dataset.name=svhn"}, "name is 'svhn'; allowed: photos, cifar10, cifar100"),

@@ -39,7 +39,9 @@ class Guess:
     confident: bool
 
 
-def guess_training(observation: Observation, batch_size: int | None = None) -> Guess:
+def guess_training(
+    observation: Observation, classifier: str, batch_size: int | None = None
+) -> Guess:
     """Guess a client's optimiser, learning rate and number of local steps.
 
     The optimiser follows from the spread of ``|u| = |w0 - w1|``. Adam updates most
@@ -52,6 +54,8 @@ def guess_training(observation: Observation, batch_size: int | None = None) -> G
     Parameters
     ----------
     observation : Observation
+    classifier : str
+        The model's last linear layer, see `fl_app.models.classifier`; "": it has none.
     batch_size : int, optional
         B, where it is known.
 
@@ -71,7 +75,7 @@ def guess_training(observation: Observation, batch_size: int | None = None) -> G
     guess = (
         _guess_adam(size, observation.num_examples, batch_size)
         if spread(size) > SIGN_LIKE
-        else _guess_sgd(update, observation.num_examples, batch_size)
+        else _guess_sgd(update.get(f"{classifier}.bias"), observation.num_examples, batch_size)
     )
     means = [name for name in observation.w0 if name.endswith("running_mean")]
     if not means or any(not torch.equal(observation.w0[n], observation.w1[n]) for n in means):
@@ -161,17 +165,14 @@ def _fit_spikes(sizes: NDArray[np.float64], allowed: list[int]) -> tuple[float, 
     return found
 
 
-def _guess_sgd(update: dict[str, Tensor], num_examples: int, batch_size: int | None) -> Guess:
-    """Guess the rate of SGD from the bias of the classifier.
+def _guess_sgd(bias: Tensor | None, num_examples: int, batch_size: int | None) -> Guess:
+    """Guess the rate of SGD from the update of the classifier's bias.
 
     Its gradient is ``p_c - n_c / B`` for class c, with p_c the mean softmax and
     n_c the count of its images. For a class that the client does not hold the update is
     the largest, lr K p_c, and an untrained model has p_c = 1 / C.
     """
-    tensors = list(update.values())
-    last = max((i for i, u in enumerate(tensors) if u.dim() == 2), default=len(tensors))
-    bias = tensors[last + 1] if last + 1 < len(tensors) else None
-    if bias is None or bias.shape != tensors[last].shape[:1] or not bias.any():
+    if bias is None or not bias.any():
         raise ValueError(
             "the client seems to use sgd, whose learning rate follows from the bias of the "
             "classifier; this model has none: set client.lr"
