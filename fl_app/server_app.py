@@ -32,15 +32,13 @@ from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks.run import create_attack
 from server_strategies.checkpointing import Checkpointing
 from server_strategies.honest_but_curious import HonestButCurious
-from server_strategies.observations import ObservationStore
+from server_strategies.observations import MOST_IMAGES, ObservationStore
 from server_strategies.recorder import Recorder
 from server_strategies.valid_replies import Expected, ValidReplies
 
 app = ServerApp()
 
 _LOG_WIDTH = 140  # Flower streams the output as a log, where rich would assume 80 columns
-
-_MOST_IMAGES = 10_000  # that an attack takes
 
 _PATIENCE = 30.0  # seconds without another node connecting, before too few is an error
 
@@ -284,9 +282,9 @@ def _train(
 
 def _check_size(observation: Observation) -> None:
     """Refuse more images than any attack takes, before one allocates them."""
-    if observation.num_examples > _MOST_IMAGES:
+    if observation.num_examples > MOST_IMAGES:
         raise ValueError(
-            f"num-examples is {observation.num_examples}; no attack takes more than {_MOST_IMAGES}"
+            f"num-examples is {observation.num_examples}; no attack takes more than {MOST_IMAGES}"
         )
 
 

@@ -58,12 +58,16 @@ def _of_union(value: object, kinds: Sequence[Any], where: str) -> str:
     found = [problem(value, kind, where) for kind in kinds]
     if "" in found:
         return ""
-    # An object, or a list, is meant to be the one kind of it there is: say what is wrong inside.
-    return (
-        max(found, key=lambda words: words.count("."))
-        if isinstance(value, dict | list)
-        else (_wrong(value, " or ".join(map(_name, kinds)), where))
-    )
+    if isinstance(value, dict | list | tuple):
+        # It is meant to be the one kind of it that there is: say what is wrong inside.
+        inside = [words for kind, words in zip(kinds, found, strict=True) if not _is_scalar(kind)]
+        if inside:
+            return inside[0]
+    return _wrong(value, " or ".join(map(_name, kinds)), where)
+
+
+def _is_scalar(kind: Any) -> bool:
+    return kind in (NoneType, int, float, str, bool) or get_origin(kind) is Literal
 
 
 def _of_fields(value: object, kind: Any, where: str) -> str:
