@@ -18,7 +18,7 @@ from fl_app.util.tensors import read_tensors, write_tensors
 MOST_IMAGES = 10_000
 """Images of one update that an attack takes; it would allocate any number."""
 
-_ID = re.compile(r"round-[0-9]{4,}-node-[0-9]+")
+_ID = re.compile(r"round-[0-9]{4,9}-node-[0-9]{1,20}")
 _FACTS = ("num_examples", "round", "node", "client", "nodes", "clients", "examples")
 
 
@@ -96,10 +96,14 @@ class ObservationStore:
         return sorted(file.stem for file in files if _ID.fullmatch(file.stem))
 
     def _path(self, id_: str) -> Path:
-        # The pattern also keeps ids from the command line inside the folder.
-        if not _ID.fullmatch(id_):
-            raise ValueError(f"observation id is {id_!r}; allowed: round-NNNN-node-ID")
+        check_id(id_)
         return self._folder / f"{id_}.safetensors"
+
+
+def check_id(id_: str) -> None:
+    """Raise ValueError for what is no `Observation.id`, and could name a file elsewhere."""
+    if not _ID.fullmatch(id_):
+        raise ValueError(f"observation id is {id_!r}; allowed: round-NNNN-node-ID")
 
 
 def _observation(tensors: Mapping[str, Tensor], facts: _Facts, id_: str) -> Observation:

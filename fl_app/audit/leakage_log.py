@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from fl_app.util.reading import MOST_BYTES, BrokenFileError, check_regular, parse_json
-from fl_app.util.schema import problem
+from fl_app.util.schema import LARGEST_FLOAT, problem
 
 MAX_LOSSES = 100
 SCHEMA = 1  # what a line holds; another number is another version's
@@ -184,7 +184,7 @@ def thinned(losses: Sequence[float]) -> list[float]:
 def append_line(path: Path, line: LogLine) -> None:
     """Append a line whole or not at all, as strict JSON; for a single writer.
 
-    Numbers that are not finite become null, with a reason.
+    Numbers that are not finite, or huge, become null, with a reason.
 
     Raises
     ------
@@ -289,9 +289,10 @@ def _problem(line: Mapping[str, Any]) -> str:
 
 
 def _strict(value: Any, name: str, reasons: dict[str, str]) -> Any:
-    """Return `value` as plain JSON; a number that is not finite becomes None with a reason."""
-    if isinstance(value, float) and not math.isfinite(value):
-        reasons.setdefault(name, f"not finite ({value})")
+    """Return `value` as plain JSON; an infinite or huge number becomes None with a reason."""
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+        words = "too large" if math.isfinite(value) else "not finite"
+        reasons.setdefault(name, f"{words} ({value})")
         return None
     if isinstance(value, Mapping):
         return {str(k): _strict(v, f"{name}.{k}", reasons) for k, v in value.items()}

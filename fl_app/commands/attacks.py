@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fl_app.commands.arguments import RunName, RunsDir
-from fl_app.commands.output import screen
+from fl_app.commands.output import screen, warn
 
 if TYPE_CHECKING:
     from fl_app.config import AttackConfig
@@ -56,7 +56,7 @@ def attack(
     from fl_app.runs.comparison import AttackComparison
     from fl_app.runs.folder import find_run
     from fl_app.util.files import user_path
-    from server_strategies.attack_pool import Job, enqueue
+    from server_strategies.attack_pool import QueueEntry, enqueue, new_id
     from server_strategies.observations import ObservationStore
 
     console = screen()
@@ -69,13 +69,14 @@ def attack(
     config = from_yaml(folder / "config.yaml")
     store = ObservationStore(folder)
     auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
+    warn(auditor.bad_lines())
     before = len(auditor.lines())
     if attack:
         chosen = _attack_config(attack, set_ or [])
         with only_one(folder):
             for id_ in store.ids():
-                job = Job(store.load(id_), auditor.knowledge, chosen, config.prior, config.seed)
-                enqueue(folder, job)
+                new = new_id(id_, chosen)
+                enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
     finish_attacks(auditor, console, watch_input() if follow else lambda: True)
     lines = auditor.lines()[before:]
     if follow:  # the training shows the table
@@ -94,16 +95,19 @@ def score(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Score a run's reconstructions with a Truth brought later; the lines join its log."""
+    from fl_app.audit.leakage_log import read_lines
     from fl_app.audit.table import leakage_table
     from fl_app.runs.attacking import score_later
     from fl_app.runs.folder import find_run
     from fl_app.util.files import user_path
 
-    lines = score_later(find_run(user_path(str(runs_dir)), run), truth)
-    if not lines:
+    folder = find_run(user_path(str(runs_dir)), run)
+    lines, problems = score_later(folder, truth)
+    warn([*read_lines(folder / "leakage.jsonl")[1], *problems])
+    if not lines and not problems:
         typer.echo(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
-        return
-    screen().print(leakage_table(lines))
+    if lines:
+        screen().print(leakage_table(lines))
 
 
 def _attack_config(name: str, settings: list[str]) -> AttackConfig:

@@ -74,9 +74,11 @@ class AttackComparison:
         Raises
         ------
         ConfigError
-            If an attack is unknown or named twice, or there is no such budget.
+            If an attack is unknown, empty or named twice, or there is no such budget.
         """
         chosen = list(ATTACKS) if names == "all" else names.split(",")
+        if not all(chosen):
+            raise ConfigError(f"attack is {names!r}; allowed: a name before and after each comma")
         if len(set(chosen)) < len(chosen):
             raise ConfigError(f"attack is {names!r}; allowed: each attack once")
         attacks = tuple(budgeted(load_config({"attack": name}).attack, budget) for name in chosen)
@@ -102,6 +104,8 @@ class AttackComparison:
         config = from_yaml(folder / "config.yaml")
         store = ObservationStore(folder)
         auditor = Auditor(folder, config, config.knowledge(dataset_info(config.dataset)))
+        for bad in auditor.bad_lines():
+            console.print(str(bad), style="yellow", markup=False, highlight=False, soft_wrap=True)
         jobs: dict[str, dict[str, str]] = {attack.name: {} for attack in self.attacks}
         with only_one(folder):
             logged = {line.get("job") for line in auditor.lines()}
@@ -129,7 +133,7 @@ class AttackComparison:
         facts = {**host(), "commit": git_commit()}
         write_text(path.with_suffix(".md"), sections_markdown("Comparison", command, lines, facts))
         caption = [f"{folder.name}, budget: {self.budget}"]
-        save_comparison_picture(path.with_suffix(".png"), auditor, comparison, caption)
+        save_comparison_picture(path.with_suffix(".png"), auditor, store, comparison, caption)
         console.print(_table(cells))
         for written in sorted(folder.glob("comparison.*")):
             console.print(written, soft_wrap=True, highlight=False)

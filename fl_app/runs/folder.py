@@ -48,8 +48,9 @@ def create_run(config: Config) -> Path:
 
 def list_runs(runs_dir: Path) -> list[Path]:
     """Return the run folders in `runs_dir`, oldest first; none where it does not exist."""
-    configs = sorted(runs_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime_ns)
-    return [path.parent for path in configs]
+    configs = runs_dir.glob("*/config.yaml")
+    # lstat: what a link leads to may be gone.
+    return [path.parent for path in sorted(configs, key=lambda path: path.lstat().st_mtime_ns)]
 
 
 def find_run(runs_dir: Path, name: str) -> Path:

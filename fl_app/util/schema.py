@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import lru_cache
@@ -20,6 +19,8 @@ from typing import (
 from fl_app.util.text import printable
 
 _LARGEST = 2**64  # of a whole number: Flower's node ids are below it
+LARGEST_FLOAT = 1e100
+"""Of a number with a point: its square, and sums of it, are finite."""
 _DEEPEST = 8  # levels of what a schema leaves open
 _SHOWN = 40  # characters of a wrong value
 
@@ -117,8 +118,8 @@ def _of_scalar(value: object, kind: Any, where: str) -> str:
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not right:
         return _wrong(value, _name(kind), where)
-    if isinstance(value, float) and not math.isfinite(value):
-        return _wrong(value, "a finite number", where)
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+        return _wrong(value, f"a finite number, up to {LARGEST_FLOAT:g}", where)
     if isinstance(value, int) and abs(value) > _LARGEST:
         return f"{where} is a number beyond 2^64"
     return ""

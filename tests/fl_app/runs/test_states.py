@@ -103,7 +103,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fl_app.runs.states.save_file", full)
+    monkeypatch.setattr("fl_app.util.tensors.save_file", full)
     clients = [toy_client(0.1, i) for i in range(NODES)]
     assert start_toy(Checkpointing(FedAvg(), store.save), clients, rounds=3) is not None
     assert "round 3: its model is not kept: [Errno 28] No space left on device" in caplog.text
