@@ -56,7 +56,7 @@ def attack(
     from fl_app.runs.comparison import AttackComparison
     from fl_app.runs.folder import find_run
     from fl_app.util.files import user_path
-    from server_strategies.attack_pool import QueueEntry, enqueue, new_id
+    from server_strategies.attack_pool import QueueEntry, enqueue, new_id, pending
     from server_strategies.observations import ObservationStore
 
     console = screen()
@@ -78,12 +78,14 @@ def attack(
                 new = new_id(id_, chosen)
                 enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
     finish_attacks(auditor, console, watch_input() if follow else lambda: True)
-    lines = auditor.lines()[before:]
+    lines, left = auditor.lines()[before:], len(pending(folder))
+    if left:
+        warn([f"{left} attacks are still queued: flowleak attack {run} goes on with them"])
     if follow:  # the training shows the table
         return
     if lines:
         console.print(leakage_table(lines))
-    else:
+    elif not left:
         console.print("Nothing to do: no observation, or every attack of the run has its line")
 
 
