@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from fl_app.audit import auditor as auditing
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.truth import Truth, write_truth
-from fl_app.config import AttackConfig, ConfigError, load_config, to_yaml
+from fl_app.config import AttackConfig, Config, ConfigError, load_config, to_yaml
 from fl_app.data import dataset_info
 from fl_app.lan import commands as lan
 from fl_app.protocol import Observation
-from fl_app.runs import attacking
+from fl_app.runs import attacking, comparison
 from fl_app.runs.folder import create_run
 from fl_app.util.reading import BrokenFileError
 from server_strategies.attack_pool import Job, QueueEntry, enqueue, pending, queue_path
@@ -43,13 +44,14 @@ FILES = {
     "reconstruction": "reconstructions/round-0001-node-7-sme.safetensors",
     "queue entry": "queue/of-node-7.json",
 }
+ALWAYS = ("empty", "truncated", "zeroed", "a pipe", "a folder")
 # What each file is read by.
 COMMANDS = {
     "config.yaml": ("runs", "show", "rounds", "attack"),
     "log": ("runs", "show", "rounds", "attack", "score"),
     "training": ("rounds", "show"),
-    "observation": ("attack", "comparison", "score"),
-    "truth": ("attack", "comparison", "score"),
+    "observation": ("comparison", "score"),
+    "truth": ("comparison", "score"),
     "reconstruction": ("comparison", "score"),
     "queue entry": ("attack",),
 }
@@ -133,6 +135,15 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@cache
+def attack_config(name: str) -> Config:
+    return load_config({"attack": name})
+
+
+def quick_config(run_config: dict[str, str]) -> Config:
+    return attack_config(run_config["attack"])
+
+
 @pytest.fixture(autouse=True)
 def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_prior(*_: object) -> None:
@@ -141,6 +152,7 @@ def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attacking, "open_pool", InlinePool)
     monkeypatch.setattr(auditing, "load_flow", no_prior)
     monkeypatch.setattr(auditing, "baseline_images", lambda *_: ({}, {}))
+    monkeypatch.setattr(comparison, "load_config", quick_config)
 
 
 @contextmanager
@@ -184,11 +196,11 @@ def check(runs: Runs, file: str, damage: Damage, rng: random.Random, names: bool
     assert set(refused) <= ({"attack"} if file == "config.yaml" else set()), said
     if file in ("config.yaml", "log"):
         listed = {run["run"]: run for run in json.loads(_without_warnings(runs))}
-        assert listed["unscored"]["lines"] == 2 and listed["unscored"]["problems"] == []
+        assert listed["unscored"]["lines"] >= 2 and listed["unscored"]["problems"] == []
         assert "x" in listed or not path.exists()
     good = read_lines(runs.run / "leakage.jsonl")[0]
     done = {line["job"] for line in good if line["node"] == 8 and line["status"] == "ok"}
-    if "attack" in COMMANDS[file] and "attack" not in refused:
+    if {"attack", "comparison"} & {*COMMANDS[file]} - {*refused}:
         # Where the log can't be written, the job stays queued.
         assert "of-node-8" in done or [entry.id for entry in pending(runs.run)].count("of-node-8")
     if "score" in COMMANDS[file]:
@@ -206,7 +218,11 @@ def _without_warnings(runs: Runs) -> str:
 def test_a_file_that_is_lost_costs_itself_and_is_named(
     tmp_path: Path, template: Path, file: str
 ) -> None:
-    for number, (words, damage) in enumerate(WHOLE.items()):
+    drawn = random.Random(file).sample(sorted({*WHOLE} - {*ALWAYS}), 2)
+    for number, words in enumerate([*ALWAYS, *drawn]):
+        damage = WHOLE[words]
+        if file == "log" and words == "empty":
+            continue  # as before the first attack
         folder = tmp_path / str(number)
         shutil.copytree(template, folder)
         for config in folder.glob("runs/*/config.yaml"):
@@ -220,10 +236,10 @@ def test_a_file_that_is_lost_costs_itself_and_is_named(
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_with_a_wrong_value_costs_itself(tmp_path: Path, template: Path, file: str) -> None:
     alter = altered_tensors if FILES[file].endswith(".safetensors") else altered_json
-    for seed in range(24):
+    for seed in range(6):
         folder = tmp_path / str(seed)
         shutil.copytree(template, folder)
-        damage = flipped if seed % 4 == 0 else alter
+        damage = flipped if seed % 3 == 0 else alter
         try:
             check(Runs(folder), file, damage, random.Random(seed), names=False)
         except BaseException as error:

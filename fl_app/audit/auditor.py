@@ -32,7 +32,7 @@ from fl_app.audit.reconstructions import (
 )
 from fl_app.audit.reference_free import reference_free
 from fl_app.audit.report import save_picture
-from fl_app.audit.truth import Truth, check_truth, joined, read_truth, truth_path
+from fl_app.audit.truth import Truth, check_truth, has_truth, joined, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.models import chosen_norm
 from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_node
@@ -205,7 +205,7 @@ class Auditor:
     def has_truth(self, observation: Observation) -> bool:
         """Say whether the private batch is there, for a sum those of all its clients."""
         nodes = observation.nodes or (observation.node,)
-        return all(truth_path(self.truth_dir, observation.round, n).exists() for n in nodes)
+        return all(has_truth(self.truth_dir, observation.round, node) for node in nodes)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the log so far, without lines that are none."""

@@ -69,6 +69,11 @@ def truth_path(folder: Path, round_: int, node: int) -> Path:
     return folder / "truth" / f"round-{round_:04d}-node-{node}.safetensors"
 
 
+def has_truth(folder: Path, round_: int, node: int) -> bool:
+    """Say whether there is anything in a Truth's place."""
+    return os.path.lexists(truth_path(folder, round_, node))
+
+
 def write_truth(folder: Path, truth: Truth) -> None:
     """Leave a Truth in the auditor's run folder, whole or not at all.
 
@@ -92,9 +97,9 @@ def read_truth(folder: Path, round_: int, node: int) -> Truth | None:
     BrokenFileError
         If it can't be read, or is no truth: what trains on what, of images in [0, 1].
     """
-    path = truth_path(folder, round_, node)
-    if not os.path.lexists(path):
+    if not has_truth(folder, round_, node):
         return None
+    path = truth_path(folder, round_, node)
     tensors, metadata = read_tensors(path)
     try:
         images, labels = tensors.get("images"), tensors.get("labels")

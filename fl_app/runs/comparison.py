@@ -135,6 +135,8 @@ class AttackComparison:
         caption = [f"{folder.name}, budget: {self.budget}"]
         save_comparison_picture(path.with_suffix(".png"), auditor, store, comparison, caption)
         console.print(_table(cells))
+        for words in _failures(summary):
+            console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
         for written in sorted(folder.glob("comparison.*")):
             console.print(written, soft_wrap=True, highlight=False)
 
@@ -253,11 +255,16 @@ def _notes(summary: Mapping[str, Any], budget: str) -> list[str]:
         f"- Budget: {budget}. Costs are means over observations.",
     ]
     lines += [f"- {printable(f'{name}: {why}')}" for name, why in summary["reasons"].items()]
-    for name, entry in summary["attacks"].items():
-        for failure in entry["failures"]:
-            words = f"{name} failed on {failure['observation']}: {failure['error']}"
-            lines.append(f"- {printable(words)}")
-    return lines
+    return lines + [f"- {words}" for words in _failures(summary)]
+
+
+def _failures(summary: Mapping[str, Any]) -> list[str]:
+    """Say which attacks failed on which observations, and why."""
+    return [
+        printable(f"{name} failed on {failure['observation']}: {failure['error']}")
+        for name, entry in summary["attacks"].items()
+        for failure in entry["failures"]
+    ]
 
 
 def _table(cells: Sequence[Sequence[str]]) -> Table:

@@ -38,6 +38,8 @@ def problem(value: object, kind: Any, where: str = "") -> str:
     where : str
         The value's name, for the words.
     """
+    if _fits(value, _scalars(kind)):
+        return ""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return _plain(value, where, _DEEPEST)
@@ -53,6 +55,24 @@ def problem(value: object, kind: Any, where: str = "") -> str:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return _of_sequence(value, arguments[0], where)
     return _of_scalar(value, kind, where)
+
+
+@lru_cache
+def _scalars(kind: Any) -> frozenset[type]:
+    """Return the types of a kind's values, where all of them are scalars."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if not set(kinds) <= {NoneType, int, float, str, bool}:
+        return frozenset()
+    return frozenset(kinds) | ({int} if float in kinds else set())
+
+
+def _fits(value: object, kinds: frozenset[type]) -> bool:
+    """Say quickly whether a value is a scalar of one of these types, and no huge number."""
+    return (
+        type(value) in kinds
+        and (not isinstance(value, int | float) or -LARGEST_FLOAT <= value <= LARGEST_FLOAT)
+        and (type(value) is not int or abs(value) <= _LARGEST)
+    )
 
 
 def _of_union(value: object, kinds: Sequence[Any], where: str) -> str:
@@ -106,6 +126,9 @@ def _of_mapping(value: object, inner: Any, where: str) -> str:
 def _of_sequence(value: object, inner: Any, where: str) -> str:
     if not isinstance(value, list | tuple):
         return _wrong(value, "a list", where)
+    kinds = _scalars(inner)
+    if all(_fits(each, kinds) for each in value):  # long lists are of numbers
+        return ""
     found = (problem(each, inner, f"{where}[{place}]") for place, each in enumerate(value))
     return next(filter(None, found), "")
 

@@ -70,10 +70,9 @@ def flipped(path: Path, rng: random.Random) -> None:
 
 def altered(value: Any, rng: random.Random) -> Any:
     """Return JSON with one value, at any depth, made another, or a key lost or renamed."""
-    keys = list(value) if isinstance(value, dict) else range(len(value or ()))
-    if not isinstance(value, dict | list) or not keys or rng.random() < 0.1:
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
         return rng.choice(_WRONG)
-    key = rng.choice(list(keys))
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
     changed = value.copy()
     if isinstance(value, dict) and rng.random() < 0.2:
         lost = changed.pop(key)
@@ -108,7 +107,7 @@ def altered_tensors(path: Path, rng: random.Random) -> None:
         lambda: tensors.update({name: tensor.long() + 99}),
         lambda: tensors.update({name: tensor.flatten()[0]}),
         lambda: tensors.update({name: tensor.to(torch.float8_e4m3fn)}),
-        lambda: tensors.update({name + ".x": tensor}),
+        lambda: tensors.update({name + ".x": tensor.clone()}),
     ]
     for key in facts or {}:
         changes += 3 * [
