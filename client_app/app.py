@@ -31,6 +31,7 @@ from fl_app.models import known_model
 from fl_app.protocol import DatasetInfo
 from fl_app.util.origin import origin
 from fl_app.util.ray_guard import guard_ray
+from fl_app.util.text import reason
 
 # Flower imports this module before it starts a simulation's Ray, whose workers inherit both.
 guard_ray()
@@ -142,9 +143,10 @@ def train_locally(msg: Message, context: Context) -> Message:
         )  # fmt: skip
     truth = Truth(images, tuple(labels.tolist()), batches, round_, msg.metadata.dst_node_id)
     if config.audit.truth is not False and settings.get("audit-dir"):
-        _leave_truth(Path(str(settings["audit-dir"])), truth)
+        _leave_truth(Path(str(settings["audit-dir"])), truth, made=True)
     if "truth-dir" in context.node_config:  # only the machine's owner sets it
-        write_truth(Path(str(context.node_config["truth-dir"])) / str(context.run_id), truth)
+        folder = Path(str(context.node_config["truth-dir"])) / str(context.run_id)
+        _leave_truth(folder, truth, made=False)
 
     metrics: dict[str, MetricRecordValues] = {"num-examples": len(order), "loss": loss}
     if config.defense.dp_clip:
@@ -163,16 +165,26 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
 
 
-def _leave_truth(folder: Path, truth: Truth) -> None:
-    """Leave the private batch in the auditor's folder, never in a Message.
+def _leave_truth(folder: Path, truth: Truth, made: bool) -> None:
+    """Leave the private batch in an auditor's folder, never in a Message.
 
-    Only in one that an auditor made for it: on a machine that is not the
-    auditor's, a server can't make a client write its images anywhere.
+    Where the server names it, only in one that an auditor made for it: on a machine
+    that is not the auditor's, a server can't make a client write its images anywhere.
+    A client that can't write it trains as without an audit.
+
+    Parameters
+    ----------
+    folder : Path
+    truth : Truth
+    made : bool
+        Whether the auditor has to have made it.
     """
-    if (folder / "truth").is_dir():
+    try:
+        if made and not (folder / "truth").is_dir():
+            raise FileNotFoundError(f"{folder} is no auditor's folder on this machine")
         write_truth(folder, truth)
-    else:
-        _log.warning("%s is no auditor's folder on this machine: no truth is left there", folder)
+    except Exception as error:  # whatever it is, the audit never changes the training
+        _log.warning("no truth is left: %s", reason(error))
 
 
 @app.evaluate()

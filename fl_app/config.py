@@ -7,19 +7,24 @@ range are refused with the key, the value and what is allowed.
 
 from __future__ import annotations
 
+import io
 import math
+import re
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining
 from fl_app.registry import DATASETS, OURS, REGISTRIES, Registry
 from fl_app.util.files import RUNS_DIR, project_file
+from fl_app.util.reading import BrokenFileError, read_text
+from fl_app.util.text import printable
 
 UNBOUNDED = 1_000_000
 """Iterations that no attack makes in its seconds."""
@@ -29,6 +34,15 @@ GROUPS = ("dataset", "model", "client", "defense", "attack", "prior")
 _KEYS = {
     "dataset": "name", "model": "name", "attack": "name", "defense": "custom", "prior": "weights",
 }  # fmt: skip
+# What every run's config.yaml has, of whatever version; the last one is written last.
+_ALWAYS = ("name", "seed", "rounds", "watch", "audit", *GROUPS)
+
+LAST_SEED = 2**32 - 1
+"""The largest seed that every library takes."""
+
+_DEEPEST = 20  # levels of YAML
+_MOST_BYTES = 2**20  # of a file of settings
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class ConfigError(ValueError):
@@ -44,6 +58,12 @@ def at_least(name: str, value: float, low: float) -> None:
     """Raise ValueError, with the name and what is allowed, for a value below `low`."""
     if not value >= low:
         raise ValueError(f"{name} is {value}; allowed: {low} or more")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raise ValueError for a seed that not every library takes."""
+    if not 0 <= value <= LAST_SEED:
+        raise ValueError(f"{name} is {value}; allowed: 0 to {LAST_SEED}")
 
 
 @dataclass(frozen=True)
@@ -215,7 +235,7 @@ class Config:
         at_least("rounds", self.rounds, 1)
         at_least("checkpoints", self.checkpoints, 1)
         at_least("num_clients", self.num_clients, 1)
-        at_least("seed", self.seed, 0)
+        check_seed("seed", self.seed)
         try:
             self.watch.check(self.rounds)
         except ValueError as error:
@@ -281,8 +301,7 @@ def load_config(run_config: Mapping[str, Any] | None = None) -> Config:
     for key, value in chosen.items():
         if not isinstance(value, str):
             raise ConfigError(f"run-config key {key} is {value!r}; allowed: a string")
-    defaults = OmegaConf.load(project_file("conf/config.yaml"))
-    assert isinstance(defaults, DictConfig)
+    defaults = read_settings(project_file("conf/config.yaml"))
     groups = {**defaults.pop("groups")}
     experiment = DictConfig({})
     if "experiment" in chosen:
@@ -293,15 +312,117 @@ def load_config(run_config: Mapping[str, Any] | None = None) -> Config:
     layers += [(f"conf/{group}/{groups[group]}.yaml", {group: _read(group, groups[group])})
                for group in GROUPS]  # fmt: skip
     layers += [("experiment", experiment)]
+    layers += [("overrides", _overrides(chosen.get("overrides", "")))]
+    return _merge(layers)
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    """Return what a dotlist sets, as nested dicts: words as they are typed, the rest as YAML."""
+    words = shlex.shlex(text, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
     try:
-        dotlist = shlex.split(chosen.get("overrides", ""))
-        for item in dotlist:
-            if "=" not in item:
-                raise ConfigError(f"overrides holds {item!r}; allowed: key=value pairs")
-        layers += [("overrides", OmegaConf.from_dotlist(dotlist))]
+        items = list(words)
     except ValueError as error:
         raise ConfigError(f"overrides can't be read: {error}") from error
-    return _merge(layers)
+    found: dict[str, Any] = {}
+    for item in items:
+        key, equals, typed = item.partition("=")
+        if not equals:
+            raise ConfigError(f"overrides holds {item!r}; allowed: key=value pairs")
+        section = found
+        *parents, last = key.split(".")
+        value = _typed_value(key, typed)
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        # A section as a whole, and then one of its keys: both count.
+        both = isinstance(value, dict) and isinstance(section.get(last), dict)
+        section[last] = {**section[last], **value} if both else value
+    return found
+
+
+def _typed_value(key: str, typed: str) -> Any:
+    """Return the value that was typed for a key.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such key, or the value can't be one of it.
+    """
+    kind = _kind(key)
+    if kind is str:  # YAML would read 010 as 8, and 12:3 as 723
+        return typed
+    if kind is int and re.fullmatch(r"[+-]?[0-9]{1,100}", typed):
+        return int(typed)
+    if kind is float and re.fullmatch(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", typed):
+        try:
+            return float(typed)
+        except ValueError:
+            return typed  # refused with the others of the wrong type
+    # As OmegaConf reads a dotlist.
+    what = f"overrides holds {key}={typed}, which"
+    value = _read_yaml(typed, lambda text: OmegaConf.from_dotlist([f"value={text}"]), what)["value"]
+    if not is_dataclass(kind) or isinstance(value, dict):
+        return value
+    hint = f"{key}.NAME=VALUE; its names: {', '.join(get_type_hints(kind))}"
+    if key in GROUPS:
+        hint = f"-c '{key}=\"{typed}\"' beside overrides, or {hint}"
+    raise ConfigError(f"overrides holds {key}={typed}, but {key} is a group; allowed: {hint}")
+
+
+def _kind(key: str) -> Any:
+    """Return the type of a setting by its key with dots."""
+    if "[" in key:
+        whole = key.partition("[")[0]
+        raise ConfigError(f"overrides sets {key}; allowed: a whole list, as {whole}=[1,3]")
+    kind: Any = Config
+    where: list[str] = []
+    for part in key.split("."):
+        if get_origin(kind) is dict or kind is Any:
+            if not part or where == ["watch", "clients"]:
+                raise ConfigError(f"{key} (from overrides): {'.'.join(where)} has no such part")
+            kind = Any
+        elif is_dataclass(kind):
+            names = get_type_hints(kind)
+            if part not in names:
+                allowed = ", ".join(sorted(names))
+                raise ConfigError(f"{key} (from overrides): unknown key; allowed: {allowed}")
+            kind = names[part]
+        else:
+            raise ConfigError(f"{key} (from overrides): {'.'.join(where)} has no such part")
+        where.append(part)
+    return kind
+
+
+def _read_yaml(text: str, load: Callable[[str], Any], what: str) -> Any:
+    """Return what YAML says, in plain Python.
+
+    Parameters
+    ----------
+    text : str
+    load : callable
+        OmegaConf's way to read it.
+    what : str
+        Names it, for the error.
+
+    Raises
+    ------
+    ConfigError
+        If it can't be read, refers to itself, or is nested too deeply.
+    """
+    levels = 0
+    try:
+        for event in yaml.parse(text, Loader=_LOADER):
+            levels += isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent)
+            levels -= isinstance(event, yaml.SequenceEndEvent | yaml.MappingEndEvent)
+            if levels > _DEEPEST:
+                raise ConfigError(f"{what} is nested too deeply")
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{what} holds an alias, *{event.anchor}; write it out")
+        return OmegaConf.to_container(load(text), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, TypeError) as error:
+        raise ConfigError(
+            f"{what} is no YAML: {printable(' '.join(str(error).split()))}"
+        ) from error
 
 
 def config_files(group: str) -> dict[str, Path]:
@@ -336,9 +457,7 @@ def _read(group: str, name: str) -> DictConfig:
     """Read one file of a group, or the defaults of a plug-in that has none."""
     files = config_files(group)
     if name in files:
-        loaded = OmegaConf.load(files[name])
-        assert isinstance(loaded, DictConfig)
-        return loaded
+        return DictConfig(read_settings(files[name]))
     if name in choices(group):
         return DictConfig({_KEYS[group]: name})
     raise ConfigError(f"{group} is {name!r}; allowed: {', '.join(choices(group)) or 'none yet'}")
@@ -381,26 +500,48 @@ def _merge(layers: list[tuple[str, Any]]) -> Config:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             where = error.full_key or "?"
-            message = (error.msg or "").splitlines()[0]
+            message = (error.msg or "a value where a section should be").splitlines()[0]
             if isinstance(error, ConfigKeyError):
                 parent = (
                     OmegaConf.select(merged, where.rpartition(".")[0]) if "." in where else None
                 )
                 message = f"unknown key; allowed: {', '.join(sorted(parent or merged))}"
             raise ConfigError(f"{where} (from {origin}): {message}") from error
+        except (IndexError, TypeError, ValueError) as error:  # a value in a section's place
+            raise ConfigError(f"{origin} has a value where a section should be: {error}") from error
     # Check section by section, so that an error can name the section.
     for section in merged:
         if OmegaConf.is_dict(merged._get_node(section)):
             try:
                 OmegaConf.to_object(merged[section])
-            except ValueError as error:
-                raise ConfigError(f"{section}.{error}") from error
+            except (ValueError, OmegaConfBaseException) as error:
+                raise ConfigError(f"{section}.{_first_line(error)}") from error
     try:
         config = OmegaConf.to_object(merged)
     except (ValueError, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_first_line(error)) from error
     assert isinstance(config, Config)
+    for key, number in _numbers(asdict(config)):
+        if not math.isfinite(number):
+            raise ConfigError(f"{key} is {number}; allowed: a finite number")
     return config
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says, without where OmegaConf found it."""
+    return printable(str(error).partition("\n")[0])
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers with a point in a setting, each with its key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, float):
+        yield key, value
 
 
 def to_yaml(config: Config, extra: Mapping[str, Any] | None = None) -> str:
@@ -416,15 +557,27 @@ def from_yaml(path: Path) -> Config:
     ConfigError
         If the file is missing or is no configuration of this version.
     """
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist; is {path.parent} a run's folder?")
-    loaded = plain_yaml(path)
+    settings = read_settings(path)
+    missing = [key for key in _ALWAYS if key not in settings]
+    if missing:
+        raise ConfigError(f"{path} is no run's configuration: it lacks {', '.join(missing)}")
     known = set(Config.__dataclass_fields__)
-    return _merge([(str(path), {key: loaded[key] for key in loaded if key in known})])
+    return _merge([(str(path), {key: settings[key] for key in settings if key in known})])
 
 
-def plain_yaml(path: Path) -> dict[str, Any]:
-    """Return a file's mapping as it is written: ``${...}`` in it is text, and nothing is run."""
-    loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    assert isinstance(loaded, dict)
-    return loaded
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a run's or a group's file, unchecked.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, can't be read, or holds anything but settings.
+    """
+    try:
+        text = read_text(path, _MOST_BYTES)
+    except BrokenFileError as error:
+        raise ConfigError(str(error)) from error
+    settings = _read_yaml(text, lambda text: OmegaConf.load(io.StringIO(text)), str(path))
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(f"{path} holds no settings; needed: KEY: VALUE, one a line")
+    return settings

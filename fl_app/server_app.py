@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,19 +32,19 @@ from fl_app.runs.states import ModelStore, find_state, load_state
 from fl_app.util.files import RUNS_DIR, runs_folder, write_text
 from fl_app.util.origin import RUNS, origin
 from fl_app.util.ray_guard import UnguardedRayError, check_guarded
+from fl_app.util.text import reason
 from server_strategies.attack_pool import Job, enqueue
 from server_strategies.attacks.run import create_attack
 from server_strategies.checkpointing import Checkpointing
 from server_strategies.honest_but_curious import HonestButCurious
-from server_strategies.observations import ObservationStore
+from server_strategies.observations import MOST_IMAGES, ObservationStore
 from server_strategies.recorder import Recorder
 from server_strategies.valid_replies import Expected, ValidReplies
 
 app = ServerApp()
+_log = logging.getLogger("flwr")  # Flower streams it to the user
 
 _LOG_WIDTH = 140  # Flower streams the output as a log, where rich would assume 80 columns
-
-_MOST_IMAGES = 10_000  # that an attack takes
 
 _PATIENCE = 30.0  # seconds without another node connecting, before too few is an error
 
@@ -59,10 +60,10 @@ def main(grid: Grid, context: Context) -> None:
         config, knowledge, model = _prepare(context.run_config, simulated)
         facts = run_facts(config, knowledge, simulated)
         wait_for_nodes(grid, config.num_clients)
-    except (ConfigError, DataError, UnguardedRayError) as error:
+        run_dir = create_run(config, facts)
+    except (ConfigError, DataError, UnguardedRayError, OSError) as error:
         console.print(f"[bold red]Nothing was started:[/] {error}", highlight=False)
         raise
-    run_dir = create_run(config, facts)
     for notice in (f"Run folder: {run_dir}", *_notices(config, context.run_id, simulated)):
         console.print(notice, highlight=False, soft_wrap=True, markup=False)
     console.print(_truth_notice(config, run_dir, context.run_id), highlight=False, soft_wrap=True)
@@ -77,8 +78,8 @@ def main(grid: Grid, context: Context) -> None:
     if unwatched:
         console.print(unwatched, style="bold red", highlight=False, soft_wrap=True, markup=False)
     if not trained:
-        reason = next((line["error"] for line in lines if line["error"]), "see the log above")
-        raise RuntimeError(f"no client trained in any round: {reason}")
+        why = next((line["error"] for line in lines if line["error"]), "see the log above")
+        raise RuntimeError(f"no client trained in any round: {why}")
 
 
 def _prepare(
@@ -301,9 +302,9 @@ def _train(
 
 def _check_size(observation: Observation) -> None:
     """Refuse more images than any attack takes, before one allocates them."""
-    if observation.num_examples > _MOST_IMAGES:
+    if observation.num_examples > MOST_IMAGES:
         raise ValueError(
-            f"num-examples is {observation.num_examples}; no attack takes more than {_MOST_IMAGES}"
+            f"num-examples is {observation.num_examples}; no attack takes more than {MOST_IMAGES}"
         )
 
 
@@ -319,7 +320,10 @@ def _save_training(run_dir: Path, result: Result) -> None:
             result.train_metrics_clientapp.keys() | result.evaluate_metrics_clientapp.keys()
         )
     ]
-    write_text(run_dir / "training.json", json.dumps(rounds, indent=2))
+    try:
+        write_text(run_dir / "training.json", json.dumps(rounds, indent=2))
+    except OSError as error:  # the training is done, and its updates are to be attacked
+        _log.warning("the metrics by round are not kept: %s", reason(error))
 
 
 def _unwatched(config: Config, lines: list[dict[str, Any]]) -> str:

@@ -21,11 +21,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from fl_app.config import AttackConfig, PoolConfig, PriorConfig
+from fl_app.config import AttackConfig, PoolConfig, PriorConfig, check_seed
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 from fl_app.util.files import write_text
 from fl_app.util.ray_guard import SLOT, check_guarded, guarded_ray
+from fl_app.util.reading import BrokenFileError, read_json
 from server_strategies.attacks.run import run_attack
+from server_strategies.observations import check_id
 
 ray = guarded_ray()
 
@@ -68,14 +70,20 @@ class Job:
 
     def __post_init__(self) -> None:
         if not self.id:
-            # The same attack may be run on one update again, so the name needs a random suffix.
-            name = f"{self.observation.id}-{self.attack.name}-{secrets.token_hex(4)}"
-            object.__setattr__(self, "id", name)
+            object.__setattr__(self, "id", new_id(self.observation.id, self.attack))
+
+
+def new_id(observation: str, attack: AttackConfig) -> str:
+    """Return the id of a new job, by its Observation's id and its attack."""
+    # The same attack may be run on one update again, so the name needs a random suffix.
+    return f"{observation}-{attack.name}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True)
 class QueueEntry:
     """A job that was submitted and has no outcome yet, as it is on disk.
+
+    Its fields and their types are what a file of the queue has to hold.
 
     Attributes
     ----------
@@ -89,7 +97,7 @@ class QueueEntry:
     attack: AttackConfig
     prior: PriorConfig
     seed: int
-    id: str
+    id: str = ""
 
 
 def enqueue(folder: Path, job: Job | QueueEntry) -> None:
@@ -113,7 +121,12 @@ def queue_path(folder: Path, id_: str) -> Path:
 
 
 def pending(folder: Path, known: Container[str] = ()) -> list[QueueEntry]:
-    """Return the jobs that a run left without an outcome, by round.
+    """Return the jobs that a run left without an outcome, by round; see `read_queue`."""
+    return read_queue(folder, known)[0]
+
+
+def read_queue(folder: Path, known: Container[str] = ()) -> tuple[list[QueueEntry], dict[str, str]]:
+    """Return the jobs that a run left without an outcome, by round, and what is none.
 
     Parameters
     ----------
@@ -122,25 +135,35 @@ def pending(folder: Path, known: Container[str] = ()) -> list[QueueEntry]:
     known : container of str
         Ids of jobs to leave out, unread.
 
-    Raises
-    ------
-    ValueError
-        If an entry can't be read; the message names the file.
+    Returns
+    -------
+    entries : list of QueueEntry
+    bad : dict of str to str
+        By id: the file that is no entry, and why, in words.
     """
-    entries = []
+    entries, bad = [], {}
     for path in sorted((folder / "queue").glob("[!.]*.json")):
         if path.stem in known:
             continue
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            fields["attack"] = AttackConfig(**fields["attack"])
-            fields["prior"] = PriorConfig(**fields["prior"])
-            entries.append(QueueEntry(**fields, id=path.stem))
-        except FileNotFoundError:
-            continue  # it has its outcome by now
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no queue entry of this version: {error}") from error
-    return entries
+            entries.append(_read_entry(path))
+        except ValueError as error:
+            if os.path.lexists(path):  # else it has its outcome by now
+                bad[path.stem] = str(error)
+    return entries, bad
+
+
+def _read_entry(path: Path) -> QueueEntry:
+    found = read_json(path, QueueEntry)
+    try:
+        check_id(found["observation"])
+        check_seed("seed", found["seed"])
+        if not found["attack"].get("name"):
+            raise ValueError("attack.name is missing")
+        attack, prior = AttackConfig(**found["attack"]), PriorConfig(**found["prior"])
+        return QueueEntry(found["observation"], attack, prior, found["seed"], path.stem)
+    except (ValueError, TypeError) as error:  # TypeError: a setting of another version
+        raise BrokenFileError(f"{path} is no queue entry of this version: {error}") from error
 
 
 class _Worker:
@@ -255,7 +278,8 @@ class AttackPool:
     def drain(self, console: Console, feed: Callable[[], int] | None = None) -> None:
         """Wait until every job has an outcome, and show the progress of the attacks.
 
-        A terminal gets a progress bar; anything else a line every five seconds.
+        A terminal gets a progress bar; anything else a line, where it is a new one, every five
+        seconds.
 
         Parameters
         ----------
@@ -271,7 +295,7 @@ class AttackPool:
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
         )
-        last_line = time.monotonic()
+        last_time, last_line = time.monotonic(), ""
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=1.0)
             while (coming := feed() if feed else 0) or self.unfinished:
@@ -280,10 +304,11 @@ class AttackPool:
                 self._check()
                 share, state = self._state(coming)
                 progress.update(bar, completed=share, description=state)
-                if not console.is_terminal and time.monotonic() - last_line > _LINE_EVERY:
-                    last_line = time.monotonic()
-                    drawn = "#" * int(20 * share) + "-" * (20 - int(20 * share))
-                    line = f"attacks [{drawn}] {share:4.0%}  {state}"
+                drawn = "#" * int(20 * share) + "-" * (20 - int(20 * share))
+                line = f"attacks [{drawn}] {share:4.0%}  {state}"
+                due = line != last_line and time.monotonic() - last_time > _LINE_EVERY
+                if due and not console.is_terminal:
+                    last_time, last_line = time.monotonic(), line
                     console.print(line, highlight=False, soft_wrap=True, markup=False)
             progress.update(bar, completed=1.0, description="")
         self._check()
@@ -346,19 +371,31 @@ class AttackPool:
 
     def _deliver(self, job: Job, outcome: Reconstruction | str) -> None:
         self._recording.append(job.id)
+        try:
+            self._record(job, outcome)
+        finally:
+            self._recording.remove(job.id)
+
+    def _record(self, job: Job, outcome: Reconstruction | str) -> None:
         with self._outcome_lock:
             if isinstance(outcome, Reconstruction):
                 try:
                     self._on_result(job, outcome)
-                except Exception as error:  # say, a full disk
+                except OSError as error:  # say, a full disk: no fault of the attack's
+                    self._leave(job, error)
+                    return
+                except Exception as error:
                     outcome = f"the result could not be recorded: {_concise(error)}"
             try:
                 if isinstance(outcome, str):
                     self._on_error(job, outcome)
                 queue_path(self._folder, job.id).unlink(missing_ok=True)
-            except Exception as error:  # the entry stays, for a later run
-                _log.error("attack %s has no outcome: %s", job.id, _concise(error))
-        self._recording.remove(job.id)
+            except Exception as error:
+                self._leave(job, error)
+
+    def _leave(self, job: Job, error: Exception) -> None:
+        """Say that a job stays in the queue, for a later run."""
+        _log.error("attack %s has no outcome, and stays queued: %s", job.id, _concise(error))
 
     def _take_worker(self) -> Any:
         """Return an idle worker, or a new one as soon as one may be started."""

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fl_app.protocol import Observation
-from fl_app.util.files import whole_file
+from fl_app.util.reading import BrokenFileError, parse_json
+from fl_app.util.tensors import read_tensors, write_tensors
 
-_ID = re.compile(r"round-[0-9]{4,}-node-[0-9]+")
+MOST_IMAGES = 10_000
+"""Images of one update that an attack takes; it would allocate any number."""
+
+_ID = re.compile(r"round-[0-9]{4,9}-node-[0-9]{1,20}")
 _FACTS = ("num_examples", "round", "node", "client", "nodes", "clients", "examples")
+
+
+class _Needed(TypedDict):
+    num_examples: int
+    round: int
+    node: int
+    client: int
+
+
+class _Facts(_Needed, total=False):
+    """What a file says beside its tensors. Older ones hold no sums and no order."""
+
+    nodes: Sequence[int]
+    clients: Sequence[int]
+    examples: Sequence[int]
+    order: Sequence[str]
 
 
 class ObservationStore:
@@ -44,8 +65,8 @@ class ObservationStore:
         }
         facts = {name: getattr(observation, name) for name in _FACTS}
         facts["order"] = list(observation.w0)  # a safetensors file sorts them
-        with whole_file(self._path(observation.id)) as temporary:
-            save_file(tensors, temporary, metadata={"observation": json.dumps(facts)})
+        path = self._path(observation.id)
+        write_tensors(path, tensors, {"observation": json.dumps(facts)})
 
     def load(self, id_: str) -> Observation:
         """Read an observation back.
@@ -56,22 +77,18 @@ class ObservationStore:
             If `id_` is not an `Observation.id`.
         FileNotFoundError
             If the store does not hold it; the message names those it holds.
+        BrokenFileError
+            If the file can't be read, or is no observation.
         """
         path = self._path(id_)
-        if not path.exists():
+        if not os.path.lexists(path):
             known = ", ".join(self.ids()) or "none"
             raise FileNotFoundError(f"no observation {id_} in {self._folder}; it holds: {known}")
-        weights: dict[str, dict[str, Tensor]] = {"w0": {}, "w1": {}}
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                side, _, name = key.partition(".")
-                weights[side][name] = file.get_tensor(key)
-            facts = json.loads(file.metadata()["observation"])
-        # Older files hold no sums and no order.
-        facts |= {name: tuple(facts.get(name, ())) for name in ("nodes", "clients", "examples")}
-        order = facts.pop("order", list(weights["w0"]))
-        w0, w1 = ({name: weights[side][name] for name in order} for side in ("w0", "w1"))
-        return Observation(w0=w0, w1=w1, **facts)
+        tensors, metadata = read_tensors(path)
+        try:
+            return _observation(tensors, parse_json(metadata.get("observation", ""), _Facts), id_)
+        except (ValueError, RuntimeError) as error:  # torch lacks functions for some types
+            raise BrokenFileError(f"{path} is no observation: {error}") from error
 
     def ids(self) -> list[str]:
         """Return the ids of all stored observations, by round."""
@@ -79,7 +96,41 @@ class ObservationStore:
         return sorted(file.stem for file in files if _ID.fullmatch(file.stem))
 
     def _path(self, id_: str) -> Path:
-        # The pattern also keeps ids from the command line inside the folder.
-        if not _ID.fullmatch(id_):
-            raise ValueError(f"observation id is {id_!r}; allowed: round-NNNN-node-ID")
+        check_id(id_)
         return self._folder / f"{id_}.safetensors"
+
+
+def check_id(id_: str) -> None:
+    """Raise ValueError for what is no `Observation.id`, and could name a file elsewhere."""
+    if not _ID.fullmatch(id_):
+        raise ValueError(f"observation id is {id_!r}; allowed: round-NNNN-node-ID")
+
+
+def _observation(tensors: Mapping[str, Tensor], facts: _Facts, id_: str) -> Observation:
+    """Return an observation of a file's content; raise ValueError if it can't be one."""
+    weights: dict[str, dict[str, Tensor]] = {"w0": {}, "w1": {}}
+    for key, tensor in tensors.items():
+        side, _, name = key.partition(".")
+        if side not in weights:
+            raise ValueError(f"it holds {key!r}; allowed: w0.NAME and w1.NAME")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"its {key} holds NaN or infinity")
+        weights[side][name] = tensor
+    order = facts.get("order", list(weights["w0"]))
+    shapes = [{name: tensor.shape for name, tensor in side.items()} for side in weights.values()]
+    if shapes[0] != shapes[1] or not order or set(order) != shapes[0].keys():
+        raise ValueError("its w0 and w1 are not of one model")
+    w0, w1 = ({name: weights[side][name] for name in order} for side in ("w0", "w1"))
+    nodes, clients = tuple(facts.get("nodes", ())), tuple(facts.get("clients", ()))
+    examples = tuple(facts.get("examples", ()))
+    if not len(nodes) == len(clients) == len(examples):
+        raise ValueError("its nodes, clients and examples are not equally many")
+    found = Observation(
+        w0, w1, facts["num_examples"], facts["round"], facts["node"], facts["client"],
+        nodes, clients, examples,
+    )  # fmt: skip
+    if found.id != id_:
+        raise ValueError(f"it is {found.id}, and its name another")
+    if not 1 <= found.num_examples <= MOST_IMAGES:
+        raise ValueError(f"it has {found.num_examples} images; allowed: 1 to {MOST_IMAGES}")
+    return found

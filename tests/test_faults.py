@@ -43,7 +43,7 @@ from fl_app.runs.attacking import finish_attacks
 from fl_app.runs.folder import create_run
 from fl_app.server_app import create_strategy
 from fl_app.util.text import MOST, printable
-from server_strategies.attack_pool import AttackPool, Job, enqueue, pending
+from server_strategies.attack_pool import AttackPool, Job, enqueue, pending, read_queue
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 from server_strategies.recorder import Recorder
@@ -169,9 +169,11 @@ def test_a_stranger_can_not_write_outside_of_the_run(tmp_path: Path) -> None:
     bad.write_text(
         '{"observation": "../../etc/passwd", "attack": {}, "prior": {}, "seed": 0}', "utf-8"
     )
+    entries, refused = read_queue(tmp_path)
+    assert [entry.id for entry in entries] == [job.id]
+    assert "evil.json" in refused["evil"] and "observation id" in refused["evil"]
     with pytest.raises(ValueError, match="observation id"):
-        for entry in pending(tmp_path):
-            ObservationStore(tmp_path).load(entry.observation)
+        ObservationStore(tmp_path).load("../../etc/passwd")
 
 
 def test_a_full_disk_fails_no_training(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fl_app.audit.leakage_log import read_lines
+from fl_app.audit.rounds import read_accuracy
 from fl_app.config import Config, ConfigError, from_yaml
 from fl_app.protocol import Defense
 from fl_app.runs.folder import list_runs
+from fl_app.util.reading import BrokenFileError
 
 _Scores = dict[tuple[object, ...], float]
 
@@ -80,7 +82,8 @@ def _setting(config: Config) -> Config:
 
 def _scored(run_dir: Path) -> list[dict[str, Any]]:
     lines = read_lines(run_dir / "leakage.jsonl")[0]
-    return [line for line in lines if (line["metrics"].get("psnr") or {}).get("mean") is not None]
+    found = ((line, line["metrics"].get("psnr")) for line in lines)
+    return [line for line, psnr in found if psnr and None not in (psnr["mean"], psnr["baseline"])]
 
 
 def _key(line: dict[str, Any], summed: bool) -> tuple[object, ...]:
@@ -110,10 +113,12 @@ def _cost(run_dir: Path, other: Path) -> str:
 
 
 def _accuracy(run_dir: Path) -> float | None:
-    """Return the accuracy after a run's last round, None where no client evaluated."""
-    path = run_dir / "training.json"
-    rounds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return rounds[-1]["evaluate"].get("accuracy") if rounds else None
+    """Return the accuracy after a run's last round, None where it is not known."""
+    try:
+        rounds = read_accuracy(run_dir)
+    except BrokenFileError:
+        return None
+    return rounds[max(rounds)] if rounds else None
 
 
 def _baseline(lines: Sequence[dict[str, Any]]) -> float:

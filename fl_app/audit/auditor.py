@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,11 @@ from threading import Lock
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from client_app.defenses import update_bytes
 from fl_app.audit.baselines import PRIOR, TRAINING, baseline_images
-from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
+from fl_app.audit.leakage_log import BadLine, LogLine, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
     MEASURES,
     Leakage,
@@ -25,13 +25,18 @@ from fl_app.audit.metrics import (
     target_features,
 )
 from fl_app.audit.perceptual import load_lpips
+from fl_app.audit.reconstructions import (
+    StoredReconstruction,
+    tensors_path,
+    write_reconstruction,
+)
 from fl_app.audit.reference_free import reference_free
 from fl_app.audit.report import save_picture
-from fl_app.audit.truth import Truth, joined, read_truth, truth_path
+from fl_app.audit.truth import Truth, check_truth, has_truth, joined, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.models import chosen_norm
 from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_node
-from fl_app.util.files import whole_file
+from fl_app.util.reading import BrokenFileError
 from server_strategies.priors.flow import load_flow
 
 _AS_FOUND = (  # of a reconstruction, in its line
@@ -82,22 +87,17 @@ class Auditor:
         Raises
         ------
         ValueError
-            If labels are to be given but the client left no truth, or one of
-            another size than it reported.
+            If labels are to be given but the client left no truth, or one that can't be
+            of this update, see `truth`.
         """
         if self.config.audit.labels != "given":
             return self.knowledge
-        truth = self._truth(observation)
+        truth = self.truth(observation)
         if truth is None:
             path = truth_path(self.truth_dir, observation.round, observation.node)
             raise ValueError(
                 f"audit.labels is given, but client {observation.client} left no truth at {path}; "
                 "set audit.labels=unknown, or run the clients where they can write the run's folder"
-            )
-        if len(truth.labels) != observation.num_examples:
-            raise ValueError(
-                f"client {observation.client} reported {observation.num_examples} images, "
-                f"its truth holds {len(truth.labels)}; set audit.labels=unknown to attack it anyway"
             )
         return replace(self.knowledge, labels=truth.labels)
 
@@ -106,17 +106,22 @@ class Auditor:
     ) -> None:
         """Score a reconstruction, draw it beside the truth, and log both.
 
-        One that can't be scored is logged as failed. Where there is no truth the
-        scores are those that need none, see `reference_free`.
+        One that can't be scored is logged as failed. Where there is no truth, or one that
+        can't be of this update, the scores are those that need none, see `reference_free`.
+        Where the disk has no room for the picture, the numbers are logged alone.
 
         Raises
         ------
         OSError
-            If the log can't be written.
+            If the log can't be written; then nothing else is left of it.
         """
-        truth = self._truth(observation)
+        truth, no_truth = None, "no truth"
+        try:
+            truth = self.truth(observation)
+        except ValueError as error:
+            no_truth = f"the truth is refused: {error}"
         leakage, alone = None, {}
-        reasons = dict.fromkeys(("metrics", "label_accuracy", "label_chance"), "no truth")
+        reasons = dict.fromkeys(("metrics", "label_accuracy", "label_chance"), no_truth)
         try:
             if truth is None:
                 check_images(reconstruction.images, reconstruction.labels)
@@ -135,9 +140,7 @@ class Auditor:
         except OSError as error:  # the numbers matter more than the picture
             reasons["picture"] = str(error)
         rate = reconstruction.iterations / max(reconstruction.seconds, 1e-9)
-        self._append(
-            observation,
-            reconstruction.attack,
+        fields: dict[str, Any] = dict(
             status="ok",
             metrics=leakage.metrics if leakage else {},
             reference_free=alone,
@@ -145,12 +148,19 @@ class Auditor:
             label_accuracy=leakage.label_accuracy if leakage else None,
             label_chance=leakage.label_chance if leakage else None,
             iterations_per_second=rate,
-            picture=picture,
             job=job,
             losses=thinned(reconstruction.losses),
-            reasons=reasons,
             **{name: getattr(reconstruction, name) for name in _AS_FOUND},
         )
+        attack = reconstruction.attack
+        try:
+            self._append(observation, attack, picture=picture, reasons=reasons, **fields)
+        except OSError as error:
+            if picture is None:
+                raise
+            self._remove(picture)  # which makes room
+            reasons["picture"] = str(error)
+            self._append(observation, attack, picture=None, reasons=reasons, **fields)
 
     def baselines(self, observation: Observation) -> tuple[dict[str, Leakage], dict[str, str]]:
         """Score the baselines that do not use the update, see `baseline_images`.
@@ -161,8 +171,13 @@ class Auditor:
             By baseline; empty where there is no truth.
         reasons : dict of str to str
             Why a baseline is missing.
+
+        Raises
+        ------
+        ValueError
+            If the truth can't be of this update.
         """
-        truth = self._truth(observation)
+        truth = self.truth(observation)
         if truth is None:
             return {}, {}
         network, why = self._prior
@@ -197,11 +212,15 @@ class Auditor:
     def has_truth(self, observation: Observation) -> bool:
         """Say whether the private batch is there, for a sum those of all its clients."""
         nodes = observation.nodes or (observation.node,)
-        return all(truth_path(self.truth_dir, observation.round, n).exists() for n in nodes)
+        return all(has_truth(self.truth_dir, observation.round, node) for node in nodes)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the log so far."""
+        """Return the log so far, without lines that are none."""
         return read_lines(self._log)[0]
+
+    def bad_lines(self) -> list[BadLine]:
+        """Return what `lines` leaves out."""
+        return read_lines(self._log)[1]
 
     def _append(self, observation: Observation, attack: str, **fields: Any) -> None:
         size, encoding = None, ""
@@ -251,12 +270,33 @@ class Auditor:
         with self._lock:  # training and the attack pool log from their own threads
             append_line(self._log, line)
 
-    def _truth(self, observation: Observation) -> Truth | None:
+    def truth(self, observation: Observation) -> Truth | None:
+        """Return what an update was trained on; None where a client left no truth.
+
+        Raises
+        ------
+        ValueError
+            If a truth can't be read, or can't be of this update; the message names its file.
+        """
         if not observation.nodes:
-            return read_truth(self.truth_dir, observation.round, observation.node)
-        truths = [read_truth(self.truth_dir, observation.round, n) for n in observation.nodes]
+            return self._truth(observation.round, observation.node, observation.num_examples)
+        truths = [
+            self._truth(observation.round, node, count)
+            for node, count in zip(observation.nodes, observation.examples, strict=True)
+        ]
         left = [truth for truth in truths if truth]
         return joined(left) if len(left) == len(truths) else None
+
+    def _truth(self, round_: int, node: int, num_examples: int) -> Truth | None:
+        truth = read_truth(self.truth_dir, round_, node)
+        if truth is None:
+            return None
+        try:
+            check_truth(truth, self.knowledge, self.config.client, num_examples)
+        except ValueError as error:
+            path = truth_path(self.truth_dir, round_, node)
+            raise BrokenFileError(f"{path} is not of this update: {error}") from error
+        return truth
 
     @cached_property
     def _lpips(self) -> tuple[dict[str, Measure], dict[str, str]]:
@@ -291,7 +331,7 @@ class Auditor:
         """Write the picture and the tensors behind it; return its path from the run's folder."""
         path = self._free_path(f"{observation.id}-{reconstruction.attack}")
         images = reconstruction.images.detach().cpu()
-        tensors = {"images": images.contiguous(), "labels": torch.tensor(reconstruction.labels)}
+        order = leakage.assignment if leakage else None
         caption = [
             f"round {observation.round}, client {observation.client}, {reconstruction.attack}"
         ]
@@ -302,12 +342,23 @@ class Auditor:
             caption.append(
                 f"mean PSNR {psnr.mean:.1f} dB, the mean colour {psnr.baseline:.1f} dB{verdict}"
             )
-            images = images[list(leakage.assignment)]
-            tensors["assignment"] = torch.tensor(leakage.assignment)
-        with whole_file(path.with_suffix(".safetensors")) as temporary:
-            save_file(tensors, temporary)
-        save_picture(path, images, truth.images if truth else None, caption)
-        return str(path.relative_to(self.run_dir))
+        found = StoredReconstruction(images, reconstruction.labels, order)
+        picture = str(path.relative_to(self.run_dir))
+        try:
+            write_reconstruction(path, found)
+            private = truth.images if truth else None
+            save_picture(path, found.in_order_of_truth, private, caption)
+        except OSError:
+            self._remove(picture)
+            raise
+        return picture
+
+    def _remove(self, picture: str) -> None:
+        """Remove a picture, and the tensors behind it."""
+        path = self.run_dir / picture
+        for file in (path, tensors_path(path)):
+            with suppress(OSError):
+                file.unlink()
 
     def _free_path(self, stem: str) -> Path:
         """Return a PNG's path not yet taken: an attack may be run on one update again."""

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.reconstructions import read_reconstruction
 from fl_app.audit.report import save_grid
-from fl_app.audit.truth import read_truth
-from fl_app.protocol import round_and_node
 from fl_app.util.intervals import mean_interval
 from server_strategies.observations import ObservationStore
 
@@ -168,12 +167,16 @@ def _chances(
         reasons["metrics"] = "no truth: only scores without one, and those of uniform noise"
     for found in lines.values():
         for metric, score in (found.get(id_) or {}).get("reference_free", {}).items():
-            if _scored(score):
+            if _scored(score) and score["baseline"] is not None:
                 yield NOISE, metric, score["baseline"]
 
 
 def save_comparison_picture(
-    path: Path, auditor: Auditor, comparison: Comparison, caption: Sequence[str]
+    path: Path,
+    auditor: Auditor,
+    store: ObservationStore,
+    comparison: Comparison,
+    caption: Sequence[str],
 ) -> None:
     """Write a grid of a few private images: the ground truth, and each attack's reconstruction.
 
@@ -184,6 +187,7 @@ def save_comparison_picture(
     path : Path
         Written whole or not at all.
     auditor : Auditor
+    store : ObservationStore
     comparison : Comparison
     caption : sequence of str
         Lines above the grid.
@@ -192,36 +196,32 @@ def save_comparison_picture(
     found: dict[tuple[str, str], Tensor] = {}
     shown = comparison.observations[:_SHOWN]
     for id_ in shown:
-        truth = read_truth(auditor.truth_dir, *round_and_node(id_))
-        if truth:
-            truths[id_] = truth.images
+        with suppress(ValueError, FileNotFoundError):  # it is among the comparison's reasons
+            truth = auditor.truth(store.load(id_))
+            if truth:
+                truths[id_] = truth.images
         for attack, lines in comparison.lines.items():
             picture = lines.get(id_, {}).get("picture")
-            if (
-                picture
-                and (tensors := (auditor.run_dir / picture).with_suffix(".safetensors")).exists()
-            ):
-                found[attack, id_] = _in_order_of_truth(load_file(tensors))
+            with suppress(ValueError):  # that cell says none
+                if picture:
+                    stored = read_reconstruction(auditor.run_dir / picture)
+                    found[attack, id_] = stored.in_order_of_truth
     sizes = {id_: len(images) for id_, images in truths.items()}
     sizes |= {id_: len(images) for (_, id_), images in found.items()}
     each = math.ceil(_ROWS / max(1, len(shown)))
     rows = [(id_, i) for id_ in shown for i in range(min(each, sizes.get(id_, 0)))][:_ROWS]
     if not rows:
         return
-    columns = {"private": [truths[id_][i] if id_ in truths else None for id_, i in rows]}
+    columns = {"private": [_at(truths.get(id_), i) for id_, i in rows]}
     if not truths:
         columns, caption = {}, [*caption, "no truth: reconstructions alone"]
     for attack in comparison.lines:
-        columns[attack] = [
-            found[attack, id_][i] if (attack, id_) in found else None for id_, i in rows
-        ]
+        columns[attack] = [_at(found.get((attack, id_)), i) for id_, i in rows]
     save_grid(path, columns, caption)
 
 
-def _in_order_of_truth(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the images behind a picture as they are assigned, where there is a truth."""
-    images = tensors["images"]
-    return images[tensors["assignment"]] if "assignment" in tensors else images
+def _at(images: Tensor | None, place: int) -> Tensor | None:
+    return images[place] if images is not None and place < len(images) else None
 
 
 def _collected(lines: Mapping[str, Mapping[str, Any]]) -> Scores:

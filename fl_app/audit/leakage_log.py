@@ -6,17 +6,51 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
+
+from fl_app.util.reading import MOST_BYTES, BrokenFileError, check_regular, parse_json
+from fl_app.util.schema import LARGEST_FLOAT, problem
 
 MAX_LOSSES = 100
+SCHEMA = 1  # what a line holds; another number is another version's
+
+_PICTURE = re.compile(r"reconstructions/[^./\0][^/\0]*\.png")
+
+
+class Summary(TypedDict):
+    """What every score has; null where it is not finite, or for a single image's ends."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    baseline: float | None
+
+
+class Score(Summary, total=False):
+    """One metric of a line, see `fl_app.audit.metrics.MetricScore`."""
+
+    values: Sequence[float | None]
+
+
+class ReferenceFree(TypedDict, total=False):
+    """The scores of a line without a truth, see `fl_app.audit.reference_free`."""
+
+    matching_loss: float | None
+    tv: Score | None
+    prior_residual: Score | None
+    label_counts: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class LogLine:
     """One line of the log. What is None or missing has its reason in `reasons`.
+
+    Its fields and their types are the log's schema: lines are checked when they are
+    written and when they are read. A line of an older version may lack what has a default.
 
     Attributes
     ----------
@@ -76,18 +110,20 @@ class LogLine:
         At most 100, evenly spaced over the iterations, first and last included.
     reasons : mapping of str to str
         Why a field is None, by its name.
+    schema : int
+        `SCHEMA`.
     """
 
     round: int
     node: int
     client: int | None
     attack: str
-    status: str
+    status: Literal["ok", "failed", "skipped"]
     labels: str
     error: str | None = None
     matching: str = ""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    reference_free: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Score | None] = field(default_factory=dict)
+    reference_free: ReferenceFree = field(default_factory=ReferenceFree)
     psnr_by_step: Sequence[float | None] = ()
     label_accuracy: float | None = None
     label_chance: float | None = None
@@ -98,7 +134,7 @@ class LogLine:
     peak_memory: int = 0
     flops: int = 0
     stop_reason: str = ""
-    options: Mapping[str, float | int | str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: Sequence[str] = ()
     protocol: Mapping[str, Any] = field(default_factory=dict)
     truth: bool = False
@@ -110,8 +146,31 @@ class LogLine:
     update_encoding: str = ""
     picture: str | None = None
     job: str | None = None
-    losses: Sequence[float] = ()
+    losses: Sequence[float | None] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is none of the log, for people to read.
+
+    Attributes
+    ----------
+    path : Path
+        The log.
+    number : int
+        Of the line, from 1; 0: the whole log.
+    why : str
+    """
+
+    path: Path
+    number: int
+    why: str
+
+    def __str__(self) -> str:
+        where = f"{self.path}, line {self.number}" if self.number else str(self.path)
+        return f"{where} is left out: {self.why}"
 
 
 def thinned(losses: Sequence[float]) -> list[float]:
@@ -125,17 +184,24 @@ def thinned(losses: Sequence[float]) -> list[float]:
 def append_line(path: Path, line: LogLine) -> None:
     """Append a line whole or not at all, as strict JSON; for a single writer.
 
-    Numbers that are not finite become null, with a reason.
+    Numbers that are not finite, or huge, become null, with a reason.
 
     Raises
     ------
+    ValueError
+        If it is none of the log, see `LogLine`; reading would leave it out.
     OSError
         If it could not be written, for example on a full disk; the file is
         then as long as before.
     """
     reasons = dict(line.reasons)
     entry = {f.name: _strict(getattr(line, f.name), f.name, reasons) for f in fields(line)}
-    data = json.dumps({**entry, "reasons": reasons}, allow_nan=False).encode() + b"\n"
+    entry["reasons"] = reasons
+    if words := _problem(entry):
+        raise ValueError(f"no line of the leakage log: {words}")
+    data = json.dumps(entry, allow_nan=False).encode() + b"\n"
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"no line of the leakage log: it has {len(data):,} bytes")
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         length = os.fstat(handle).st_size
@@ -153,30 +219,80 @@ def append_line(path: Path, line: LogLine) -> None:
         os.close(handle)
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the log's lines, and how many torn ones were skipped.
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[BadLine]]:
+    """Return the log's lines, and those that are left out.
 
-    A process killed while writing can leave half a line at the end. A log that
+    A process killed while writing can leave half a line at the end, and a disk or a
+    hand anything. Each good line has every field of `LogLine`, and no other. A log that
     does not exist is empty.
     """
     lines: list[dict[str, Any]] = []
-    torn = 0
-    for raw in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            line = None
-        if isinstance(line, dict):
-            lines.append(line)
-        elif raw.strip():
-            torn += 1
-    return lines, torn
+    bad: list[BadLine] = []
+    if not os.path.lexists(path):
+        return lines, bad
+    try:
+        for number, raw in _raw_lines(path):
+            try:
+                lines.append(_line(raw))
+            except ValueError as error:
+                bad.append(BadLine(path, number, str(error)))
+    except BrokenFileError as error:
+        bad.append(BadLine(path, 0, str(error)))
+    return lines, bad
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of each line that is not blank, a too long one cut."""
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while raw := file.readline(MOST_BYTES + 1):
+                number += 1
+                rest = raw
+                while rest and not rest.endswith(b"\n"):
+                    rest = file.readline(MOST_BYTES)
+                if raw.strip():
+                    yield number, raw
+    except OSError as error:
+        raise BrokenFileError(f"{path} can't be read: {error.strerror}") from error
+
+
+def _line(raw: bytes) -> dict[str, Any]:
+    """Return a line with all its fields.
+
+    Raises
+    ------
+    ValueError
+        If it is none, with the reason.
+    """
+    if len(raw) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    found = parse_json(raw, dict[str, Any])
+    if found.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"its schema is {found['schema']!r:.20}; this version reads {SCHEMA}")
+    line = _DEFAULTS | {name: found[name] for name in found if name in _NAMES}
+    if words := _problem(line):
+        raise ValueError(words)
+    return line
+
+
+def _problem(line: Mapping[str, Any]) -> str:
+    """Return why a line is none of the log, or nothing."""
+    if words := problem(line, LogLine):
+        return words
+    if (line["label_accuracy"] is None) != (line["label_chance"] is None):
+        return "label_accuracy and label_chance are not both there"
+    if line["picture"] is not None and not _PICTURE.fullmatch(line["picture"]):
+        return f"picture is {line['picture']!r:.40}; allowed: reconstructions/NAME.png"
+    return ""
 
 
 def _strict(value: Any, name: str, reasons: dict[str, str]) -> Any:
-    """Return `value` as plain JSON; a number that is not finite becomes None with a reason."""
-    if isinstance(value, float) and not math.isfinite(value):
-        reasons.setdefault(name, f"not finite ({value})")
+    """Return `value` as plain JSON; an infinite or huge number becomes None with a reason."""
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+        words = "too large" if math.isfinite(value) else "not finite"
+        reasons.setdefault(name, f"{words} ({value})")
         return None
     if isinstance(value, Mapping):
         return {str(k): _strict(v, f"{name}.{k}", reasons) for k, v in value.items()}
@@ -185,3 +301,15 @@ def _strict(value: Any, name: str, reasons: dict[str, str]) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return _strict(asdict(value), name, reasons)
     return value
+
+
+def _default(field_: Field[Any]) -> Any:
+    """Return a field's default as JSON has it; MISSING where it has none."""
+    default = field_.default if field_.default_factory is MISSING else field_.default_factory()
+    return list(default) if isinstance(default, tuple) else default
+
+
+_NAMES = [each.name for each in fields(LogLine)]
+_DEFAULTS = {
+    each.name: default for each in fields(LogLine) if (default := _default(each)) is not MISSING
+}

@@ -13,11 +13,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fl_app.audit.metrics import Measure
 from fl_app.util.files import user_path
+from fl_app.util.tensors import read_tensors
 from fl_app.util.vision import import_lpips, import_torchvision
 
 # Metric's name: lpips' name of the net, torchvision's weights, smallest image
@@ -65,7 +65,7 @@ def load_lpips(folder: str = "") -> tuple[dict[str, Measure], dict[str, str]]:
 def _trunk_weights(name: str, folder: str) -> dict[str, Tensor]:
     _, enum, file, _ = _NETS[name]
     if folder not in ("", "download"):
-        return load_file(user_path(folder) / f"{file}_features.safetensors")
+        return read_tensors(user_path(folder) / f"{file}_features.safetensors")[0]
     url = getattr(import_torchvision().models, enum).IMAGENET1K_V1.url
     cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not folder and not cached.exists():

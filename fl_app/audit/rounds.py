@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fl_app.audit.leakage_log import read_lines
 from fl_app.util.files import whole_file
 from fl_app.util.intervals import mean_interval
 from fl_app.util.markdown import half_width
+from fl_app.util.reading import BrokenFileError, read_json
 
 METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips_vgg": "LPIPS VGG", "lpips_alex": "LPIPS Alex"}
 _DIGITS = {"psnr": 1}  # after the point; 3 otherwise
@@ -63,17 +64,50 @@ class RoundLine:
     scores: Mapping[str, RoundScore]
 
 
-def read_rounds(run_dir: Path) -> list[RoundLine]:
+class _Round(TypedDict):
+    round: int
+    evaluate: Mapping[str, float]
+
+
+def read_accuracy(run_dir: Path) -> dict[int, float | None]:
+    """Return the global model's accuracy after each round; None where no client evaluated it.
+
+    Empty where the training has not ended.
+
+    Raises
+    ------
+    BrokenFileError
+        If ``training.json`` can't be used.
+    """
+    path = run_dir / "training.json"  # written at the training's end
+    if not os.path.lexists(path):
+        return {}
+    rounds: list[_Round] = read_json(path, Sequence[_Round])
+    return {entry["round"]: entry["evaluate"].get("accuracy") for entry in rounds}
+
+
+def read_rounds(run_dir: Path) -> tuple[list[RoundLine], list[str]]:
     """Return a run by round and attack, from ``training.json`` and ``leakage.jsonl``.
 
     The updates of round r start from the model after round r - 1. An attack's
     last line on an update counts.
+
+    Returns
+    -------
+    lines : list of RoundLine
+    problems : list of str
+        What could not be read, and why.
     """
-    path = run_dir / "training.json"  # written at the training's end
-    training = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    accuracy = {entry["round"]: entry["evaluate"].get("accuracy") for entry in training}
+    accuracy: dict[int, float | None] = {}
+    problems: list[str] = []
+    try:
+        accuracy = read_accuracy(run_dir)
+    except BrokenFileError as error:
+        problems.append(str(error))
+    logged, bad = read_lines(run_dir / "leakage.jsonl")
+    problems += map(str, bad)
     latest: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
-    for line in read_lines(run_dir / "leakage.jsonl")[0]:
+    for line in logged:
         latest.setdefault((line["round"], line["attack"]), {})[line["node"]] = line
     attacked = {round_ for round_, _ in latest}
     silent = [
@@ -85,7 +119,7 @@ def read_rounds(run_dir: Path) -> list[RoundLine]:
         _line(round_, accuracy.get(round_), attack, list(lines.values()))
         for (round_, attack), lines in latest.items()
     ]
-    return sorted(silent + found, key=lambda line: line.round)
+    return sorted(silent + found, key=lambda line: line.round), problems
 
 
 def _line(

@@ -15,7 +15,7 @@ from fl_app.util.text import printable
 def beats_mean_colour(metrics: Mapping[str, Any]) -> bool:
     """Say whether a line's mean PSNR is above that of the mean-colour baseline."""
     score = metrics["psnr"]
-    return score["mean"] is not None and score["mean"] > score["baseline"]
+    return None not in (score["mean"], score["baseline"]) and score["mean"] > score["baseline"]
 
 
 def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
@@ -61,13 +61,12 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             error = printable(str(line["error"]))
             below.append(f"{where} {line['status']}: {error}\n", style=style)
             continue
-        # Logs from before there was a diagnosis have none, nor have they these scores.
-        if line.get("diagnosis"):
+        if line["diagnosis"]:
             words = printable("; ".join(line["diagnosis"]))
             below.append(f"{where}: {words}\n", style="yellow")
-        if line.get("reference_free"):
+        if line["reference_free"]:
             below.append(f"{where}, no truth: {_alone(line['reference_free'])}\n")
-    if any(line.get("truth") for line in lines):
+    if any(line["truth"] for line in lines):
         below.append("With Truth: the clients' private batches were there to score with.\n")
     for words in dict.fromkeys(_defence(line) for line in lines):
         below.append(words)
@@ -77,15 +76,15 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _client(line: Mapping[str, Any]) -> str:
-    """Return whose update a line is about; logs from before there were sums have no clients."""
-    if line.get("clients"):
+    """Return whose update a line is about."""
+    if line["clients"]:
         return f"sum of {len(line['clients'])}"
     return "-" if line["client"] is None else str(line["client"])
 
 
 def _defence(line: Mapping[str, Any]) -> str:
     """Say what the client did against being seen; nothing where it did nothing."""
-    if line.get("defense", "none") == "none":  # logs from before there were defences have none
+    if line["defense"] == "none":
         return ""
     known = "known" if line["defense_known"] else "unknown"
     return f"Defence: {line['defense']}, {known} to the attacker.\n"
@@ -106,21 +105,22 @@ def _note(line: Mapping[str, Any]) -> tuple[str, str]:
 def _alone(scores: Mapping[str, Any]) -> str:
     """Say the scores of a reconstruction that has no truth."""
     words = []
-    if scores["matching_loss"] is not None:
+    if scores.get("matching_loss") is not None:
         words.append(f"matching loss {scores['matching_loss']:.3g}")
     for name, what in (("tv", "TV"), ("prior_residual", "prior residual")):
-        score = scores[name]
-        if score and score["mean"] is not None:
+        score = scores.get(name)
+        if score and None not in (score["mean"], score["baseline"]):
             words.append(f"{what} {score['mean']:.3f} (noise {score['baseline']:.3f})")
-    counts = ", ".join(f"{count} of {label}" for label, count in scores["label_counts"].items())
+    counted = scores.get("label_counts", {}).items()
+    counts = ", ".join(f"{count} of {label}" for label, count in counted)
     return printable("; ".join([*words, f"labels: {counts}"]))
 
 
 def _labels(line: Mapping[str, Any]) -> str:
     """Say where a line's labels come from, and how many recovered ones are right."""
     # Logs from before labels were recovered have no source: theirs were given.
-    source = line.get("labels_source") or "given"
-    if line.get("label_accuracy") is None or source == "given":
+    source = line["labels_source"] or "given"
+    if line["label_accuracy"] is None or source == "given":
         return f"labels {source}"
     return f"labels {line['label_accuracy']:.0%}, chance {line['label_chance']:.0%}"
 

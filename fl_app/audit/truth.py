@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fl_app.util.files import whole_file
+from fl_app.protocol import Knowledge, LocalTraining
+from fl_app.util.reading import BrokenFileError, parse_json
+from fl_app.util.tensors import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -68,23 +69,45 @@ def truth_path(folder: Path, round_: int, node: int) -> Path:
     return folder / "truth" / f"round-{round_:04d}-node-{node}.safetensors"
 
 
+def has_truth(folder: Path, round_: int, node: int) -> bool:
+    """Say whether there is anything in a Truth's place."""
+    return os.path.lexists(truth_path(folder, round_, node))
+
+
 def write_truth(folder: Path, truth: Truth) -> None:
-    """Leave a Truth in the auditor's run folder, whole or not at all."""
+    """Leave a Truth in the auditor's run folder, whole or not at all.
+
+    Raises
+    ------
+    OSError
+        If it can't be written.
+    """
     path = truth_path(folder, truth.round, truth.node)
     facts = {"batches": json.dumps(truth.batches)}
     tensors = {"images": truth.images.contiguous(), "labels": torch.tensor(truth.labels)}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=facts)
+    write_tensors(path, tensors, facts)
 
 
 def read_truth(folder: Path, round_: int, node: int) -> Truth | None:
-    """Return the Truth of a client and round, None where the client left none."""
-    path = truth_path(folder, round_, node)
-    if not path.exists():
+    """Return the Truth of a client and round, None where the client left none.
+
+    Raises
+    ------
+    BrokenFileError
+        If it can't be read, or is no truth: what trains on what, of images in [0, 1].
+    """
+    if not has_truth(folder, round_, node):
         return None
-    with safe_open(path, framework="pt") as file:
-        images, labels = file.get_tensor("images"), file.get_tensor("labels")
-        batches = json.loads(file.metadata()["batches"])
+    path = truth_path(folder, round_, node)
+    tensors, metadata = read_tensors(path)
+    try:
+        images, labels = tensors.get("images"), tensors.get("labels")
+        if images is None or labels is None:
+            raise ValueError("it lacks images or labels")
+        batches = parse_json(metadata.get("batches", ""), Sequence[Sequence[int]])
+        _check(images, labels, batches)
+    except (ValueError, RuntimeError) as error:  # torch lacks functions for some types
+        raise BrokenFileError(f"{path} is no truth: {error}") from error
     return Truth(
         images=images,
         labels=tuple(labels.tolist()),
@@ -92,3 +115,60 @@ def read_truth(folder: Path, round_: int, node: int) -> Truth | None:
         round=round_,
         node=node,
     )
+
+
+def _check(images: Tensor, labels: Tensor, batches: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError for what no client trained on."""
+    count = len(images) if images.dim() == 4 else 0
+    if not count or not images.is_floating_point():
+        raise ValueError(
+            f"its images are {images.dtype} of shape {tuple(images.shape)}; allowed: "
+            "numbers with a point, of shape (N, C, H, W), N 1 or more"
+        )
+    if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
+        raise ValueError("its pixels are not all in [0, 1]")
+    if labels.shape != (count,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"its labels are {labels.dtype} of shape {tuple(labels.shape)}; allowed: "
+            f"int64 of shape ({count},)"
+        )
+    used = {i for batch in batches for i in batch}
+    if used != set(range(count)) or not all(batches):
+        raise ValueError(f"its batches are not of its {count} images, each used")
+
+
+def check_truth(
+    truth: Truth, knowledge: Knowledge, client: LocalTraining, num_examples: int
+) -> None:
+    """Refuse a Truth that can't be of an update.
+
+    Parameters
+    ----------
+    truth : Truth
+    knowledge : Knowledge
+        What the server knows of the client.
+    client : LocalTraining
+        How it trains.
+    num_examples : int
+        Of the update.
+
+    Raises
+    ------
+    ValueError
+        If its images or labels are of other data, or not as many as the client reported,
+        or its batches more or larger than the protocol's.
+    """
+    shape, classes = tuple(truth.images.shape[1:]), knowledge.num_classes
+    if shape != knowledge.image_shape:
+        raise ValueError(f"its images are {shape}; allowed, as in the run: {knowledge.image_shape}")
+    low, high = min(truth.labels), max(truth.labels)
+    if not 0 <= low <= high < classes:
+        raise ValueError(f"its labels are from {low} to {high}; allowed: 0 to {classes - 1}")
+    if len(truth.labels) != num_examples:
+        raise ValueError(f"it holds {len(truth.labels)} images; the client reported {num_examples}")
+    steps, largest = len(client.batches(num_examples)), max(map(len, truth.batches))
+    if len(truth.batches) > steps or largest > client.batch_size:
+        raise ValueError(
+            f"it has {len(truth.batches)} batches of up to {largest} images; allowed, as in the "
+            f"run: {steps} of {client.batch_size}"
+        )

@@ -26,7 +26,7 @@ from fl_app.benchmarks.clients import Clients
 from fl_app.benchmarks.processes import in_processes
 from fl_app.benchmarks.results import Results
 from fl_app.benchmarks.rows import Row
-from fl_app.config import ConfigError, DatasetConfig, PriorConfig
+from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
 from fl_app.data import ImageSet, dataset_info, draw_images, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
 from fl_app.registry import PRIORS
@@ -78,6 +78,7 @@ class Setting:
             raise ConfigError(
                 f"trials is {self.trials}; allowed: 1 or more, or 0 where --out holds results"
             )
+        check_seed("seed", self.seed)
         if self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; allowed: 1 or more")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fl_app.commands.arguments import RunName, RunsDir
-from fl_app.commands.output import screen, warn
+from fl_app.commands.output import screen, tell, warn
 
 if TYPE_CHECKING:
     from fl_app.config import AttackConfig
@@ -56,7 +56,7 @@ def attack(
     from fl_app.runs.folder import find_run
     from fl_app.runs.lock import only_one
     from fl_app.util.files import runs_folder
-    from server_strategies.attack_pool import Job, enqueue
+    from server_strategies.attack_pool import QueueEntry, enqueue, new_id, pending
     from server_strategies.observations import ObservationStore
 
     console = screen()
@@ -66,22 +66,25 @@ def attack(
             raise ConfigError("--set and --follow are allowed with one attack, without --budget")
         AttackComparison.of(attack or "all", budget or "authors").run(folder, console)
         return
-    store, auditor = ObservationStore(folder), open_auditor(folder, warn)
+    store, auditor = ObservationStore(folder), open_auditor(folder, tell)
     config = auditor.config
+    warn(auditor.bad_lines())
     before = len(auditor.lines())
     if attack:
         chosen = _attack_config(attack, set_ or [])
         with only_one(folder):
             for id_ in store.ids():
-                job = Job(store.load(id_), auditor.knowledge, chosen, config.prior, config.seed)
-                enqueue(folder, job)
+                new = new_id(id_, chosen)
+                enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
     finish_attacks(auditor, console, watch_input() if follow else lambda: True)
-    lines = auditor.lines()[before:]
+    lines, left = auditor.lines()[before:], len(pending(folder))
+    if left:
+        warn([f"{left} attacks are still queued: flowleak attack {run} goes on with them"])
     if follow:  # the training shows the table
         return
     if lines:
         console.print(leakage_table(lines))
-    else:
+    elif not left:
         console.print("Nothing to do: no observation, or every attack of the run has its line")
 
 
@@ -93,16 +96,19 @@ def score(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Score a run's reconstructions with a Truth brought later; the lines join its log."""
+    from fl_app.audit.leakage_log import read_lines
     from fl_app.audit.table import leakage_table
     from fl_app.runs.attacking import score_later
     from fl_app.runs.folder import find_run
     from fl_app.util.files import runs_folder
 
-    lines = score_later(find_run(runs_folder(str(runs_dir)), run), truth, warn)
-    if not lines:
+    folder = find_run(runs_folder(str(runs_dir)), run)
+    lines, problems = score_later(folder, truth, tell)
+    warn([*read_lines(folder / "leakage.jsonl")[1], *problems])
+    if not lines and not problems:
         typer.echo(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
-        return
-    screen().print(leakage_table(lines))
+    if lines:
+        screen().print(leakage_table(lines))
 
 
 def _attack_config(name: str, settings: list[str]) -> AttackConfig:

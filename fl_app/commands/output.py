@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_MOST_PROBLEMS = 20  # that are said one by one
 _WIDE = 100_000  # characters: more than any line has
 
 
@@ -23,7 +24,7 @@ def screen() -> Console:
     return console if console.is_terminal else Console(width=_WIDE)
 
 
-def warn(words: str) -> None:
+def tell(words: str) -> None:
     """Print what is to be known beside a command's result, to standard error."""
     typer.secho(words, fg="yellow", err=True)
 
@@ -39,6 +40,15 @@ def table_of(cells: Sequence[Sequence[str]]) -> Table:
     for row in cells[1:]:
         table.add_row(*map(Text, row))  # Text, not str: a name may look like rich's markup
     return table
+
+
+def warn(problems: Iterable[object]) -> None:
+    """Say on standard error what was left out, and why."""
+    said = [str(each) for each in problems]
+    for words in said[:_MOST_PROBLEMS]:
+        tell(words)
+    if len(said) > _MOST_PROBLEMS:
+        tell(f"and {len(said) - _MOST_PROBLEMS} more")
 
 
 def print_json(objects: Sequence[Mapping[str, Any]]) -> None:

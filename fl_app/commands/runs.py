@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fl_app.commands.arguments import RunName, RunsDir
-from fl_app.commands.output import print_json, screen, table_of
+from fl_app.commands.output import print_json, screen, table_of, warn
+from fl_app.util.text import printable
 
 if TYPE_CHECKING:
     from fl_app.audit.rounds import RoundLine
@@ -25,8 +27,8 @@ RunsJson = Annotated[
     typer.Option(
         "--json",
         help="Print a JSON list instead. Keys: run, path, started, dataset, optimizer, lr, "
-        "attack, lines, best_psnr, mean_colour_psnr (dB; null: nothing was scored), and disk_bytes "
-        "with --disk.",
+        "attack, lines, best_psnr, mean_colour_psnr (dB; null: nothing was scored), problems "
+        "(what could not be read), and disk_bytes with --disk.",
     ),
 ]
 LinesJson = Annotated[
@@ -64,6 +66,7 @@ def runs(
     if json_:
         print_json(found)
         return
+    warn(f"{run['run']}: {problem}" for run in found for problem in run["problems"])
     head = ["run", "started", "data", "client", "attack", "lines", "best PSNR dB", "mean colour dB"]
     head += ["on disk"] * disk
     console = screen()
@@ -77,22 +80,28 @@ def _disk(run: Path) -> dict[str, int]:
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    """Return what `runs` says of a run; its configuration is read without being checked."""
+    """Return what `runs` says of a run; of its configuration only that much is read."""
     from fl_app.audit.leakage_log import read_lines
-    from fl_app.config import plain_yaml
+    from fl_app.config import ConfigError, read_settings
 
-    config = plain_yaml(run / "config.yaml")
-    lines = read_lines(run / "leakage.jsonl")[0]
+    problems: list[str] = []
+    config: dict[str, Any] = {}
+    try:
+        config = read_settings(run / "config.yaml")
+    except ConfigError as error:
+        problems.append(str(error))
+    lines, bad = read_lines(run / "leakage.jsonl")
+    problems += map(str, bad)
     scores = [line["metrics"]["psnr"] for line in lines if line["metrics"].get("psnr")]
     best: dict[str, Any] = max(scores, key=lambda score: score["mean"] or 0, default={})
     settings = {
-        key: _at(config, where)
+        key: _setting(config, *where)
         for key, where in (
-            ("started", "started"),
-            ("dataset", "dataset.name"),
-            ("optimizer", "client.optimizer"),
-            ("lr", "client.lr"),
-            ("attack", "attack.name"),
+            ("started", ("started",)),
+            ("dataset", ("dataset", "name")),
+            ("optimizer", ("client", "optimizer")),
+            ("lr", ("client", "lr")),
+            ("attack", ("attack", "name")),
         )
     }
     return {
@@ -102,14 +111,17 @@ def _summary(run: Path) -> dict[str, Any]:
         "lines": len(lines),
         "best_psnr": best.get("mean"),
         "mean_colour_psnr": best.get("baseline"),
+        "problems": problems,
     }
 
 
-def _at(config: Any, where: str) -> Any:
-    """Return a setting by its dotted key, None where there is none."""
-    for part in where.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
+def _setting(config: Mapping[str, Any], *where: str) -> str | float | None:
+    """Return a setting, None where there is no such one."""
+    found: Any = config
+    for key in where:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    number = type(found) is int or (isinstance(found, float) and math.isfinite(found))
+    return found if number or isinstance(found, str) else None
 
 
 def _run_cells(run: Mapping[str, Any]) -> list[str]:
@@ -118,14 +130,18 @@ def _run_cells(run: Mapping[str, Any]) -> list[str]:
     scores = (run["best_psnr"], run["mean_colour_psnr"])
     return [
         run["run"],
-        str(run["started"])[:16],
-        str(run["dataset"]),
-        f"{run['optimizer']} {run['lr']}",
-        str(run["attack"]),
+        _cell(run["started"])[:16],
+        _cell(run["dataset"]),
+        f"{_cell(run['optimizer'])} {_cell(run['lr'])}",
+        _cell(run["attack"]),
         str(run["lines"]),
         *("-" if score is None else f"{score:.1f}" for score in scores),
         *([decimal(run["disk_bytes"])] if "disk_bytes" in run else []),
     ]
+
+
+def _cell(setting: object) -> str:
+    return "-" if setting is None else printable(str(setting))
 
 
 def show(
@@ -139,9 +155,8 @@ def show(
     from fl_app.util.files import runs_folder
 
     folder = find_run(runs_folder(str(runs_dir)), run)
-    lines, torn = read_lines(folder / "leakage.jsonl")
-    if torn:
-        typer.secho(f"{torn} torn lines were left out", fg="yellow", err=True)
+    lines, bad = read_lines(folder / "leakage.jsonl")
+    warn(bad)
     if json_:
         keys = dict.fromkeys(field.name for field in fields(LogLine))
         print_json([keys | line for line in lines])
@@ -152,10 +167,15 @@ def show(
 def _print_leakage(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     from fl_app.audit.advice import defense_advice
     from fl_app.audit.table import leakage_table
+    from fl_app.config import ConfigError
 
     console = screen()
     console.print(leakage_table(lines))
-    advice = defense_advice(folder)
+    try:
+        advice = defense_advice(folder)
+    except ConfigError as error:
+        advice = ""
+        warn([error])
     if advice:
         console.print(advice, soft_wrap=True, highlight=False, markup=False)
     for line in lines:
@@ -178,7 +198,8 @@ def rounds(
     from fl_app.util.files import runs_folder
 
     folder = find_run(runs_folder(str(runs_dir)), run)
-    lines = read_rounds(folder)
+    lines, problems = read_rounds(folder)
+    warn(problems)
     if json_:
         print_json([asdict(line) for line in lines])
         return

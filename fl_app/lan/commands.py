@@ -23,7 +23,7 @@ import typer
 from fl_app.commands.arguments import RunsDir
 from fl_app.commands.group import group
 from fl_app.commands.output import print_json, screen, table_of
-from fl_app.config import at_least
+from fl_app.config import ConfigError, at_least, from_yaml
 from fl_app.util.files import runs_folder
 from fl_app.util.processes import Child, run_together
 from fl_app.util.ray_guard import SLOT, own_folder
@@ -189,7 +189,8 @@ def server(
         children.append(
             Child(
                 "resume",
-                ["sh", "-c", " && ".join(commands)],
+                # One that fails does not keep the others from theirs.
+                ["sh", "-c", "".join(f"{each} || f=1; " for each in commands) + "exit ${f:-0}"],
                 {**ray_, "RAY_ADDRESS": _ray_address(this)},
                 when_it_ends="retry",
             )
@@ -488,9 +489,20 @@ def _public_key(path: Path) -> bytes:
 
 def _unfinished(runs_dir: Path) -> list[Path]:
     from fl_app.runs.folder import list_runs
-    from server_strategies.attack_pool import pending
+    from server_strategies.attack_pool import read_queue
 
-    return [run for run in list_runs(runs_dir) if pending(run)]
+    found = []
+    for run in list_runs(runs_dir):
+        entries, bad = read_queue(run)
+        for why in bad.values():
+            _tell(f"Left in the queue: {why}")
+        try:
+            if entries:
+                from_yaml(run / "config.yaml")
+                found.append(run)
+        except ConfigError as error:
+            _tell(f"Not resumed: {error}")
+    return found
 
 
 def _free_port() -> int:

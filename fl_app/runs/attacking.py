@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from safetensors.torch import load_file
 
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.reconstructions import read_reconstruction
 from fl_app.protocol import Reconstruction, observation_id
 from fl_app.runs.facts import open_auditor
 from fl_app.runs.lock import only_one
@@ -23,8 +24,8 @@ from server_strategies.attack_pool import (
     AttackPool,
     Job,
     QueueEntry,
-    pending,
     queue_path,
+    read_queue,
 )
 from server_strategies.observations import ObservationStore
 
@@ -35,6 +36,7 @@ _KEPT = (  # of a reconstruction, in its line
     "attack", "matching", "losses", "iterations", "seconds", "peak_memory", "flops",
     "stop_reason", "options", "diagnosis", "labels_source",
 )  # fmt: skip
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 _RESTART_AFTER = 5.0  # seconds before the attacks' process is started again
 
 
@@ -56,7 +58,8 @@ def finish_attacks(
     """Run every attack in a run's queue, and record its outcome.
 
     An attack whose line is in the log already is not run again: the process was
-    killed between writing the line and taking the job out of the queue.
+    killed between writing the line and taking the job out of the queue. What is no
+    entry, or whose Observation can't be read, is named, and the others go on.
 
     Parameters
     ----------
@@ -78,13 +81,20 @@ def finish_attacks(
 
         def feed() -> int:
             over = ended()  # before the queue is read, so that the last job is in it
-            new = pending(folder, seen)
+            new, bad = read_queue(folder, seen)
+            for id_, why in bad.items():
+                seen.add(id_)
+                console.print(f"Left in the queue: {why}", style="yellow", **_PLAIN)
             for entry in new[: max(0, _IN_MEMORY - pool.unfinished)]:
                 seen.add(entry.id)
-                if entry.id in logged:
-                    queue_path(folder, entry.id).unlink()
-                else:
-                    _take(pool, store, auditor, entry)
+                try:
+                    if entry.id in logged:
+                        queue_path(folder, entry.id).unlink(missing_ok=True)
+                    else:
+                        _take(pool, store, auditor, entry)
+                except OSError as error:  # say, a full disk
+                    why = f"Left in the queue: {entry.id}: {error}"
+                    console.print(why, style="yellow", **_PLAIN)
             return len([entry for entry in new if entry.id not in seen]) + (not over)
 
         pool.drain(console, feed)
@@ -97,13 +107,13 @@ def _take(pool: AttackPool, store: ObservationStore, auditor: Auditor, entry: Qu
         observation = store.load(entry.observation)
     except Exception as error:  # whatever is wrong with the file, the others are attacked
         auditor.record_unreadable(entry.observation, entry.attack.name, str(error), entry.id)
-        queue_path(auditor.run_dir, entry.id).unlink()
+        queue_path(auditor.run_dir, entry.id).unlink(missing_ok=True)
         return
     try:
         knowledge = auditor.grant(observation)
     except ValueError as error:
         auditor.record_failure(observation, entry.attack.name, str(error), entry.id)
-        queue_path(auditor.run_dir, entry.id).unlink()
+        queue_path(auditor.run_dir, entry.id).unlink(missing_ok=True)
         return
     pool.take(Job(observation, knowledge, entry.attack, entry.prior, entry.seed, entry.id))
 
@@ -208,7 +218,7 @@ def watch_input() -> Callable[[], bool]:
 
 def score_later(
     run_dir: Path, truth_dir: Path, tell: Callable[[str], None] = _log.warning
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Score the reconstructions of a run without Truth, now that there is one.
 
     Parameters
@@ -222,8 +232,10 @@ def score_later(
 
     Returns
     -------
-    list of dict
-        The lines that joined the log.
+    lines : list of dict
+        Those that joined the log.
+    problems : list of str
+        What could not be scored, and why; the others are.
 
     Raises
     ------
@@ -235,17 +247,36 @@ def score_later(
     auditor, store = open_auditor(run_dir, tell, truth_dir), ObservationStore(run_dir)
     lines = auditor.lines()
     scored = {line["job"] for line in lines if line["metrics"]}
+    problems = []
     for line in lines:
         if line["status"] != "ok" or line["metrics"] or line["job"] in scored:
             continue
-        observation = store.load(observation_id(line["round"], line["node"]))
-        if not auditor.has_truth(observation):
-            continue
-        tensors = load_file((run_dir / line["picture"]).with_suffix(".safetensors"))
-        found = Reconstruction(
-            images=tensors["images"],
-            labels=tuple(tensors["labels"].tolist()),
-            **{name: line[name] for name in _KEPT},
-        )
-        auditor.record(observation, found, line["job"])
-    return auditor.lines()[len(lines) :]
+        try:
+            _score_line(auditor, store, line)
+        except (ValueError, FileNotFoundError) as error:
+            where = f"round {line['round']}, node {line['node']}, {line['attack']}"
+            problems.append(f"{where} is not scored: {error}")
+    return auditor.lines()[len(lines) :], problems
+
+
+def _score_line(auditor: Auditor, store: ObservationStore, line: Mapping[str, Any]) -> None:
+    """Score a line's reconstruction, if its truth is there.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If a file that this needs is missing, or can't be used.
+    """
+    observation = store.load(observation_id(line["round"], line["node"]))
+    if not auditor.has_truth(observation):
+        return
+    auditor.truth(observation)
+    if line["picture"] is None:
+        why = line["reasons"].get("picture", "no reason is logged")
+        raise ValueError(f"its reconstruction was not kept: {why}")
+    stored = read_reconstruction(auditor.run_dir / line["picture"])
+    kept = {name: line[name] for name in _KEPT}
+    # Losses that were not finite are null in the log.
+    kept["losses"] = tuple(math.nan if loss is None else loss for loss in line["losses"])
+    found = Reconstruction(images=stored.images, labels=stored.labels, **kept)
+    auditor.record(observation, found, line["job"])

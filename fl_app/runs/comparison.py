@@ -76,9 +76,11 @@ class AttackComparison:
         Raises
         ------
         ConfigError
-            If an attack is unknown or named twice, or there is no such budget.
+            If an attack is unknown, empty or named twice, or there is no such budget.
         """
         chosen = list(ATTACKS) if names == "all" else names.split(",")
+        if not all(chosen):
+            raise ConfigError(f"attack is {names!r}; allowed: a name before and after each comma")
         if len(set(chosen)) < len(chosen):
             raise ConfigError(f"attack is {names!r}; allowed: each attack once")
         attacks = tuple(budgeted(load_config({"attack": name}).attack, budget) for name in chosen)
@@ -103,6 +105,8 @@ class AttackComparison:
         """
         auditor = open_auditor(folder, partial(console.print, **_TOLD))
         store, config = ObservationStore(folder), auditor.config
+        for bad in auditor.bad_lines():
+            console.print(str(bad), style="yellow", markup=False, highlight=False, soft_wrap=True)
         jobs: dict[str, dict[str, str]] = {attack.name: {} for attack in self.attacks}
         with only_one(folder):
             logged = {line.get("job") for line in auditor.lines()}
@@ -130,8 +134,10 @@ class AttackComparison:
         facts = {**host(), "commit": git_commit()}
         write_text(path.with_suffix(".md"), sections_markdown("Comparison", command, lines, facts))
         caption = [f"{folder.name}, budget: {self.budget}"]
-        save_comparison_picture(path.with_suffix(".png"), auditor, comparison, caption)
+        save_comparison_picture(path.with_suffix(".png"), auditor, store, comparison, caption)
         console.print(_table(cells))
+        for words in _failures(summary):
+            console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
         for written in sorted(folder.glob("comparison.*")):
             console.print(written, soft_wrap=True, highlight=False)
 
@@ -250,11 +256,16 @@ def _notes(summary: Mapping[str, Any], budget: str) -> list[str]:
         f"- Budget: {budget}. Costs are means over observations.",
     ]
     lines += [f"- {printable(f'{name}: {why}')}" for name, why in summary["reasons"].items()]
-    for name, entry in summary["attacks"].items():
-        for failure in entry["failures"]:
-            words = f"{name} failed on {failure['observation']}: {failure['error']}"
-            lines.append(f"- {printable(words)}")
-    return lines
+    return lines + [f"- {words}" for words in _failures(summary)]
+
+
+def _failures(summary: Mapping[str, Any]) -> list[str]:
+    """Say which attacks failed on which observations, and why."""
+    return [
+        printable(f"{name} failed on {failure['observation']}: {failure['error']}")
+        for name, entry in summary["attacks"].items()
+        for failure in entry["failures"]
+    ]
 
 
 def _table(cells: Sequence[Sequence[str]]) -> Table:

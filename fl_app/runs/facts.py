@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fl_app.audit.auditor import Auditor
-from fl_app.config import Config, ConfigError, DatasetConfig, from_yaml, plain_yaml
+from fl_app.config import Config, ConfigError, DatasetConfig, from_yaml, read_settings
 from fl_app.data import dataset_info, fingerprint, on_hub
 from fl_app.protocol import DatasetInfo, Knowledge
 from fl_app.util.text import printable
@@ -69,7 +69,7 @@ def open_auditor(
     """
     path = run_dir / "config.yaml"
     config = from_yaml(path)
-    facts = plain_yaml(path).get(_DATA)
+    facts = read_settings(path).get(_DATA)
     if facts is None:
         knowledge = config.knowledge(dataset_info(config.dataset))
         return Auditor(run_dir, config, knowledge, truth_dir)

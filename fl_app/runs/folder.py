@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -82,8 +83,18 @@ def anchored(config: Config) -> Config:
 
 def list_runs(runs_dir: Path) -> list[Path]:
     """Return the run folders in `runs_dir`, oldest first; none where it does not exist."""
-    configs = sorted(runs_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime_ns)
-    return [path.parent for path in configs]
+    started: dict[Path, int] = {}
+    for config in (run / "config.yaml" for run in _entries(runs_dir)):
+        with suppress(OSError):  # no run's, or nobody may look into it
+            started[config.parent] = config.lstat().st_mtime_ns  # what a link leads to may be gone
+    return sorted(started, key=lambda run: (started[run], run.name))
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def find_run(runs_dir: Path, name: str) -> Path:

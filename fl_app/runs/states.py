@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fl_app.config import ConfigError
 from fl_app.runs.folder import find_run
-from fl_app.util.files import user_path, whole_file
+from fl_app.util.files import user_path
+from fl_app.util.reading import BrokenFileError
+from fl_app.util.tensors import read_tensors, write_tensors
 from fl_app.util.text import reason
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
@@ -44,11 +44,11 @@ class ModelStore:
         What the disk refuses is logged and goes no further: the training goes on.
         """
         try:
-            with whole_file(self._path(round_)) as temporary:
-                save_file({name: w.contiguous() for name, w in weights.items()}, temporary)
+            contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+            write_tensors(self._path(round_), contiguous)
             for old in set(self.rounds()) - kept(self.rounds(), self._most):
                 self._path(old).unlink()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             _log.warning("round %d: its model is not kept: %s", round_, reason(error))
 
     def rounds(self) -> list[int]:
@@ -143,9 +143,9 @@ def load_state(path: Path, like: Mapping[str, Tensor], model: str) -> dict[str, 
         If the file is broken or is of another model; the message says in what.
     """
     try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"start_from: {path} can't be read: {error}") from error
+        found, _ = read_tensors(path)
+    except BrokenFileError as error:
+        raise ConfigError(f"start_from: {error}") from error
     problem = _problem(found, like)
     if problem:
         raise ConfigError(f"start_from: {path} is no state of {model}: {problem}")

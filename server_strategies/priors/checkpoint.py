@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fl_app.util.files import whole_file, write_text
+from fl_app.util.files import write_text
+from fl_app.util.reading import read_json
+from fl_app.util.tensors import read_tensors, write_tensors
 
 SHARD_BYTES = 15_000_000  # of tensors; their names come on top
 
@@ -42,8 +43,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[
     digests = {}
     for number, names in enumerate(_shards(tensors)):
         shard = new / f"tensors-{number:03}.safetensors"
-        with whole_file(shard) as temporary:
-            save_file({name: tensors[name].cpu().contiguous() for name in names}, temporary)
+        write_tensors(shard, {name: tensors[name].cpu().contiguous() for name in names})
         digests[shard.name] = _digest(shard)
     write_text(new / "checkpoint.json", json.dumps({**facts, "sha256": digests}, indent=1) + "\n")
     current, old = _places(folder)
@@ -67,12 +67,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         return None
     tensors: dict[str, Tensor] = {}
     try:
-        facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+        facts = read_json(path / "checkpoint.json", dict[str, Any])
         for name, digest in facts.pop("sha256").items():
             if _digest(path / name) != digest:
                 raise ValueError(f"{name} is cut short, or of another checkpoint")
-            tensors |= load_file(path / name)
-    except (OSError, KeyError, ValueError) as error:
+            tensors |= read_tensors(path / name)[0]
+    except (OSError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             f"the checkpoint {path} can't be resumed: {error}. Copy all of its files again, "
             "or choose another folder to start again"

@@ -10,12 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_app.registry import PRIORS
 from fl_app.util.files import project_file, user_path
+from fl_app.util.reading import BrokenFileError
+from fl_app.util.tensors import read_tensors
 from server_strategies.priors.networks import create_network
 from server_strategies.priors.tiles import Tiled
 
@@ -93,11 +94,10 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         If the file can't be read or does not fit its network.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            facts = file.metadata() or {}
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        tensors, facts = read_tensors(path)
+    except BrokenFileError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
+    state = {key: tensor.float() for key, tensor in tensors.items()}
     name, size = facts.get("network", ""), facts.get("image_size", str(TRAINED_SIZE))
     network = create_network(name)
     if not size.isdecimal() or int(size) < 2 or int(size) % int(network.multiple):  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fl_app.config import LAST_SEED
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -54,6 +56,7 @@ class TrainingSettings:
             ("learning_rate", 0, 1),
             ("ema", 0, 1),
             ("focus", 0, 1),
+            ("seed", 0, LAST_SEED),
         ):
             value = getattr(self, name)
             if not low <= value <= high:

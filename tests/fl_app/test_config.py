@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import operator
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,85 @@ def test_nothing_in_a_configuration_is_resolved(
         ({"overrides": "audit.truth=false"}, "labels is 'given'; allowed without truth: unknown"),
         ({"dataset": "imagefolder"}, "dataset.source is empty"),
         ({"overrides": "strategy.fraction_evaluate=2"}, "allowed: 0 to 1"),
+        (
+            {"overrides": "attack=sme"},
+            "attack=sme, but attack is a group; allowed: -c 'attack=\"sme\"' beside overrides, or "
+            "attack.NAME=VALUE; its names: name, iterations",
+        ),
+        ({"overrides": "watch=all"}, "watch=all, but watch is a group; allowed: watch.NAME=VALUE"),
+        ({"overrides": "watch.rounds={"}, "watch.rounds={, which is no YAML"),
+        ({"overrides": "watch.rounds=[1,*a]"}, r"watch.rounds=\[1,\*a\], which"),
+        ({"overrides": f"watch.rounds={'[' * 30}"}, "watch.rounds=.*nested too deeply"),
+        ({"overrides": "watch.rounds[0]=3"}, r"sets watch.rounds\[0\]; allowed: a whole list, as"),
+        ({"overrides": "watch.rounds.0=3"}, r"watch.rounds.0 \(from overrides\): watch.rounds has"),
+        ({"overrides": "rounds.x=3"}, "rounds has no such part"),
+        ({"overrides": "=3"}, "unknown key; allowed"),
+        ({"overrides": "name='x"}, "overrides can't be read: No closing quotation"),
+        ({"overrides": "client.lr=inf"}, "client.lr is inf; allowed: a finite number"),
+        ({"overrides": "client.lr=1e999"}, "client.lr is inf; allowed: a finite number"),
+        ({"overrides": "attack.seconds=.inf"}, "attack.seconds is inf; allowed: a finite number"),
+        ({"overrides": "attack.options.lr=.nan"}, "attack.options.lr is nan; allowed: a finite"),
+        ({"overrides": "seed=-1"}, "seed is -1; allowed: 0 to 4294967295"),
+        ({"overrides": f"seed={2**64}"}, f"seed is {2**64}; allowed: 0 to 4294967295"),
     ],
 )
 def test_nonsense_is_refused_with_what_is_allowed(run_config: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(run_config)
+
+
+def test_words_stay_as_they_are_typed() -> None:
+    typed = r"name=010 start_from=12:3 runs_dir=C:\x dataset.source='/a b' model.norm=null"
+    config = load_config({"overrides": typed})
+    assert (config.name, config.start_from, config.runs_dir) == ("010", "12:3", r"C:\x")
+    assert (config.dataset.source, config.model.norm) == ("/a b", "null")
+    config = load_config(
+        {"overrides": "rounds=010 client.lr=1e-2 'watch={every: 2}' watch.rounds=[]"}
+    )
+    assert (config.rounds, config.client.lr) == (10, 0.01)
+    assert (config.watch.every, config.watch.rounds) == (2, [])
+    config = load_config({"overrides": "audit.truth=false audit.labels=unknown start_from="})
+    assert config.audit.truth is False
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: "", "config.yaml is no run's configuration: it lacks name, seed"),
+        (lambda text: text[: text.index("attack:")], "it lacks attack, prior"),
+        (lambda text: "- 1\n- 2\n", "config.yaml holds no settings"),
+        (lambda text: "3", "config.yaml is no YAML"),
+        (lambda text: text + "{", "config.yaml is no YAML"),
+        (lambda text: text + "x: " + "[" * 10**5, "config.yaml is no YAML|nested too deeply"),
+        (lambda text: text + "a: &a [1]\nb: *a\n", r"config.yaml holds an alias, \*a"),
+        (lambda text: text.replace("seed: 0", "seed: zero"), "seed .*config.yaml.*'zero'"),
+        (
+            lambda text: text.replace("  lr:", "  pace:"),
+            "client.pace .*unknown key; allowed: batch",
+        ),
+        (lambda text: text.replace("every: 0", "every: [1]"), "watch.every"),
+        (lambda text: text.replace("watch:\n", "watch: 3\nx:\n"), "a value where a section should"),
+        (lambda text: "\x00", "config.yaml is no YAML"),
+        (lambda text: "x: " + "y" * 2**21, "more than 1,048,576 bytes"),
+    ],
+)
+def test_a_damaged_configuration_is_refused_by_name(
+    tmp_path: Path, damage: Callable[[str], str], message: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(damage(to_yaml(load_config())))
+    with pytest.raises(ConfigError, match=message):
+        from_yaml(path)
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    with pytest.raises(ConfigError, match=r"config.yaml can't be read: No such file"):
+        from_yaml(path)
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="it is a pipe or a device"):
+        from_yaml(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match="it is a folder"):
+        from_yaml(path)

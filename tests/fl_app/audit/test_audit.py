@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
+import re
 import resource
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -19,7 +21,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from fl_app.audit import leakage_log, perceptual
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.leakage_log import LogLine, append_line, read_lines, thinned
+from fl_app.audit.leakage_log import LogLine, Score, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
     MEASURES,
     assign,
@@ -226,11 +228,15 @@ def line_of(**fields: object) -> LogLine:
     return replace(line, **fields)  # type: ignore[arg-type]
 
 
+def score_of(mean: float) -> Score:
+    return Score(mean=mean, low=None, high=None, baseline=1.0)
+
+
 def test_log_lines_are_strict_json_even_with_nan(tmp_path: Path) -> None:
     path = tmp_path / "leakage.jsonl"
-    append_line(path, line_of(losses=(1.0, math.nan), metrics={"psnr": {"mean": math.inf}}))
-    (line,), torn = read_lines(path)
-    assert torn == 0 and line["losses"] == [1.0, None] and line["metrics"]["psnr"]["mean"] is None
+    append_line(path, line_of(losses=(1.0, math.nan), metrics={"psnr": score_of(math.inf)}))
+    (line,), bad = read_lines(path)
+    assert bad == [] and line["losses"] == [1.0, None] and line["metrics"]["psnr"]["mean"] is None
     assert line["reasons"] == {
         "metrics.psnr.mean": "not finite (inf)",
         "losses": "not finite (nan)",
@@ -243,10 +249,90 @@ def test_a_torn_line_is_counted_and_spoils_no_other(tmp_path: Path) -> None:
     append_line(path, line_of())
     with path.open("a") as file:
         file.write('{"round": 2, "no')
-    assert [len(read_lines(path)[0]), read_lines(path)[1]] == [1, 1]
+    assert [len(found) for found in read_lines(path)] == [1, 1]
     append_line(path, line_of(round=3))
-    lines, torn = read_lines(path)
-    assert [line["round"] for line in lines] == [1, 3] and torn == 1
+    lines, (bad,) = read_lines(path)
+    assert [line["round"] for line in lines] == [1, 3]
+    assert str(bad).startswith(f"{path}, line 2 is left out: it is no JSON")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"round": "1"}, "round is '1'; allowed: a whole number"),
+        ({"round": True}, "round is True; allowed: a whole number"),
+        ({"round": 10**400}, "round is a number beyond 2\\^64"),
+        ({"client": 1.5}, "client is 1.5; allowed: a whole number or null"),
+        ({"status": "fine"}, "status is 'fine'; allowed: one of ok, failed, skipped"),
+        ({"metrics": []}, r"metrics is \[\]; allowed: an object"),
+        ({"metrics": {"psnr": {"mean": 1.0}}}, "metrics.psnr.(baseline|high|low) is missing"),
+        ({"metrics": {"psnr": {**score_of(1.0), "mean": "x"}}}, "metrics.psnr.mean is 'x'"),
+        ({"reference_free": {"tv": 3}}, "reference_free.tv is 3"),
+        ({"losses": [1, None, "x"]}, r"losses\[2\] is 'x'; allowed: a number or null"),
+        ({"options": {"a": [[[[[[[[[[1]]]]]]]]]]}}, "options.a is nested too deeply"),
+        ({"label_accuracy": 0.5}, "label_accuracy and label_chance"),
+        ({"picture": "../../etc/passwd"}, "picture is '../../etc/passwd'; allowed: reconst"),
+        ({"picture": "/x.png"}, "picture"),
+        ({"schema": 2}, "its schema is 2; this version reads 1"),
+        ({"schema": {}}, "its schema is {}"),
+    ],
+)
+def test_a_line_with_wrong_values_is_left_out_and_named(
+    tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    path = tmp_path / "leakage.jsonl"
+    append_line(path, line_of())
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | fields) + "\n" + json.dumps(good))
+    lines, (bad,) = read_lines(path)
+    assert lines == [good] and good["schema"] == 1
+    assert str(bad).startswith(f"{path}, line 1 is left out: ") and re.search(words, bad.why)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"{}", "round is missing"),
+        (b"[]", r"it is \[\]; allowed: an object"),
+        (b"[" * 10**6, "nested too deeply"),
+        (b'{"round": ' * 10**5, "nested too deeply"),
+        (b"NaN", "NaN is no number"),
+        (b"1" * 5000, "it is no JSON"),
+        (b"\x00\xff", "it is no JSON"),
+        (b"1" * (2**24 + 9), "more than 16,777,216 bytes"),
+    ],
+)
+def test_what_is_no_line_is_left_out_and_named(tmp_path: Path, raw: bytes, words: str) -> None:
+    path = tmp_path / "leakage.jsonl"
+    append_line(path, line_of())
+    good = path.read_bytes()
+    path.write_bytes(good + raw + b"\n" + good)
+    lines, (bad,) = read_lines(path)
+    assert len(lines) == 2 and bad.number == 2 and re.search(words, bad.why)
+
+
+def test_a_log_that_is_no_file_is_named_and_never_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "leakage.jsonl"
+    os.mkfifo(path)
+    assert read_lines(path)[0] == [] and "it is a pipe" in str(read_lines(path)[1][0])
+    path.unlink()
+    path.mkdir()
+    assert "it is a folder" in str(read_lines(path)[1][0])
+
+
+def test_a_line_of_an_older_version_has_every_field(tmp_path: Path) -> None:
+    path = tmp_path / "leakage.jsonl"
+    old = {"round": 1, "node": 7, "client": 0, "attack": "sme", "status": "ok", "labels": "given"}
+    path.write_text(json.dumps({**old, "explanation": "of another name"}))
+    (line,), bad = read_lines(path)
+    assert bad == [] and line == json.loads(json.dumps(asdict(line_of())))
+
+
+def test_a_line_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "leakage.jsonl"
+    with pytest.raises(ValueError, match=r"options.seen is .*; allowed: what JSON can hold"):
+        append_line(path, line_of(options={"seen": object()}))
+    assert not path.exists()
 
 
 def test_a_failed_write_leaves_the_log_as_it_was(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
             "run": "x", "path": str(run), "started": ANY, "dataset": "photos",
             "optimizer": "sgd", "lr": 0.01, "attack": "flow_matching", "lines": 1,
             "best_psnr": psnr["mean"], "mean_colour_psnr": psnr["baseline"],
+            "problems": [],
         }
     ]  # fmt: skip
     assert json.loads(flowleak("show", "x", "--json", *runs_dir)) == lines

@@ -14,6 +14,7 @@ from helpers.command import flowleak
 from helpers.federation import LocalGrid, average, real_client, toy_client, watch
 from helpers.federation import start as start_toy
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fl_app import server_app
@@ -100,13 +101,14 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     start_toy(Checkpointing(FedAvg(), store.save), [toy_client(0.1, i) for i in range(NODES)])
     assert store.rounds() == [1, 2]
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")  # as safetensors does
 
-    monkeypatch.setattr("fl_app.runs.states.save_file", full)
+    monkeypatch.setattr("fl_app.util.tensors.save_file", full)
     clients = [toy_client(0.1, i) for i in range(NODES)]
     assert start_toy(Checkpointing(FedAvg(), store.save), clients, rounds=3) is not None
-    assert "round 3: its model is not kept: [Errno 28] No space left on device" in caplog.text
+    assert f"round 3: its model is not kept: {tmp_path}/models/round-0003" in caplog.text
+    assert "can't be written: I/O error: No space left on device" in caplog.text
     assert sorted(file.name for file in (tmp_path / "models").iterdir()) == [
         "round-0001.safetensors",
         "round-0002.safetensors",
