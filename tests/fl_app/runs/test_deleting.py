@@ -85,8 +85,8 @@ def test_without_what_is_private_the_scores_stay(tmp_path: Path) -> None:
         "config.yaml", "leakage.jsonl", "training.json", "models", "comparison.md", "rounds.md",
         "rounds.png", ".attacking",
     }  # fmt: skip
-    lines, torn = read_lines(run / "leakage.jsonl")
-    assert torn == 1 and lines[:2] == before[:2]
+    lines, bad = read_lines(run / "leakage.jsonl")
+    assert len(bad) == 1 and lines[:2] == before[:2]
     assert lines[2]["picture"] is None and "delete" in lines[2]["reasons"]["picture"]
     assert "20.0" in flowleak("show", "x", *runs_dir)
     assert flowleak("rounds", "x", *runs_dir) == table
