@@ -14,13 +14,14 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, Result, Strategy
 from flwr.superlink.grid import InMemoryGrid
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from client_app.defended_steps import check_defense
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.table import leakage_table
 from fl_app.config import Config, ConfigError, load_config
-from fl_app.data import DataError, dataset_info, load_partition
+from fl_app.data import DataError, check_test, dataset_info, load_partition
 from fl_app.models import known_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
@@ -62,7 +63,8 @@ def main(grid: Grid, context: Context) -> None:
         wait_for_nodes(grid, config.num_clients)
         run_dir = create_run(config, facts)
     except (ConfigError, DataError, UnguardedRayError, OSError) as error:
-        console.print(f"[bold red]Nothing was started:[/] {error}", highlight=False)
+        words = f"[bold red]Nothing was started:[/] {escape(str(error))}"
+        console.print(words, highlight=False, soft_wrap=True)
         raise
     for notice in (f"Run folder: {run_dir}", *_notices(config, context.run_id, simulated)):
         console.print(notice, highlight=False, soft_wrap=True, markup=False)
@@ -103,6 +105,8 @@ def _prepare(
         check_guarded()
         # Every client would find the same fault.
         load_partition(config.dataset, 0, config.num_clients, config.seed)
+        if config.strategy.fraction_evaluate:
+            check_test(config.dataset, config.num_clients)
     weights = model.state_dict()
     if config.start_from:
         path = find_state(config.start_from, runs_folder(config.runs_dir))

@@ -15,6 +15,7 @@ from fl_app.models import known_model
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 from fl_app.util.intervals import mean_interval
 
+_SSIM_WINDOW = 11  # pixels a side: sigma 1.5, cut at 3.5 sigma
 MAX_PSNR = 100.0  # dB, given to an exact copy: infinity would swallow every mean
 
 # Takes reconstructed and true images, both (N, C, H, W) in [0, 1]; returns N values.
@@ -121,6 +122,10 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     ValueError
         If a side of the images is below 11 pixels.
     """
+    if min(images.shape[-2:]) < _SSIM_WINDOW:
+        raise ValueError(
+            f"images are {tuple(images.shape[-2:])}; SSIM needs sides of {_SSIM_WINDOW} or more"
+        )
     values = [
         structural_similarity(
             a, b, channel_axis=0, data_range=1.0,

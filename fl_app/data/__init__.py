@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DataError",
     "ImageSet",
+    "check_test",
     "dataset_info",
     "draw_images",
     "fingerprint",
@@ -56,6 +57,8 @@ def _encoded_split(config: DatasetConfig, split: str) -> datasets.Dataset:
     encoded = DATASETS[config.name].split(config, split)
     if split == "train" and len(encoded.unique("label")) < 2:
         raise DataError(f"{config.name}: the train split has fewer than two classes")
+    if not len(encoded):
+        raise DataError(f"{config.name}: the {split} split holds no image")
     return encoded
 
 
@@ -158,6 +161,22 @@ def fingerprint(config: DatasetConfig) -> str:
     digest = hashlib.sha256(json.dumps(rows["label"][:]).encode())
     digest.update(images.numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_test(config: DatasetConfig, num_clients: int) -> None:
+    """Refuse a test split that is not there, or has not an image for each client.
+
+    Raises
+    ------
+    DataError
+        As said. No image is decoded.
+    """
+    count = len(_encoded_split(config, "test"))
+    if count < num_clients:
+        raise DataError(
+            f"{config.name}: the test split holds {count} images for {num_clients} clients; "
+            "allowed: one each, or strategy.fraction_evaluate=0"
+        )
 
 
 def draw_images(config: DatasetConfig, split: str, count: int, seed: int) -> ImageSet:

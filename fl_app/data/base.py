@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,6 +21,7 @@ from fl_app.util.files import user_path
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
 
 # `datasets` and flwr-datasets take three seconds to import, plotting libraries and all, and
 # commands and attack workers seldom need them: in this package functions import them. Client
@@ -95,7 +97,9 @@ def encoded(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def read_image(file: BytesIO | str, where: str, channels: int = 3) -> np.ndarray:
-    """Return an image file's pixels, shape (channels, H, W), uint8.
+    """Return an image file's pixels, shape (channels, H, W), uint8: as `datasets.Image` has them.
+
+    That is the first frame, turned as its EXIF orientation says.
 
     Parameters
     ----------
@@ -108,20 +112,48 @@ def read_image(file: BytesIO | str, where: str, channels: int = 3) -> np.ndarray
     Raises
     ------
     DataError
-        If the file is broken or has more than 8 bits a channel; it names `where`.
+        If the file is broken, or holds what these pixels can't: more than 8 bits a
+        channel, transparency, or colours that are not RGB; it names `where`.
     """
     with extras():  # here, so that a client with data of its own needs no Pillow
-        from PIL import Image
+        from PIL import Image, ImageOps
     try:
         with Image.open(file) as image:
-            mode = image.mode
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+            why = _unfit(image)
+            turned = ImageOps.exif_transpose(image)
+            if not why and _transparent(turned):
+                why = "has transparent pixels; allowed: opaque ones"
+            pixels = np.asarray(turned.convert("RGB" if channels == 3 else "L"))
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
         raise DataError(f"{where} can't be read as an image: {error}") from error
-    if mode.startswith(("I", "F")):
-        # Pillow would clip these to white without a word.
-        raise DataError(f"{where} has mode {mode}; allowed: 8 bits a channel. Convert it first")
+    if why:
+        raise DataError(f"{where} {why}. Convert it first")
     return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+
+
+def _unfit(image: Image.Image) -> str:
+    """Return why an opened image, still undecoded, can't be 8 bits of grey or RGB; "": it can."""
+    if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
+        return f"has mode {image.mode}; allowed: 8 bits a channel, grey or RGB"
+    # Pillow would keep the upper 8 of 16 bits without a word.
+    raw = repr([tile[3] for tile in getattr(image, "tile", [])])
+    wide = re.search(r";(16|32)[A-Z]", raw)
+    if wide or (image.format == "PPM" and _largest_ppm(image) > 255):
+        return "has 16 bits a channel; allowed: 8 bits a channel"
+    return ""
+
+
+def _largest_ppm(image: Image.Image) -> int:
+    """Return the largest value of a PPM or PGM image, which its decoder scales to 8 bits."""
+    arguments = getattr(image, "tile", [(0, 0, 0, ())])[0][3]
+    return next((each for each in reversed(arguments) if isinstance(each, int)), 255)
+
+
+def _transparent(image: Image.Image) -> bool:
+    if not ({"A", "a"} & {*image.getbands()} or "transparency" in image.info):
+        return False
+    alpha = image.convert("RGBA").getchannel("A")
+    return bool(np.asarray(alpha).min() < 255)
 
 
 def read_images(dataset: datasets.Dataset, info: DatasetInfo, name: str) -> ImageSet:

@@ -1,4 +1,7 @@
-"""Your own images: SOURCE/train/CLASS/*.png and SOURCE/test/CLASS/*.png."""
+"""Your own images: SOURCE/train/CLASS/*.png and SOURCE/test/CLASS/*.png.
+
+Whatever else is in train and test is refused, but for names that start with a dot.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,40 @@ def _classes(folder: Path) -> list[str]:
         raise DataError(
             f"imagefolder: {folder} is not a folder; needed: {folder}/CLASS/ with images"
         )
-    return sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
-    )
+    entries = _entries(folder)
+    for entry in entries:
+        if not entry.is_dir():
+            raise DataError(f"imagefolder: {entry} is in no class folder; move or remove it")
+    return [entry.name for entry in entries]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted; without what is hidden, as `datasets` does."""
+    return sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+
+
+def _images(folder: Path) -> list[str]:
+    """Return the image files of a class folder, sorted.
+
+    Raises
+    ------
+    DataError
+        If it holds none, or anything else.
+    """
+    files = _entries(folder)
+    for file in files:
+        if file.is_dir():
+            raise DataError(
+                f"imagefolder: {file} is a folder in a class folder; move its images to {folder}"
+            )
+        if not file.is_file() or file.suffix.lower() not in SUFFIXES:
+            raise DataError(
+                f"imagefolder: {file} is no image file; allowed: {', '.join(SUFFIXES)}. "
+                "Convert or remove it"
+            )
+    if not files:
+        raise DataError(f"imagefolder: {folder} holds no image ({', '.join(SUFFIXES)})")
+    return [str(file) for file in files]
 
 
 def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
@@ -54,13 +88,7 @@ def _split(config: DatasetConfig, split: str) -> datasets.Dataset:
             raise DataError(
                 f"imagefolder: {folder} has no folder in train; allowed: {', '.join(known)}"
             )
-        files = sorted(
-            str(file)
-            for file in folder.iterdir()
-            if file.suffix.lower() in SUFFIXES and file.name[0] != "."
-        )
-        if not files:
-            raise DataError(f"imagefolder: {folder} holds no image ({', '.join(SUFFIXES)})")
+        files = _images(folder)
         paths += files
         labels += [known.index(name)] * len(files)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from flwr.app import Context, RecordDict
+from helpers.federation import LocalGrid, toy_client
+
+from fl_app import server_app
 from fl_app.config import Config, ConfigError, WatchConfig
 from fl_app.server_app import _prepare, _unwatched
 
@@ -20,3 +25,19 @@ def test_a_watch_that_matched_nothing_is_told_at_the_end() -> None:
     lines = [{"client": 0, "node": 2**40}]
     assert _unwatched(config, lines) == "NEVER WATCHED: client 7 sent no update"
     assert not _unwatched(config, [*lines, {"client": 3, "node": 7}])
+
+
+@pytest.mark.parametrize("place", ["a file", "a folder that is no folder's"])
+def test_what_the_system_refuses_at_the_start_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    runs_dir = tmp_path / "runs"
+    runs_dir.touch()
+    runs_dir = runs_dir if place == "a file" else runs_dir / "deeper"
+    run_config = {"overrides": f"runs_dir={runs_dir} num_clients=1 rounds=1"}
+    context = Context(1, 1, {}, RecordDict(), run_config)  # type: ignore[arg-type]
+    with pytest.raises(OSError):
+        server_app.main(LocalGrid([toy_client(0.1, 0)]), context)
+    said = capsys.readouterr().out.strip()
+    assert said.startswith("Nothing was started: ") and str(runs_dir) in said
+    assert len(said.splitlines()) == 1

@@ -29,6 +29,7 @@ from helpers.federation import (
     toy_client,
     watch,
 )
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -256,6 +257,34 @@ def test_a_share_is_the_same_clients_every_round() -> None:
     start(watch(FedAvg(), seen, [], clients=0.5), [toy_client(0.1, i) for i in range(NODES)])
     rounds = [{o.client for o in seen if o.round == r} for r in (1, 2)]
     assert rounds[0] == rounds[1] and len(rounds[0]) == 2
+
+
+def test_a_client_that_can_not_leave_its_truth_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = dataset_info(load_config().dataset)
+    model = create_model("convnet", info.num_classes, info.image_shape, seed=0)
+    arrays = ArrayRecord(model.state_dict())
+    (tmp_path / "truth").mkdir()
+
+    def ask(**settings: str | int) -> Message:
+        content = {"arrays": arrays, "config": ConfigRecord({"server-round": 1, **settings})}
+        message = Message(RecordDict(content), dst_node_id=7, message_type="train")
+        return real_client(1, "client.local_steps=2")(message)
+
+    alone = ask().content["arrays"]
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: no space")):
+
+        def full(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("fl_app.util.tensors.save_file", full)
+        reply = ask(**{"audit-dir": str(tmp_path)})
+        assert "no truth is left: " in caplog.text and "o space" in caplog.text
+        for name, array in reply.content["arrays"].items():  # type: ignore[union-attr]
+            assert array.data == alone[name].data  # type: ignore[index]
+        caplog.clear()
+    assert not any((tmp_path / "truth").iterdir())
 
 
 def test_client_trains_as_configured_and_leaves_truth_only_when_asked(tmp_path: Path) -> None:

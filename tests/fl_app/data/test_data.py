@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +18,11 @@ from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
 from PIL import Image
 
+from fl_app import data
 from fl_app.commands.arguments import named_after
 from fl_app.config import DatasetConfig, load_config
 from fl_app.data import DataError, dataset_info, load_partition, load_split, photos
-from fl_app.data.base import channel_statistics
+from fl_app.data.base import channel_statistics, read_image
 from fl_app.models import create_model
 from fl_app.server_app import _prepare
 
@@ -188,6 +192,61 @@ def _sixteen_bits(folder: Path) -> None:
     Image.fromarray(np.zeros((10, 12), np.uint16)).save(folder / "train" / "cat" / "2.png")
 
 
+def _sixteen_bits_of_colour(folder: Path) -> None:
+    """Write a PNG that Pillow opens as RGB, and would cut to 8 bits a channel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 12, 10, 16, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress((b"\0" + bytes(12 * 6)) * 10))
+    png = b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
+    (folder / "train" / "cat" / "2.png").write_bytes(png)
+
+
+def _transparent(folder: Path) -> None:
+    path = folder / "train" / "cat" / "2.png"
+    with Image.open(path) as image:
+        clear = image.convert("RGBA")
+    clear.putpixel((3, 3), (1, 2, 3, 254))
+    clear.save(path)
+
+
+def test_images_are_those_of_hugging_faces_decoder(tmp_path: Path) -> None:
+    """Turned by their orientation, and of an animation the first frame."""
+    noise = np.random.default_rng(0).integers(0, 255, (2, 10, 12, 3)).astype(np.uint8)
+    first, second = (Image.fromarray(each) for each in noise)
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    first.save(tmp_path / "turned.png", exif=sideways)
+    first.save(tmp_path / "frames.tiff", save_all=True, append_images=[second])
+    first.convert("P").save(tmp_path / "palette.png")
+    first.convert("RGBA").save(tmp_path / "opaque.png")
+    for path in tmp_path.iterdir():
+        theirs = datasets.Image().decode_example({"path": str(path), "bytes": None})
+        ours = read_image(str(path), path.name).transpose(1, 2, 0)
+        assert np.array_equal(ours, np.asarray(theirs.convert("RGB"))), path
+    assert read_image(str(tmp_path / "turned.png"), "").shape == (3, 12, 10)
+
+
+def test_a_missing_or_empty_test_folder_is_told_before_training(folder: Path) -> None:
+    settings = f"dataset.source={folder} num_clients=2 rounds=1"
+    run_config = {"dataset": "imagefolder", "model": "mlp"}
+    for spoil, words in (
+        (lambda: None, "the test split holds 1 images for 2 clients; allowed: one each"),
+        (lambda: shutil.rmtree(folder / "test" / "dog"), "the test split holds no image"),
+        (lambda: (folder / "test").rmdir(), "test is not a folder; needed"),
+    ):
+        spoil()
+        for cached in (dataset_info, data._encoded_split, data._partitioner, load_partition):
+            cached.cache_clear()
+        with pytest.raises(DataError, match=words):
+            _prepare(run_config | {"overrides": settings}, simulated=True)
+    settings += " strategy.fraction_evaluate=0"
+    _prepare(run_config | {"overrides": settings}, simulated=True)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -196,6 +255,24 @@ def _sixteen_bits(folder: Path) -> None:
         (
             lambda folder: write_image(folder / "train" / "dog" / "9.png", 99, size=(8, 8)),
             r"dog/9.png has shape \(3, 8, 8\).*must have \(3, 10, 12\)",
+        ),
+        (_sixteen_bits_of_colour, r"cat/2.png has 16 bits a channel; allowed: 8 bits"),
+        (_transparent, r"cat/2.png has transparent pixels; allowed: opaque ones"),
+        (
+            lambda folder: (folder / "train" / "cat" / "more").mkdir(),
+            "cat/more is a folder in a class folder; move its images to .*train/cat",
+        ),
+        (
+            lambda folder: (folder / "train" / "cat" / "notes.txt").touch(),
+            r"cat/notes.txt is no image file; allowed: .bmp, .*Convert or remove it",
+        ),
+        (
+            lambda folder: os.mkfifo(folder / "train" / "cat" / "9.png"),
+            "cat/9.png is no image file",
+        ),
+        (
+            lambda folder: (folder / "train" / "9.png").touch(),
+            "train/9.png is in no class folder; move or remove it",
         ),
         (lambda folder: (folder / "train" / "cow").mkdir(), "cow holds no image"),
         (
