@@ -78,8 +78,9 @@ class Setting:
             raise ConfigError(
                 f"trials is {self.trials}; allowed: 1 or more, or 0 where --out holds results"
             )
-        if self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; allowed: 1 or more")
+        for name, low in (("workers", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: {low} or more")
 
     @cached_property
     def info(self) -> DatasetInfo:
