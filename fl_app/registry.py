@@ -16,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -38,11 +38,14 @@ class Entry:
         ``module:attribute``.
     package : str
         The distribution that offers it.
+    problem : str
+        Why it can't be used; "": nothing is known against it.
     """
 
     name: str
     target: str
     package: str
+    problem: str = ""
 
     def load(self) -> Any:
         """Import and return it.
@@ -52,6 +55,8 @@ class Entry:
         ValueError
             If that fails; the message names the package and why.
         """
+        if self.problem:
+            raise ValueError(self.problem)
         module, _, attribute = self.target.partition(":")
         try:
             with extras() if self.package == OURS else nullcontext():
@@ -91,34 +96,33 @@ class Registry(MutableMapping[str, Any]):
     built_in : mapping of str to str
         ``module:attribute`` by name.
     kind : str
-        ``module:Class``, of which every value is an instance, or a subclass; "": any callable.
+        ``module:Class``, of which every value is an instance; "": any callable.
+    classes : bool
+        Whether every value is a subclass of `kind` instead.
     """
 
-    def __init__(self, noun: str, built_in: Mapping[str, str], kind: str = "") -> None:
-        self.noun, self._built_in, self._kind = noun, built_in, kind
+    def __init__(
+        self, noun: str, built_in: Mapping[str, str], kind: str = "", classes: bool = False
+    ) -> None:
+        self.noun, self._built_in, self._kind, self._classes = noun, built_in, kind, classes
         self.group = f"flowleak.{noun}s"
         self._loaded: dict[str, Any] = {}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        """Every entry by name, ours first.
-
-        Raises
-        ------
-        ValueError
-            If two packages offer the same name.
-        """
+        """Every entry by name, ours first. One that two packages offer can't be used."""
         found = {name: Entry(name, target, OURS) for name, target in self._built_in.items()}
         points = metadata.entry_points(group=self.group)
         for point in sorted(points, key=lambda point: point.name):
             package = point.dist.name if point.dist else "?"
             entry = Entry(point.name, point.value, package)
             other = found.setdefault(point.name, entry)
-            if other != entry:
-                raise ValueError(
+            if other != entry and not other.problem:
+                problem = (
                     f"the {self.noun} {point.name!r} is offered by two packages: {other.package} "
                     f"and {package}; uninstall one of them"
                 )
+                found[point.name] = replace(other, problem=problem)
         return found
 
     def __getitem__(self, name: str) -> Any:
@@ -167,8 +171,10 @@ class Registry(MutableMapping[str, Any]):
             right, wanted = callable(found), "something that can be called"
         else:
             kind = Entry(self.noun, self._kind, OURS).load()
-            right = isinstance(found, kind) or (isinstance(found, type) and issubclass(found, kind))
-            wanted = f"an instance or a subclass of {self._kind.replace(':', '.')}"
+            right = isinstance(found, kind)
+            if self._classes:
+                right = isinstance(found, type) and issubclass(found, kind)
+            wanted = f"{'a subclass' if self._classes else 'an instance'} of {kind.__name__}"
         if not right:
             raise ValueError(
                 f"the {self.noun} {entry.name!r} of the package {entry.package} is {found!r}; "
@@ -220,6 +226,7 @@ ATTACKS = Registry(
         "dropout_inversion": "server_strategies.attacks.dropout_inversion:DropoutInversion",
     },
     "server_strategies.attacks.attack:Attack",
+    classes=True,
 )
 """Attacks: subclasses of `Attack`."""
 

@@ -11,7 +11,7 @@ The public API: everything that is not re-exported here may change without notic
 - `flowleak.models`, `flowleak.data`, `flowleak.benchmarks`
 """
 
-from importlib import metadata
+from importlib import metadata as _metadata
 
 from fl_app.config import ConfigError as ConfigError
 from fl_app.protocol import Budget as Budget
@@ -22,4 +22,4 @@ from fl_app.protocol import LocalTraining as LocalTraining
 from fl_app.protocol import Observation as Observation
 from fl_app.protocol import Reconstruction as Reconstruction
 
-__version__ = metadata.version("flowleak")
+__version__ = _metadata.version("flowleak")

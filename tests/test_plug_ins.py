@@ -7,14 +7,21 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from helpers.flower_home import PROJECT, flower_home
 
-from fl_app.config import ConfigError, load_config
-from fl_app.registry import Entry, Registry
+from fl_app.config import AttackConfig, ConfigError, load_config
+from fl_app.models.family import Family
+from fl_app.registry import ATTACKS, MODELS, Entry, Registry
+from server_strategies.attacks.attack import Attack
+from server_strategies.attacks.options import option
+from server_strategies.attacks.run import create_attack
+from server_strategies.attacks.sme import SME
 
 DOCUMENT = PROJECT / "docs" / "adding-an-attack.md"
 
@@ -79,9 +86,45 @@ def test_what_others_offer_is_imported_late_and_checked(offer) -> None:  # type:
 
 
 def test_a_name_that_two_packages_offer_is_refused(offer) -> None:  # type: ignore[no-untyped-def]
-    models = offer(_Point("convnet", "theirs:X"))
+    models = offer(_Point("convnet", "theirs:X"), _Point("other", "fl_app.models.mlp:MLP_FAMILY"))
     with pytest.raises(ValueError, match="'convnet' is offered by two packages: flowleak and"):
         models["convnet"]
+    assert isinstance(models["other"], Family)  # the others can be used
+
+
+@dataclass(frozen=True)
+class Plain(SME):
+    name: ClassVar[str] = "plain"
+    weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class Listed(SME):
+    name: ClassVar[str] = "listed"
+    weights: list[float] = option(None, "several")
+
+
+@pytest.mark.parametrize(
+    ("name", "attack", "words"),
+    [
+        ("plain", Plain, "weight is no option of an attack; allowed: weight: TYPE = option"),
+        ("listed", Listed, "weights is no option of an attack"),
+        ("mine", SME, "attack.name is 'mine'; its class SME has to say the same"),
+    ],
+)
+def test_an_attack_that_cannot_be_configured_is_refused(
+    name: str, attack: type[Attack], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ATTACKS, name, attack)
+    with pytest.raises(ConfigError, match=words):
+        create_attack(AttackConfig(name))
+
+
+def test_an_attack_is_a_class_and_a_model_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="allowed: a subclass of Attack"):
+        monkeypatch.setitem(ATTACKS, "instance", SME())
+    with pytest.raises(ValueError, match="allowed: an instance of Family"):
+        monkeypatch.setitem(MODELS, "class", Family)
 
 
 def test_configuration_files_of_a_plug_in_come_with_it(
@@ -92,8 +135,6 @@ def test_configuration_files_of_a_plug_in_come_with_it(
     (package / "__init__.py").write_text("raise RuntimeError('imported to read a file')")
     (package / "conf" / "attack" / "deep.yaml").write_text("name: deep\niterations: 77\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    from fl_app.registry import ATTACKS
-
     monkeypatch.setitem(ATTACKS.entries, "deep", Entry("deep", "with_files:Deep", "with-files"))
     monkeypatch.setitem(ATTACKS.entries, "bare", Entry("bare", "bare_module:Bare", "bare"))
     assert load_config({"attack": "deep"}).attack.iterations == 77

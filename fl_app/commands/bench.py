@@ -11,19 +11,13 @@ from fl_app.commands.arguments import DatasetChoice, dataset_config, prior_weigh
 from fl_app.registry import BENCHMARKS
 
 
-def _names() -> list[str]:
-    try:
-        return sorted(BENCHMARKS)
-    except ValueError:  # two packages offer one name: only running a benchmark has to fail
-        return []
-
-
 def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help=f"One of: {', '.join(_names())}. `flowleak list benchmarks` says what they show.",
-            autocompletion=_names,
+            help=f"One of: {', '.join(sorted(BENCHMARKS))}. `flowleak list benchmarks` says what "
+            "they show.",
+            autocompletion=lambda: sorted(BENCHMARKS),
         ),
     ],
     dataset: DatasetChoice = "cifar10",
@@ -33,7 +27,7 @@ def bench(
     trials: Annotated[
         int,
         typer.Option(
-            help="Clients drawn anew for each case, 1 or more; 0: only the table of the results "
+            help="Fresh clients for each case, 1 or more; 0: only the table of the results "
             "that --out holds."
         ),
     ] = 8,

@@ -13,7 +13,7 @@ import typer
 
 from fl_app.commands.output import print_json, screen, table_of
 from fl_app.config import GROUPS, ConfigError, config_files, load_config
-from fl_app.registry import ATTACKS, OURS, REGISTRIES, Entry
+from fl_app.registry import ATTACKS, OURS, REGISTRIES, Entry, Registry
 
 # Up to a line that ends with a full stop, or to the paragraph's end.
 _SOURCE = re.compile(r"^Source: (.+?)(?:\.$|\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
@@ -87,8 +87,17 @@ def choices(kind: str) -> list[Choice]:
     registry = REGISTRIES[kind]
     files = config_files(registry.noun) if registry.noun in GROUPS else {}
     names = sorted({*registry, *files})
-    entries = (registry.entries.get(name, Entry(name, "", OURS)) for name in names)
+    entries = (
+        registry.entries.get(name) or _variant(name, files[name], registry) for name in names
+    )
     return [_choice(entry, files.get(entry.name)) for entry in entries]
+
+
+def _variant(name: str, file: Path, registry: Registry) -> Entry:
+    """Return the entry that a configuration of no name in the registry stands for."""
+    others = (entry for entry in registry.entries.values() if entry.package != OURS)
+    packages = (entry.package for entry in others if entry.folder() == file.parents[2])
+    return Entry(name, "", next(packages, OURS))
 
 
 def options_of(name: str) -> list[dict[str, Any]]:
@@ -96,17 +105,31 @@ def options_of(name: str) -> list[dict[str, Any]]:
 
     Of a configuration that sets an option, the default is its value.
     """
-    names = list(ATTACKS) if name == "all" else [name]
-    configs = {each: load_config({"attack": each}).attack for each in names}
+    if name != "all":
+        return _options(name)
+    found = []
+    for each in ATTACKS:
+        try:
+            found += _options(each)
+        except ValueError as error:  # a plug-in's, which is not to hide the others'
+            if ATTACKS.entries[each].package == OURS:
+                raise
+            typer.secho(f"{each} is left out: {error}", fg="yellow", err=True)
+    return found
+
+
+def _options(name: str) -> list[dict[str, Any]]:
+    config = load_config({"attack": name}).attack
+    if config.name not in ATTACKS:
+        raise ConfigError(f"attack.name: {ATTACKS.unknown(config.name)}")
     return [
         {
-            "attack": each,
+            "attack": name,
             "option": option.name,
             "default": config.options.get(option.name, option.default),
             "allowed": option.allowed,
             "help": option.help,
         }
-        for each, config in configs.items()
         for option in ATTACKS[config.name].options()
     ]
 
@@ -114,7 +137,7 @@ def options_of(name: str) -> list[dict[str, Any]]:
 def _choice(entry: Entry, file: Path | None) -> Choice:
     """Describe an entry by its configuration's first comment, or its docstring."""
     try:
-        text = _first_comment(file) if file else entry.docstring()
+        text = entry.problem or (_first_comment(file) if file else entry.docstring())
     except (OSError, SyntaxError, ValueError) as error:  # of another package
         text = f"Can't be read: {error}"
     source = _SOURCE.search(text)

@@ -14,17 +14,20 @@ _EXTRA = {
     "flwr_datasets": "data",
     "PIL": "data",
     "skimage": "data",
+    "matplotlib": "server",
+    "ray": "server",
+    "scipy": "server",
 }
-"""By package; every other one is for the server."""
+"""By package."""
 
 
 class MissingExtraError(ValueError):
-    """A package that is not installed; the message names the extra that holds it."""
+    """A package that is not installed; the message names the extra that holds it, if one does."""
 
 
 @contextmanager
 def extras() -> Iterator[None]:
-    """Return a context in which a missing package is told with the extra that installs it.
+    """Return a context in which the error of a missing package names the extra that installs it.
 
     Raises
     ------
@@ -35,7 +38,7 @@ def extras() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        raise MissingExtraError(
-            f"{package} is not installed; it comes with: "
-            f"pip install 'flowleak[{_EXTRA.get(package, 'server')}]'"
-        ) from error
+        words = f"{package} is not installed"
+        if package in _EXTRA:
+            words += f"; it comes with: pip install 'flowleak[{_EXTRA[package]}]'"
+        raise MissingExtraError(words) from error

@@ -103,14 +103,15 @@ class Attack(ABC):
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
-        """Return the attack's constants, in the order of its fields."""
+        """Return the attack's constants, in the order of its fields.
+
+        Raises
+        ------
+        ValueError
+            If a field is not made by `option`, or a setting can't have its type.
+        """
         hints = get_type_hints(cls)
-        found = []
-        for each in fields(cls):
-            kinds = getattr(hints[each.name], "__args__", (hints[each.name],))
-            about = each.metadata["about"]
-            found.append(Option(each.name, each.default, kinds[0], type(None) in kinds, about))
-        return tuple(found)
+        return tuple(Option.of(each, hints[each.name]) for each in fields(cls))
 
     @abstractmethod
     def parts(self, task: Task) -> Parts:

@@ -44,11 +44,11 @@ class FlowMatching(Attack):
         None, "first ratio of gradient norms, priors to matching; 0: weights alone", low=0
     )
     final_prior_strength: float | None = option(None, "the ratio at the end", low=1e-6)
-    t_start: float = option(0.8, "flow time t(k) at the first iteration", low=0, high=1)
-    t_end: float = option(0.95, "flow time t(k) at the last iteration", low=0, high=1)
+    t_start: float = option(0.8, "flow time t(k) at the first iteration", low=1e-6, high=1)
+    t_end: float = option(0.95, "flow time t(k) at the last iteration", low=1e-6, high=1)
     every: int = option(1, "iterations from one run of the denoiser to the next", low=1)
     draws: int = option(1, "draws of noise that a run of the denoiser averages", low=1)
-    polish: float = option(0.0, "share of the iterations, the last ones, without flow", low=0)
+    polish: float = option(0.0, "share of the last iterations, without flow", low=0, high=0.99)
     statistics: float = option(0.1, STATISTICS)
     tiles: bool = option(False, "whether the prior sees images larger than its own in tiles")
     relu_smoothing: float | None = option(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import Field, dataclass, field, replace
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from server_strategies.attacks.matching import OBJECTIVES
 from server_strategies.attacks.matching.distance import DISTANCES
@@ -75,6 +77,27 @@ class Option:
     optional: bool
     about: About
 
+    @classmethod
+    def of(cls, constant: Field[Any], annotation: Any) -> Option:
+        """Return the option that a dataclass's field is.
+
+        Raises
+        ------
+        ValueError
+            If it is not made by `option`, or a setting can't have its type.
+        """
+        union = get_origin(annotation) in (Union, UnionType)
+        kinds = get_args(annotation) if union else (annotation,)
+        kind, *others = [each for each in kinds if each is not NoneType] or [NoneType]
+        if others or kind not in _KINDS or "about" not in constant.metadata:
+            raise ValueError(
+                f"the constant {constant.name} is no option of an attack; allowed: "
+                f"{constant.name}: TYPE = option(DEFAULT, HELP), with a TYPE among "
+                f"{', '.join(each.__name__ for each in _KINDS)}, or one of these | None"
+            )
+        about = constant.metadata["about"]
+        return cls(constant.name, constant.default, kind, NoneType in kinds, about)
+
     @property
     def help(self) -> str:
         """What it is, in one line."""
@@ -98,9 +121,9 @@ class Option:
             return
         right = isinstance(value, _KINDS[self.kind][0])
         right &= isinstance(value, bool) == (self.kind is bool)
-        if right and not isinstance(value, str):
-            right = (self.about.low is None or value >= self.about.low) and (  # type: ignore[operator]
-                self.about.high is None or value <= self.about.high  # type: ignore[operator]
-            )
+        if right and isinstance(value, int | float):
+            low = -math.inf if self.about.low is None else self.about.low
+            high = math.inf if self.about.high is None else self.about.high
+            right = math.isfinite(value) and low <= value <= high
         if not right or (self.about.allowed and value not in self.about.allowed):
             raise ValueError(f"{self.name} is {value!r}; allowed: {self.allowed}")

@@ -21,12 +21,21 @@ def create_attack(config: AttackConfig) -> Attack:
     Raises
     ------
     ConfigError
-        If the attack or one of its options is unknown, or an option has a wrong value.
+        If the attack or one of its options is unknown, an option has a wrong value, or a
+        plug-in's attack can't be used.
     """
     if config.name not in ATTACKS:
         raise ConfigError(f"attack.name: {ATTACKS.unknown(config.name)}")
-    kind: type[Attack] = ATTACKS[config.name]
-    known = [option.name for option in kind.options()]
+    try:
+        kind: type[Attack] = ATTACKS[config.name]
+        known = [option.name for option in kind.options()]
+    except ValueError as error:
+        raise ConfigError(f"attack.name is {config.name!r}: {error}") from error
+    if getattr(kind, "name", None) != config.name:  # the log would hold another name
+        raise ConfigError(
+            f"attack.name is {config.name!r}; its class {kind.__name__} has to say the same: "
+            f"name: ClassVar[str] = {config.name!r}"
+        )
     for key in config.options:
         if key not in known:
             raise ConfigError(

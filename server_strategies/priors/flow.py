@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_app.registry import PRIORS
+from fl_app.registry import OURS, PRIORS
 from fl_app.util.files import project_file, user_path
 from fl_app.util.reading import BrokenFileError
 from fl_app.util.tensors import read_tensors
@@ -52,9 +52,12 @@ def find_weights(weights: str) -> Path:
     try:
         return shipped_weights(weights)
     except FileNotFoundError as error:
+        shipped = [entry.name for entry in PRIORS.entries.values() if entry.package == OURS]
+        if weights in shipped:
+            raise
         raise ValueError(
-            f"prior weights {weights!r} are not shipped; allowed: a name of those that are, "
-            f"or the path of a .safetensors file ({error})"
+            f"prior weights {weights!r} are not shipped; allowed: {', '.join(shipped)}, "
+            "or the path of a .safetensors file"
         ) from error
 
 

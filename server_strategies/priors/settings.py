@@ -60,4 +60,5 @@ class TrainingSettings:
         ):
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; allowed: {low} to {high}")
+                words = f"{low} or more" if high == math.inf else f"{low} to {high}"
+                raise ValueError(f"{name} is {value}; allowed: {words}")
