@@ -101,7 +101,7 @@ class Plain(SME):
 @dataclass(frozen=True)
 class Listed(SME):
     name: ClassVar[str] = "listed"
-    weights: list[float] = option(None, "several")
+    weights: list[float] = option(None, "several")  # noqa: RUF009
 
 
 @pytest.mark.parametrize(
