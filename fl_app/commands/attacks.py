@@ -93,7 +93,7 @@ def score(
     ],
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Score a run's reconstructions with a Truth brought later; the lines join its log."""
+    """Score a run's reconstructions where the ground truth comes later; the lines join its log."""
     from fl_app.audit.table import leakage_table
     from fl_app.runs.attacking import score_later
     from fl_app.runs.folder import find_run
