@@ -16,6 +16,7 @@ with _extras():
     from server_strategies.attacks.inverting_gradients import (
         InvertingGradients as InvertingGradients,
     )
+    from server_strategies.attacks.labels import infer_labels as infer_labels
     from server_strategies.attacks.optimise import Parts as Parts
     from server_strategies.attacks.optimise import cosine_schedule as cosine_schedule
     from server_strategies.attacks.optimise import step_schedule as step_schedule

@@ -1,8 +1,10 @@
-"""Benchmarks, what a new one is made of, and clients drawn anew for each trial."""
+"""Benchmarks, what a new one is made of, and fresh clients for each trial."""
 
 from fl_app.util.extras import extras as _extras
 
 with _extras():
+    from fl_app.benchmarks.accuracy import Federation as Federation
+    from fl_app.benchmarks.accuracy import federated_accuracy as federated_accuracy
     from fl_app.benchmarks.attack_results import AttackResults as AttackResults
     from fl_app.benchmarks.case import Case as Case
     from fl_app.benchmarks.clients import Clients as Clients

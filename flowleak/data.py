@@ -9,3 +9,4 @@ with _extras():
     from fl_app.data import load_partition as load_partition
     from fl_app.data import load_split as load_split
     from fl_app.data.base import Source as Source
+    from fl_app.data.base import encoded as encoded

@@ -1,4 +1,4 @@
-"""Clients drawn anew for every trial, trained as Flower's clients train."""
+"""Fresh clients for every trial, trained as Flower's clients train."""
 
 from __future__ import annotations
 

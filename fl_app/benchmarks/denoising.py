@@ -57,7 +57,7 @@ class DenoisingRow:
 def evaluate_denoising(weights: str, images: Tensor, count: int) -> list[DenoisingRow]:
     """Measure how well a flow prior removes Gaussian noise from images.
 
-    Both denoisers are told sigma, and every result is clipped to [0, 1]. On
+    Both denoisers know sigma, and every result is clipped to [0, 1]. On
     [-1, 1] the noise is 2 sigma, and x_t / t has noise (1 - t) / t: so
     t = 1 / (1 + 2 sigma), and D(t (2 y - 1), t) denoises y.
 

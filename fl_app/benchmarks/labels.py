@@ -1,4 +1,4 @@
-"""The benchmark `flowleak bench labels`: how many of a client's labels its update tells."""
+"""The benchmark `flowleak bench labels`: how many of a client's labels are inferred."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ SUITE = _Labels(
     ),
     "share of images whose label was inferred, 95% interval",
 )
-"""How many of a client's labels its update tells, by every method.
+"""How many of a client's labels are inferred from its update, by every method.
 
 No attack is run.
 """

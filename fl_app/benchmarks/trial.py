@@ -1,4 +1,4 @@
-"""One trial of an attack: a client drawn anew, attacked and scored, in a worker process."""
+"""One trial of an attack: a fresh client, attacked and scored, in a worker process."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def score(
     ],
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Score a run's reconstructions with a Truth brought later; the lines join its log."""
+    """Score a run's reconstructions where the ground truth comes later; the lines join its log."""
     from fl_app.audit.leakage_log import read_lines
     from fl_app.audit.table import leakage_table
     from fl_app.runs.attacking import score_later

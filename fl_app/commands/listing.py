@@ -14,6 +14,7 @@ import typer
 from fl_app.commands.output import print_json, screen, table_of
 from fl_app.config import GROUPS, ConfigError, config_files, load_config
 from fl_app.registry import ATTACKS, OURS, REGISTRIES, Entry, Registry
+from fl_app.util.extras import MissingExtraError
 
 # Up to a line that ends with a full stop, or to the paragraph's end.
 _SOURCE = re.compile(r"^Source: (.+?)(?:\.$|\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
@@ -111,9 +112,9 @@ def options_of(name: str) -> list[dict[str, Any]]:
     for each in ATTACKS:
         try:
             found += _options(each)
+        except MissingExtraError:
+            raise
         except ValueError as error:  # a plug-in's, which is not to hide the others'
-            if ATTACKS.entries[each].package == OURS:
-                raise
             typer.secho(f"{each} is left out: {error}", fg="yellow", err=True)
     return found
 

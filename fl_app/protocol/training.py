@@ -13,7 +13,7 @@ class LocalTraining:
     Attributes
     ----------
     optimizer : {"adam", "adamw", "sgd"}
-        As in `torch.optim`; its state starts anew in every round.
+        As in `torch.optim`; its state is reset in every round.
     lr : float
         Learning rate, > 0.
     momentum : float
@@ -92,7 +92,7 @@ class LocalTraining:
 
         The images are numbered in the order of the first pass, which loses
         nothing. Later passes are assumed to keep that order; a client that
-        shuffles them anew is explained only approximately.
+        reshuffles them is matched only approximately.
 
         Parameters
         ----------

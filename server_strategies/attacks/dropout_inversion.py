@@ -23,7 +23,7 @@ from server_strategies.priors.total_variation import TotalVariation
 
 @dataclass(frozen=True)
 class DropoutInversion(Attack):
-    """Inverting gradients with one dropout mask an image; 20,000 iterations or fewer.
+    """Inverting gradients with one dropout mask an image; its authors use up to 20,000 iterations.
 
     Source: Scheliga, Mäder & Seeland, Dropout is NOT All You Need, AAAI 2023.
     """

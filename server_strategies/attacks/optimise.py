@@ -155,8 +155,10 @@ def optimise(
                 order = _better_order(objective, x.detach(), progress, matching, pair)
         variable.grad = gradient.sign() if parts.signed else gradient
         for fitted, part in zip(objective.unknowns, slopes, strict=True):
-            pulled = fitted.prior and torch.autograd.grad(fitted.prior(fitted.value), fitted.value)
-            fitted.value.grad = part + pulled[0] if pulled else part
+            fitted.value.grad = part
+            if fitted.prior:
+                penalty = fitted.prior(fitted.value)
+                fitted.value.grad = part + torch.autograd.grad(penalty, fitted.value)[0]
         pace = objective.pace()
         before = variable if pace is None else variable.detach().clone()
         optimizer.step()
