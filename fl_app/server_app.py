@@ -39,6 +39,7 @@ from server_strategies.attacks.run import create_attack
 from server_strategies.checkpointing import Checkpointing
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import MOST_IMAGES, ObservationStore
+from server_strategies.priors.flow import load_flow
 from server_strategies.recorder import Recorder
 from server_strategies.valid_replies import Expected, ValidReplies
 
@@ -89,8 +90,13 @@ def _prepare(
 ) -> tuple[Config, Knowledge, ArrayRecord]:
     """Refuse what can't work, before anything starts."""
     config = anchored(load_config(run_config).settled(simulated))
-    create_attack(config.attack)
+    attack = create_attack(config.attack)
     info = dataset_info(config.dataset)
+    if attack.needs_prior:
+        try:
+            load_flow(config.prior.weights)
+        except ValueError as error:
+            raise ConfigError(f"prior.weights: {error}") from error
     try:
         model = known_model(config.knowledge(info), config.seed)
     except ValueError as error:

@@ -480,8 +480,9 @@ class AttackPool:
                 "the server with --attacks 1"
             )
         return (
-            "Ray starts no worker: end this by Ctrl-C (the queue stays), look at its logs in "
-            f"{os.environ.get('RAY_TMPDIR', '/tmp')}, and at the memory and disk that are left"
+            "no worker has started yet: wait where the machine is busy; else look at the memory "
+            f"and disk that are left, and at Ray's logs in {os.environ.get('RAY_TMPDIR', '/tmp')}. "
+            "Ctrl-C ends this, and the queue stays"
         )
 
     def _give_back(self, worker: Any) -> None:

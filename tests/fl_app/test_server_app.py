@@ -19,6 +19,13 @@ def test_a_watched_client_that_a_simulation_lacks_is_refused() -> None:
     _prepare({"overrides": "watch.clients=[0,4]"}, simulated=False)  # ids are the machines' own
 
 
+def test_a_prior_that_is_not_there_is_refused_where_the_attack_needs_one() -> None:
+    missing = {"overrides": "prior.weights=nope", "attack": "flow_matching"}
+    with pytest.raises(ConfigError, match=r"prior\.weights: .*'nope'"):
+        _prepare(missing, simulated=False)
+    _prepare({**missing, "attack": "sme"}, simulated=False)
+
+
 def test_a_watch_that_matched_nothing_is_told_at_the_end() -> None:
     config = Config(watch=WatchConfig(clients=[0, 7]))
     assert _unwatched(config, []).startswith("NOTHING WAS WATCHED")
