@@ -34,6 +34,7 @@ class Entry:
     Attributes
     ----------
     name : str
+        What is typed to choose it.
     target : str
         ``module:attribute``.
     package : str

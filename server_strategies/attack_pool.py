@@ -51,10 +51,13 @@ class Job:
     Attributes
     ----------
     observation : Observation
+        What is attacked.
     knowledge : Knowledge
         What the attack may know.
     attack : AttackConfig
+        Which attack runs, and its budget.
     prior : PriorConfig
+        What it takes for natural.
     seed : int
         Restarts the attack.
     id : str

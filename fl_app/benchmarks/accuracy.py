@@ -32,13 +32,17 @@ class Federation:
     Attributes
     ----------
     training : LocalTraining
+        Of every client.
     defense : Defense
+        What every client does to its update.
     clients : int
         They share the training images equally, and all train in every round.
     rounds : int
+        Of federated averaging.
     images : int
         Training images of all clients together; all there are, if those are fewer.
     model : str
+        A name in the registry of models.
     """
 
     training: LocalTraining

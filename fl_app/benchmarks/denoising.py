@@ -37,6 +37,7 @@ class DenoisingRow:
     sigma : float
         Standard deviation of the noise, on pixels in [0, 1].
     noisy, non_local_means, flow : tuple of float
+        By image: of the noisy ones, and of what either denoiser makes of them.
     tiles : tuple of float
         Of the flow in tiles of its training images' size (`Tiled`); empty where the
         images are no larger.

@@ -23,11 +23,13 @@ class Ending:
     Attributes
     ----------
     folder : Path
+        The kit that holds it.
     role : str
         authority, server, client or worker.
     address : str
         Empty where the machine has none.
     file : str
+        Its name in the kit.
     valid_until : datetime
         In UTC.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_app.models.family import Family
+from fl_app.models.family import Family, check_sides
 from fl_app.models.norms import channel_norm
 
 
@@ -19,10 +19,8 @@ class ConvNet(nn.Module):
 
     Parameters
     ----------
-    num_classes : int
-    image_shape : tuple of int
-        (C, H, W); H and W divisible by 4.
-    norm : {"none", "batch", "group"}
+    num_classes, image_shape, norm
+        See `Family`; H and W divisible by 4.
 
     Raises
     ------
@@ -35,8 +33,7 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width = image_shape
-        if height % 4 or width % 4:
-            raise ValueError(f"convnet needs a height and width divisible by 4, got {image_shape}")
+        check_sides("convnet", image_shape, 4)
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1)
         self.norm1 = channel_norm(norm, 64)
         self.conv2 = nn.Conv2d(64, 128, 3, padding=1)

@@ -19,7 +19,7 @@ class Family:
     ----------
     build : callable
         ``(num_classes, image_shape, norm) -> nn.Module``, see `create_model` for what
-        that must have.
+        that must have: the number of classes, (C, H, W), and one of `norms`.
     norms : tuple of str
         What it can be normalised by, its default first.
     reason : str
@@ -29,3 +29,11 @@ class Family:
     build: Callable[[int, tuple[int, int, int], str], nn.Module]
     norms: tuple[str, ...] = ("none",)
     reason: str = ""
+
+
+def check_sides(name: str, image_shape: tuple[int, int, int], divisor: int) -> None:
+    """Raise ValueError unless a model's images, (C, H, W), have sides that a number divides."""
+    if image_shape[1] % divisor or image_shape[2] % divisor:
+        raise ValueError(
+            f"{name} needs a height and width divisible by {divisor}, got {image_shape}"
+        )

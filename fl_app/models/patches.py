@@ -6,6 +6,8 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
+from fl_app.models.family import check_sides
+
 PATCH = 4  # pixels across
 
 
@@ -38,10 +40,7 @@ class PatchModel(nn.Module):
     def __init__(self, name: str, image_shape: tuple[int, int, int], width: int) -> None:
         super().__init__()
         channels, rows, columns = image_shape
-        if rows % PATCH or columns % PATCH:
-            raise ValueError(
-                f"{name} needs a height and width divisible by {PATCH}, got {image_shape}"
-            )
+        check_sides(name, image_shape, PATCH)
         self.num_tokens = (rows // PATCH) * (columns // PATCH)
         self.patches = nn.Conv2d(channels, width, PATCH, stride=PATCH)
 

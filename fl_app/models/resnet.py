@@ -8,7 +8,7 @@ from importlib import import_module
 
 from torch import Tensor, nn
 
-from fl_app.models.family import CHANNEL_NORMS, Family
+from fl_app.models.family import CHANNEL_NORMS, Family, check_sides
 from fl_app.models.norms import channel_norm
 from fl_app.util.vision import import_torchvision
 
@@ -27,10 +27,8 @@ class ResNet(nn.Module):
 
     Parameters
     ----------
-    num_classes : int
-    image_shape : tuple of int
-        (C, H, W); H and W divisible by 8.
-    norm : {"batch", "group", "none"}
+    num_classes, image_shape, norm
+        See `Family`; H and W divisible by 8.
     blocks : sequence of int
         Of each stage.
     width : int
@@ -52,9 +50,8 @@ class ResNet(nn.Module):
         width: int,
     ) -> None:
         super().__init__()
-        channels, height, across = image_shape
-        if height % 8 or across % 8:
-            raise ValueError(f"a resnet needs a height and width divisible by 8, got {image_shape}")
+        channels = image_shape[0]
+        check_sides("a resnet", image_shape, 8)
         import_torchvision()  # here, as it takes a second and no other model needs it
         basic_block = import_module("torchvision.models.resnet").BasicBlock
         layers: list[nn.Module] = [

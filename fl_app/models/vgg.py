@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fl_app.models.family import CHANNEL_NORMS, Family
+from fl_app.models.family import CHANNEL_NORMS, Family, check_sides
 from fl_app.models.norms import channel_norm
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -20,10 +20,8 @@ class VGG11(nn.Module):
 
     Parameters
     ----------
-    num_classes : int
-    image_shape : tuple of int
-        (C, H, W); H and W divisible by 32.
-    norm : {"batch", "group", "none"}
+    num_classes, image_shape, norm
+        See `Family`; H and W divisible by 32.
 
     Raises
     ------
@@ -35,9 +33,8 @@ class VGG11(nn.Module):
         self, num_classes: int, image_shape: tuple[int, int, int], norm: str = "batch"
     ) -> None:
         super().__init__()
-        channels, height, width = image_shape
-        if height % 32 or width % 32:
-            raise ValueError(f"vgg11 needs a height and width divisible by 32, got {image_shape}")
+        channels = image_shape[0]
+        check_sides("vgg11", image_shape, 32)
         layers: list[nn.Module] = []
         for stage in _STAGES:
             for out in stage:

@@ -34,6 +34,7 @@ class Part:
     Attributes
     ----------
     path : Path
+        Its whole path.
     files, bytes : int
         How many files, and what they take on the disk.
     """

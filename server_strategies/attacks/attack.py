@@ -28,11 +28,13 @@ class Task:
     Attributes
     ----------
     seen : Observation
+        What the server saw of the client.
     known : Knowledge
         With what it lacked inferred, see `infer`.
     prior : nn.Module or None
         A velocity network on the budget's device, where the attack needs one.
     budget : Budget
+        What it may spend.
     """
 
     seen: Observation
