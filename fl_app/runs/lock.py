@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
@@ -45,8 +45,11 @@ def only_one(run_dir: Path, wait: bool = True) -> Iterator[None]:
                 raise RunIsHeldError(f"{words}; wait for it, or end it first") from None
             _log.warning("%s; waiting for it. Ctrl-C here is safe: the queue stays", words)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        with suppress(
+            OSError
+        ):  # on a full disk nobody is told who holds it; it is held all the same
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(handle)

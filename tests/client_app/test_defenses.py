@@ -433,17 +433,21 @@ def test_under_secure_aggregation_the_server_sees_the_sum_alone(tmp_path: Path) 
 
 
 def test_a_sums_truth_is_that_of_its_clients_one_after_another(tmp_path: Path) -> None:
-    config = replace(load_config({"defense": "secagg"}), runs_dir=str(tmp_path))
-    auditor = Auditor(tmp_path, config, config.knowledge(dataset_info(config.dataset)))
+    config = load_config({"defense": "secagg", "overrides": f"runs_dir={tmp_path}"})
+    config = replace(config, client=replace(config.client, batch_size=2))
+    known = config.knowledge(dataset_info(config.dataset))
+    auditor = Auditor(tmp_path, config, replace(known, image_shape=(3, 4, 4), num_classes=10))
     images = torch.rand(5, 3, 4, 4)
-    total = Observation({}, {}, 5, 1, node=0, client=-1, nodes=(9, 4), clients=(0, 1))
+    total = Observation(
+        {}, {}, 5, 1, node=0, client=-1, nodes=(9, 4), clients=(0, 1), examples=(2, 3)
+    )
     write_truth(tmp_path, Truth(images[:2], (7, 8), ((0,), (1,)), 1, node=9))
     assert not auditor.has_truth(total)
     with pytest.raises(ValueError, match=r"audit\.labels is given, but"):
         auditor.grant(total)
     write_truth(tmp_path, Truth(images[2:], (1, 2, 3), ((0, 1), (2,), (0, 1)), 1, node=4))
     assert auditor.has_truth(total) and auditor.grant(total).labels == (7, 8, 1, 2, 3)
-    whole = auditor._truth(total)
+    whole = auditor.truth(total)
     assert whole is not None and torch.equal(whole.images, images)
     assert whole.batches == ((0, 2, 3), (1, 4), (2, 3))
 
