@@ -557,7 +557,17 @@ def from_yaml(path: Path) -> Config:
     ConfigError
         If the file is missing or is no configuration of this version.
     """
-    settings = read_settings(path)
+    return from_settings(read_settings(path), path)
+
+
+def from_settings(settings: Mapping[str, Any], path: Path) -> Config:
+    """Return the configuration in a run's settings, as `read_settings` gives them, of a file.
+
+    Raises
+    ------
+    ConfigError
+        If they are no configuration of this version.
+    """
     missing = [key for key in _ALWAYS if key not in settings]
     if missing:
         raise ConfigError(f"{path} is no run's configuration: it lacks {', '.join(missing)}")

@@ -190,7 +190,7 @@ def rounds(
 ) -> None:
     """Show accuracy and leakage by round, and save them as rounds.md and rounds.png.
 
-    The picture needs matplotlib. It is drawn anew where the table has changed.
+    The picture needs matplotlib. It is drawn again where the table has changed.
     """
     from fl_app.audit.rounds import read_rounds
     from fl_app.config import ConfigError

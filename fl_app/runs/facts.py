@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fl_app.audit.auditor import Auditor
-from fl_app.config import Config, ConfigError, DatasetConfig, from_yaml, read_settings
+from fl_app.config import Config, ConfigError, DatasetConfig, from_settings, read_settings
 from fl_app.data import dataset_info, fingerprint, on_hub
 from fl_app.protocol import DatasetInfo, Knowledge
 from fl_app.util.text import printable
@@ -68,8 +68,8 @@ def open_auditor(
         If it says nothing of the data, as in older versions, and the data is not there.
     """
     path = run_dir / "config.yaml"
-    config = from_yaml(path)
-    facts = read_settings(path).get(_DATA)
+    settings = read_settings(path)
+    config, facts = from_settings(settings, path), settings.get(_DATA)
     if facts is None:
         knowledge = config.knowledge(dataset_info(config.dataset))
         return Auditor(run_dir, config, knowledge, truth_dir)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fl_app.protocol import Budget, Observation, Reconstruction
+from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.diagnosis import diagnose
 from server_strategies.attacks.matching.base import MatchingObjective
 
@@ -24,6 +24,12 @@ Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
 
 _COUNTED = 8  # iterations whose floating-point operations are counted
+
+
+def channel_scale(knowledge: Knowledge, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return the client's mean and standard deviation on a device, shape (C, 1, 1) each."""
+    mean, std = (torch.tensor(v, device=device) for v in (knowledge.mean, knowledge.std))
+    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
 class AttackError(RuntimeError):
@@ -57,8 +63,7 @@ class Run:
         self._objective, self._observation = objective, observation
         self._budget, self._report = budget, report
         device = torch.device(budget.device)
-        scale = (objective.knowledge.mean, objective.knowledge.std)
-        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in scale)
+        self.mean, self.std = channel_scale(objective.knowledge, device)
         self._losses = torch.zeros(budget.iterations, device=device)
         self._counter = _FlopCounter()
         self._memory = _PeakMemory(device)

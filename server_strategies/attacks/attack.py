@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.evolve import evolve
@@ -66,15 +66,6 @@ class Task:
     def generator(self) -> torch.Generator:
         """Return a generator of random numbers, seeded by the budget."""
         return torch.Generator(self.budget.device).manual_seed(self.budget.seed)
-
-    def scale(self) -> tuple[Tensor, Tensor]:
-        """Return the client's mean and standard deviation, shape (C, 1, 1) each."""
-        device = self.budget.device
-        mean, std = self.known.mean, self.known.std
-        return (
-            torch.tensor(mean, device=device).view(-1, 1, 1),
-            torch.tensor(std, device=device).view(-1, 1, 1),
-        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from server_strategies.attacks.accounting import channel_scale
 from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.optimise import cosine_schedule
 from server_strategies.attacks.options import DISTANCE, MATCHING, option
@@ -52,7 +53,7 @@ class GGL(Attack):
         """See `Attack`."""
         network, shape = task.network, task.known.image_shape
         check_shape(network, (task.seen.num_examples, *shape))
-        mean, std = task.scale()
+        mean, std = channel_scale(task.known, task.budget.device)
 
         def decode(z: Tensor) -> Tensor:
             return ((generate(network, z, self.steps) + 1) / 2 - mean) / std
