@@ -8,58 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from client_app.defenses import defended_weights, noise_generator
-from client_app.training import NO_DEFENSE, choose_batches, evaluate, local_seed, train
+from client_app.training import NO_DEFENSE, evaluate
 from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.federation import Federation, global_models
 from fl_app.benchmarks.processes import in_processes
 from fl_app.benchmarks.rows import Row, commits, kept_results, with_commit
 from fl_app.benchmarks.suite import Setting
 from fl_app.data import ImageSet, load_split
-from fl_app.models import create_model
-from fl_app.protocol import DatasetInfo, Defense, LocalTraining
+from fl_app.protocol import DatasetInfo
 from fl_app.util.files import write_text
-from server_strategies.updates import weighted_mean
-
-
-@dataclass(frozen=True)
-class Federation:
-    """A federation that is trained to see how good its model gets.
-
-    Attributes
-    ----------
-    training : LocalTraining
-        Of every client.
-    defense : Defense
-        What every client does to its update.
-    clients : int
-        They share the training images equally, and all train in every round.
-    rounds : int
-        Of federated averaging.
-    images : int
-        Training images of all clients together; all there are, if those are fewer.
-    model : str
-        A name in the registry of models.
-    """
-
-    training: LocalTraining
-    defense: Defense = NO_DEFENSE
-    clients: int = 10
-    rounds: int = 5
-    images: int = 20_000
-    model: str = "convnet"
-
-    @property
-    def name(self) -> str:
-        """Everything that decides the result but data and seed."""
-        t = self.training
-        local = f"K={t.local_steps}" if t.local_steps else f"{t.local_epochs} epochs"
-        client = f"{t.optimizer} {t.lr:g} {local} B={t.batch_size}"
-        size = f"{self.clients} clients, {self.rounds} rounds, {self.images} images"
-        return f"{self.model}, {client}, {size}, {self.defense}"
 
 
 def federated_accuracy(
@@ -67,68 +26,19 @@ def federated_accuracy(
 ) -> float:
     """Return the test accuracy of FedAvg's global model after the last round, in [0, 1].
 
-    A loop in this process over what a Flower client does: `choose_batches`, `train`,
-    `defended_weights`, seeded alike; then the mean of the clients' weights. Two federations
-    that differ in their defence alone train on the same batches.
-
     Parameters
     ----------
     federation : Federation
-    train_set : ImageSet
-        The first `Federation.images` of a seeded shuffle are the clients'.
-    test_set : ImageSet
+        Of one round or more.
+    train_set, test_set : ImageSet
     info : DatasetInfo
     seed : int
-        >= 0; decides the model, the clients' images, their batches and their noise.
+        See `global_models`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randperm(len(train_set), generator=generator)[: federation.images]
-    shares = [picks[client :: federation.clients] for client in range(federation.clients)]
-    model = create_model(
-        federation.model,
-        info.num_classes,
-        info.image_shape,
-        seed,
-        precode=federation.defense.precode,
-        dropout=federation.defense.dropout,
-    )
-    weights = _copy(model.state_dict())
-    for round_ in range(1, federation.rounds + 1):
-        sent = []
-        for client, share in enumerate(shares):
-            model.load_state_dict(weights)
-            own = ImageSet(train_set.images[share], train_set.labels[share])
-            place = (seed, client, round_)
-            sent.append(_train_client(federation, model, weights, own, info, place))
-        weights = weighted_mean([w1 for w1, _ in sent], [count for _, count in sent])
-    model.load_state_dict(weights)
+    *_, weights = global_models(federation, train_set, info, seed)
+    model = federation.create(info, seed)
+    model.load_state_dict(dict(weights))
     return evaluate(model, test_set, info.mean, info.std)[1]
-
-
-def _train_client(
-    federation: Federation,
-    model: torch.nn.Module,
-    weights: Mapping[str, Tensor],
-    own: ImageSet,
-    info: DatasetInfo,
-    place: tuple[int, int, int],
-) -> tuple[dict[str, Tensor], int]:
-    """Return what a client sends, of seed, client and round `place`: weights and num-examples."""
-    seed = local_seed(*place)
-    batches = choose_batches(len(own), federation.training, torch.Generator().manual_seed(seed))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        train(
-            model, own.images.float() / 255, own.labels, batches, federation.training,
-            info.mean, info.std, federation.defense,
-        )  # fmt: skip
-    noise = noise_generator(*place)
-    sent = defended_weights(weights, _copy(model.state_dict()), federation.defense, noise)
-    return sent, len(torch.cat(batches).unique())
-
-
-def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in weights.items()}
 
 
 def federation_of(case: Case) -> Federation | None:

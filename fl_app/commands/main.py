@@ -14,6 +14,7 @@ from fl_app.commands.group import group
 from fl_app.commands.listing import list_choices
 from fl_app.commands.prior import prior_app
 from fl_app.commands.runs import rounds, runs, show
+from fl_app.commands.state import train_state
 from fl_app.lan.commands import lan_app
 from fl_app.util.extras import extras
 
@@ -23,7 +24,7 @@ app = group(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,  # keys are among them
 )
-for command in (runs, show, rounds, attack, score, delete, bench):
+for command in (runs, show, rounds, attack, score, delete, bench, train_state):
     app.command()(command)
 app.command("list")(list_choices)
 app.add_typer(prior_app, name="prior")

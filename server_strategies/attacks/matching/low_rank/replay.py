@@ -1,0 +1,197 @@
+"""The order of the local steps and the labels: the head's training, replayed.
+
+The head's gradient in a step follows from its weights, the features of the step's images,
+and their labels. So from w0 on all of the head's weights follow, step by step, once it is
+known which images a step trained on. That is told by the slopes d_n that the update
+holds: at the weights of image n's own step, and with its own label, the head gives
+exactly these. At those of another step it gives others, as far as the weights have moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fl_app.protocol import LocalTraining
+from server_strategies.attacks.matching.low_rank.head import Head, Weights
+from server_strategies.attacks.matching.trajectory import Sgd
+
+_WIDTH = 8  # orders that are followed at the same time
+_BRANCHES = 3  # images beyond those of a step's best choice that may replace its worst
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A replay of the head's training.
+
+    Attributes
+    ----------
+    order : tuple of int
+        By place in the training, the term that was there; -1: of none that was found.
+    labels : tuple of int
+        By place.
+    misfit : Tensor, shape (places,)
+        By place, ``|d - d_n|^2 / |d_n|^2`` of its term's slopes; infinite without one.
+    inwards : Tensor, shape (places, in)
+        By place, the slopes of the step's loss in the features; 0 without a term.
+    """
+
+    order: tuple[int, ...]
+    labels: tuple[int, ...]
+    misfit: Tensor
+    inwards: Tensor
+
+
+@dataclass
+class _Path:
+    """An order up to some step."""
+
+    weights: Weights
+    momentum: list[Tensor]
+    order: list[int]
+    labels: list[int]
+    misfits: list[float]
+    inwards: list[Tensor]
+    cost: float
+
+    def of(self, training: LocalTraining) -> Sgd:
+        """Return the optimiser as it is then."""
+        optimizer = Sgd(training)
+        optimizer.m = self.momentum
+        return optimizer
+
+
+def replay(
+    head: Head,
+    w0: Weights,
+    features: Tensor,
+    slopes: Tensor,
+    noise: Tensor,
+    sizes: Sequence[int],
+    worth: Sequence[float],
+    training: LocalTraining,
+) -> Replay:
+    """Find the order of terms and their labels by replaying the head's training.
+
+    Parameters
+    ----------
+    head : Head
+    w0 : dict of str to Tensor
+        The head's weights before the training.
+    features : Tensor, shape (m, in)
+        Of the terms, each at its own step's weights.
+    slopes : Tensor, shape (m, out)
+        d_n of the terms, as the update holds them.
+    noise : Tensor, shape (m,)
+        Standard deviation of the noise in an entry of d_n.
+    sizes : sequence of int
+        By local step, the number of its images; together `places`, m or more.
+    worth : sequence of float
+        By local step, what a gradient is worth in the update, see `known_part`.
+    training : LocalTraining
+        With SGD.
+    """
+    missing = sum(sizes) - len(features)
+    start = {name: w0[name].detach() for name in head.names}
+    paths = [_Path(start, [], [], [], [], [], 0.0)]
+    for size, share in zip(sizes, worth, strict=True):
+        grown = [
+            new
+            for path in paths
+            for new in _grown(head, path, features, slopes, noise, size, share, missing)
+        ]
+        grown.sort(key=lambda path: path.cost)
+        paths = [_stepped(head, path, features, size, training) for path in grown[:_WIDTH]]
+    best = paths[0]
+    return Replay(
+        tuple(best.order),
+        tuple(best.labels),
+        torch.tensor(best.misfits),
+        torch.stack(best.inwards),
+    )
+
+
+def _grown(
+    head: Head,
+    path: _Path,
+    features: Tensor,
+    slopes: Tensor,
+    noise: Tensor,
+    size: int,
+    share: float,
+    missing: int,
+) -> list[_Path]:
+    """Return a path's continuations by the images of one step, best first."""
+    left = [n for n in range(len(features)) if n not in path.order]
+    gone = path.order.count(-1)
+    if not left:
+        return [_extended(path, [], size)]
+    given, _ = head.slopes(path.weights, features[left])
+    wanted = slopes[left] * (size / share)
+    off = (given - wanted[:, None]).square().sum(2)
+    scale = wanted.square().sum(1)
+    least, label = (off / scale[:, None]).min(1)
+    # What noise alone does to the misfit is no sign of another step.
+    floor = wanted.shape[1] * (noise[left] * size / share).square() / scale + 1e-9
+    cost = (least / floor).log1p()
+    ranked = cost.argsort().tolist()
+    of = [(left[n], int(label[n]), least[n].item(), cost[n].item()) for n in ranked]
+    take = min(size, len(of))
+    sets = [of[:take]]
+    sets += [of[: take - 1] + [other] for other in of[take : take + _BRANCHES]]
+    # A place may be that of an image that the update does not show.
+    if missing > gone and take > 0:
+        sets.append(of[: take - 1])
+    return [_extended(path, chosen, size) for chosen in sets]
+
+
+def _extended(path: _Path, chosen: list[tuple[int, int, float, float]], size: int) -> _Path:
+    """Return a path with a step's images, before its weights are stepped."""
+    empty = size - len(chosen)
+    return _Path(
+        path.weights,
+        path.momentum,
+        path.order + [n for n, _, _, _ in chosen] + [-1] * empty,
+        path.labels + [label for _, label, _, _ in chosen] + [-1] * empty,
+        path.misfits + [misfit for _, _, misfit, _ in chosen] + [torch.inf] * empty,
+        path.inwards,
+        # An image of which nothing is seen hardly moves the model, but it is no free choice.
+        path.cost + sum(cost for _, _, _, cost in chosen) + _EMPTY * empty,
+    )
+
+
+_EMPTY = 3.0  # cost of a place without a term, as that of a misfit twenty times the noise
+
+
+def _stepped(
+    head: Head, path: _Path, features: Tensor, size: int, training: LocalTraining
+) -> _Path:
+    """Return a path after the last step's update of the weights."""
+    order, labels = path.order[-size:], path.labels[-size:]
+    there = [place for place, n in enumerate(order) if n >= 0]
+    inwards = features.new_zeros(size, features.shape[1])
+    weights, momentum = path.weights, path.momentum
+    if there:
+        chosen = features[[order[place] for place in there]]
+        targets = torch.tensor([labels[place] for place in there], device=features.device)
+        gradient, back, _ = head.gradient(weights, chosen, targets)
+        share = len(there) / size  # the mean is over the whole step
+        inwards[there] = back * share
+        optimizer = path.of(training)
+        stepped = optimizer.step(
+            [weights[name] for name in head.names],
+            [gradient[name] * share for name in head.names],
+        )
+        weights, momentum = dict(zip(head.names, stepped, strict=True)), optimizer.m
+    return _Path(
+        weights,
+        momentum,
+        path.order,
+        path.labels,
+        path.misfits,
+        [*path.inwards, *inwards],
+        path.cost,
+    )
