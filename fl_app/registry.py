@@ -235,6 +235,7 @@ MODELS = Registry(
     "model",
     {
         "convnet": "fl_app.models.convnet:CONVNET",
+        "lenet5": "fl_app.models.lenet:LENET5",
         "mlp": "fl_app.models.mlp:MLP_FAMILY",
         "mlp_mixer": "fl_app.models.mlp_mixer:MLP_MIXER",
         "resnet8": "fl_app.models.resnet:RESNET8",
@@ -280,6 +281,7 @@ BENCHMARKS = Registry(
     {
         "quick": "fl_app.benchmarks.quick:SUITE",
         "matching": "fl_app.benchmarks.matching:SUITE",
+        "exact": "fl_app.benchmarks.exact:SUITE",
         "ablation": "fl_app.benchmarks.ablation:SUITE",
         "tv-weights": "fl_app.benchmarks.tv_weights:SUITE",
         "prior-strength": "fl_app.benchmarks.prior_strength:SUITE",

@@ -8,19 +8,20 @@ from typing import Any
 
 from rich.table import Table
 
-from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.case import RECOGNISED, Case
 from fl_app.benchmarks.results import Results
 from fl_app.util.intervals import mean_interval
 from fl_app.util.markdown import half_width, signed
 
 _COLUMNS = [
-    "client", "attack", "trials", "PSNR dB", "threshold", "mean colour dB", "PSNR by local step",
+    "client", "accuracy", "attack", "trials", "PSNR dB", "threshold", "mean colour dB",
+    "over 20 dB", "PSNR by local step",
     "SSIM", "LPIPS VGG", "vs first dB", "vs first LPIPS", "loss", "at truth", "s", "it/s", "MB",
 ]  # fmt: skip
 
 _ON_SCREEN = (
-    "client", "attack", "trials", "PSNR dB", "threshold", "mean colour dB", "LPIPS VGG",
-    "vs first dB", "s",
+    "client", "accuracy", "attack", "trials", "PSNR dB", "threshold", "mean colour dB",
+    "over 20 dB", "LPIPS VGG", "vs first dB", "s",
 )  # fmt: skip
 
 _MEANS = (
@@ -53,6 +54,9 @@ class AttackResults(Results):
             mean, low, high = mean_interval([s["mean"] for s in scores])
             baseline = mean_interval([s["baseline"] for s in scores])[0]
             entry[metric] = {"mean": mean, "low": low, "high": high, "baseline": baseline}
+        values = [value for row in rows for value in row["metrics"]["psnr"]["values"]]
+        entry["recognised"] = sum(value > RECOGNISED for value in values), len(values)
+        entry["accuracy"] = rows[0].get("accuracy")
         steps = zip(*(row["psnr_by_step"] for row in rows), strict=True)
         # Steps of later passes use no new image.
         entry["psnr_by_step"] = [sum(v) / len(v) for v in steps if None not in v]
@@ -112,12 +116,14 @@ class AttackResults(Results):
         beaten = psnr["mean"] > psnr["baseline"]
         return [
             case.client,
+            f"{line['accuracy']:.0%}" if line["accuracy"] else "untrained",
             case.name.split(", ", 1)[1],
             str(line["trials"]),
             f"{psnr['mean']:.2f}{half_width(psnr, 1)}"
             + ("" if beaten else " (no better than the mean colour)"),
             _threshold(case),
             f"{psnr['baseline']:.1f}",
+            "{} of {}".format(*line["recognised"]),
             " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
             f"{line['ssim']['mean']:.3f}",
             f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
@@ -148,6 +154,10 @@ class AttackResults(Results):
         if case.above_mean_colour is not None and above < case.above_mean_colour:
             wanted = f"the threshold is {case.above_mean_colour:+g} dB"
             yield f"{above:+.2f} dB above the mean colour, {wanted}"
+        over, of = line["recognised"]
+        if case.recognised is not None and over < case.recognised * of:
+            words = f"{over} of {of} images over {RECOGNISED:g} dB"
+            yield f"{words}, the threshold is {case.recognised:.0%}"
         for other in self.cases if case.first else ():
             rival = self.summary(other).get("psnr") if other.arena == case.arena else None
             if rival and rival["mean"] > psnr:
@@ -166,6 +176,8 @@ def _threshold(case: Case) -> str:
     words = [] if case.threshold is None else [f"{case.threshold:g}"]
     if case.above_mean_colour is not None:
         words.append(f"mean colour {case.above_mean_colour:+g}")
+    if case.recognised is not None:
+        words.append(f"{case.recognised:.0%} over {RECOGNISED:g} dB")
     words += [] if case.gain is None else [f"{case.gain:+g} dB, LPIPS lower"]
     words += ["first"] * case.first
     return "; ".join(words)

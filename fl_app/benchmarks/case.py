@@ -9,6 +9,9 @@ from fl_app.config import AttackConfig
 from fl_app.models import chosen_norm
 from fl_app.protocol import Defense, LocalTraining
 
+RECOGNISED = 20.0
+"""PSNR in dB over which people recognise an image of 32x32 at a glance."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -34,6 +37,11 @@ class Case:
         Whether the attacker is given the labels; otherwise it infers their counts.
     rounds : int
         Global rounds that the model was trained for before, see `global_model`.
+    state : str
+        Trained model that the client is sent instead, see `trained_state`: ``init``,
+        ``epoch-N`` or ``converged``.
+    recognised : float or None
+        Share of all images that have to be over `RECOGNISED` dB.
     above_mean_colour : float or None
         Mean PSNR in dB by which it has to beat an image of the mean colour.
     defense : Defense
@@ -54,6 +62,8 @@ class Case:
     labels_known: bool = True
     norm: str = ""
     rounds: int = 0
+    state: str = "init"
+    recognised: float | None = None
     above_mean_colour: float | None = None
     defense: Defense = NO_DEFENSE
     defense_known: bool = True
@@ -82,6 +92,7 @@ class Case:
             order = "reshuffled" if t.reshuffle else "in order"
             words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
         words += [f"after {self.rounds} rounds"] * bool(self.rounds)
+        words += [f"at {self.state}"] * (self.state != "init")
         words += ["labels unknown"] * (not self.labels_known)
         if self.defense != NO_DEFENSE:
             words += [f"{self.defense}", "known" if self.defense_known else "unknown"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -13,6 +13,7 @@ from client_app.defenses import defended_weights, noise_generator
 from client_app.training import NO_DEFENSE, choose_batches, in_training_order, train
 from fl_app.audit.truth import Truth
 from fl_app.benchmarks.case import Case
+from fl_app.benchmarks.states import State
 from fl_app.data import ImageSet
 from fl_app.models import known_model
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, Observation
@@ -32,15 +33,23 @@ class Clients:
     info : DatasetInfo
     train_images : ImageSet or None
         What earlier rounds train on; None where no case has any.
+    states : mapping
+        Trained models by model, norm and name of the state.
     """
 
     images: ImageSet
     info: DatasetInfo
     train_images: ImageSet | None = None
+    states: Mapping[tuple[str, str, str], State] = field(default_factory=dict)
 
     def draw(self, case: Case, seed: int) -> tuple[Observation, Knowledge, Truth]:
         """See `draw_client`."""
-        return draw_client(case, self.images, self.info, seed, self.train_images)
+        state = self.state_of(case)
+        return draw_client(case, self.images, self.info, seed, self.train_images, state)
+
+    def state_of(self, case: Case) -> State | None:
+        """Return the trained model that a case starts from; None: it is initialised."""
+        return self.states.get((case.model, case.norm, case.state))
 
 
 def draw_client(
@@ -49,8 +58,9 @@ def draw_client(
     info: DatasetInfo,
     seed: int,
     train_images: ImageSet | None = None,
+    state: State | None = None,
 ) -> tuple[Observation, Knowledge, Truth]:
-    """Train one client from a freshly drawn model on freshly drawn images.
+    """Train one client from a freshly drawn model, or a trained one, on freshly drawn images.
 
     Parameters
     ----------
@@ -63,12 +73,16 @@ def draw_client(
         with as many images are compared on the same ones.
     train_images : ImageSet, optional
         What earlier rounds train on; needed where the case has some.
+    state : State, optional
+        The trained model that the client is sent; None: see `global_model`.
 
     Raises
     ------
     ValueError
-        If there are fewer than N images.
+        If there are fewer than N images, or a trained model is asked for and not given.
     """
+    if case.state != "init" and state is None:
+        raise ValueError(f"the case starts from {case.state}, which is not given")
     generator = torch.Generator().manual_seed(seed)
     agreed = Knowledge(
         case.model,
@@ -81,7 +95,11 @@ def draw_client(
         precode=case.defense.precode,
         dropout=case.defense.dropout,
     )
-    earlier = global_model(agreed, case.count, case.rounds, seed, train_images)
+    earlier = (
+        state.weights
+        if state
+        else global_model(agreed, case.count, case.rounds, seed, train_images)
+    )
     model = known_model(agreed, seed)
     model.load_state_dict(dict(earlier))
     with torch.random.fork_rng():  # a defence may draw noise of its own in every step

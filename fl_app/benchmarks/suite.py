@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,9 @@ from fl_app.benchmarks.clients import Clients
 from fl_app.benchmarks.processes import in_processes
 from fl_app.benchmarks.results import Results
 from fl_app.benchmarks.rows import Row
+from fl_app.benchmarks.states import trained_state
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
-from fl_app.data import ImageSet, dataset_info, draw_images, load_split
+from fl_app.data import ImageSet, dataset_info, draw_images, fingerprint, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
 from fl_app.registry import PRIORS
 from fl_app.runs.folder import git_commit
@@ -60,6 +61,9 @@ class Setting:
         Of the attacks.
     lpips_weights : str
         See `load_lpips`.
+    private : DatasetConfig or None
+        Where clients draw their images from instead, so that none of them can be among
+        those that a state was trained on.
     """
 
     data: DatasetConfig
@@ -71,6 +75,7 @@ class Setting:
     only: str = ""
     prior: PriorConfig = field(default_factory=PriorConfig)
     lpips_weights: str = ""
+    private: DatasetConfig | None = None
 
     def __post_init__(self) -> None:
         kept = bool(self.path and self.path.exists())
@@ -89,22 +94,43 @@ class Setting:
 
     @cached_property
     def images(self) -> ImageSet:
-        """The images of the split."""
-        return load_split(self.data, self.split)
+        """The images that clients draw from.
 
-    def clients(self, cases: Iterable[Case]) -> Clients:
-        """Return what clients are drawn from; training images only if a case needs some."""
+        Raises
+        ------
+        ConfigError
+            If those of another folder do not fit the data set.
+        """
+        if self.private is None:
+            return load_split(self.data, self.split)
+        theirs = dataset_info(self.private)
+        ours = (self.info.num_classes, self.info.image_shape)
+        if (theirs.num_classes, theirs.image_shape) != ours:
+            raise ConfigError(
+                f"private has {theirs.num_classes} classes of {theirs.image_shape}; "
+                f"allowed: {self.info.num_classes} of {self.info.image_shape}, as the data set"
+            )
+        return load_split(self.private, self.split)
+
+    def clients(self, cases: Sequence[Case]) -> Clients:
+        """Return what clients are drawn from; training images and states if a case needs them."""
         train_images = None
         if any(case.rounds for case in cases):
             train_images = draw_images(self.data, "train", _TRAIN_IMAGES, self.seed)
-        return Clients(self.images, self.info, train_images)
+        wanted = {(case.model, case.norm, case.state) for case in cases if case.state != "init"}
+        states = {
+            (model, norm, state): trained_state(self.data, model, norm, state)
+            for model, norm, state in sorted(wanted)
+        }
+        return Clients(self.images, self.info, train_images, states)
 
     @property
     def facts(self) -> dict[str, Any]:
         """What results depend on beside the cases."""
         facts = {"dataset": self.data.name, "split": self.split, "first_seed": self.seed}
         prior = {"prior": self._prior_name} if self._prior_name else {}
-        return {**facts, **prior, "commit": git_commit()}
+        private = {"private": fingerprint(self.private)} if self.private else {}
+        return {**facts, **prior, **private, "commit": git_commit()}
 
     @property
     def _prior_name(self) -> str:
@@ -120,6 +146,7 @@ class Setting:
         words += ["--prior", self._prior_name] if self._prior_name else []
         words += ["--trials", str(trials), "--seed", str(self.seed)]
         words += ["--workers", str(self.workers)] if self.workers > 1 else []
+        words += ["--private", self.private.name] if self.private else []
         words += ["--cases", self.only] if self.only else []
         return shlex.join(words)
 
@@ -177,7 +204,7 @@ class Suite(ABC, Generic[_Kept]):
         seeds = range(setting.seed, setting.seed + setting.trials)
         missing = results.missing(setting.only, seeds)
         if missing:
-            shared = self, setting.clients(case for case, _ in missing), setting
+            shared = self, setting.clients([case for case, _ in missing]), setting
             for rows in in_processes(_trial, shared, missing, setting.workers, name, console):
                 results.add(rows, setting.workers)
         return results

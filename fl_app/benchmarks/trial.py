@@ -51,10 +51,12 @@ def attack_trial(
     features = feature_mse(target_features(observation, knowledge))
     measures = {**MEASURES, **perceptual, "fmse": features}
     leakage = score(found, truth, knowledge.mean, measures, reasons, knowledge.num_classes)
+    state = clients.state_of(case)
     size, encoding = update_bytes(observation.update, case.defense.quantize)
     return {
         "case": case.name,
         "seed": seed,
+        "accuracy": state.accuracy if state else None,
         "distortion": _distortion(clients, case, seed, observation),
         "update_bytes": size,
         "update_encoding": encoding,

@@ -60,6 +60,13 @@ def bench(
             ".safetensors file; empty: the default one."
         ),
     ] = "",
+    private: Annotated[
+        str,
+        typer.Option(
+            help="Folder of the images that are attacked, in the data set's classes and size, "
+            "where they are to be others than its own."
+        ),
+    ] = "",
     check: Annotated[
         bool, typer.Option("--check", help="Exit with 1 where a figure misses its threshold.")
     ] = False,
@@ -82,6 +89,7 @@ def bench(
         cases,
         PriorConfig(prior_weights(prior)) if prior else PriorConfig(),
         lpips_weights if lpips_weights in ("", "download") else typed_path(lpips_weights),
+        dataset_config(private) if private else None,
     )
     suite, console = BENCHMARKS[name], screen()
     results = suite.run(name, setting, console)

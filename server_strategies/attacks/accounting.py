@@ -102,6 +102,10 @@ class Run:
                 self._report(self._done, matching.item())
             self._reported = now
 
+    def end(self, reason: str) -> None:
+        """Say why the search ends before its budget does."""
+        self._stop_reason = reason
+
     def found(self, x: Tensor) -> Reconstruction:
         """Return what the objective makes of the last candidates, and the costs of all.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, get_type_hints
 
@@ -12,10 +13,12 @@ from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.evolve import evolve
+from server_strategies.attacks.gauss_newton import gauss_newton
 from server_strategies.attacks.infer import infer
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.base import MatchingObjective
 from server_strategies.attacks.matching.batch_norm import BatchStatistics, statistics_of
+from server_strategies.attacks.matching.low_rank.objective import LowRank
 from server_strategies.attacks.optimise import Parts, Report, optimise
 from server_strategies.attacks.options import Option
 from server_strategies.priors.flow import load_flow
@@ -150,11 +153,19 @@ class Attack(ABC):
             prior = load_flow("compact", budget.device)
         known = infer(seen, self.assume(known), budget.device, self.labels)
         parts = self.parts(Task(seen, known, prior, budget))
-        search = evolve if parts.population else optimise
-        found = search(parts, seen, budget, report)
+        found = _search(parts)(parts, seen, budget, report)
         return replace(
             found,
             attack=self.name,
             options=asdict(self) | dict(parts.chosen),
             seconds=time.monotonic() - began,
         )
+
+
+def _search(parts: Parts) -> Callable[..., Reconstruction]:
+    """Return the search that suits what an attack consists of."""
+    if parts.population:
+        return evolve
+    if isinstance(parts.matching, LowRank) and not parts.decode:
+        return gauss_newton
+    return optimise

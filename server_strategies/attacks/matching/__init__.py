@@ -17,6 +17,8 @@ from server_strategies.attacks.matching.base import MatchingObjective, Setting
 from server_strategies.attacks.matching.defended import hidden_size
 from server_strategies.attacks.matching.distance import DISTANCES
 from server_strategies.attacks.matching.gradient_match import GradientMatch
+from server_strategies.attacks.matching.low_rank.exact import ExactFeatures, exact_features
+from server_strategies.attacks.matching.low_rank.objective import LowRank
 from server_strategies.attacks.matching.passes import Passes
 from server_strategies.attacks.matching.relu_smoothing import RELU_SMOOTHING, smooth_relu
 from server_strategies.attacks.matching.summed import Summed
@@ -28,6 +30,7 @@ OBJECTIVES: dict[str, type[MatchingObjective]] = {
     for kind in (
         Surrogate,
         Trajectory,
+        LowRank,
         Passes,
         Decoded,
         Summed,
@@ -89,7 +92,14 @@ def matching_objective(
     """
     _check(kind, distance, observation, knowledge)
     model = clients_model(knowledge, observation.w0).to(device)
-    reason = "asked for"
+    reason, exact = "asked for", None
+    if kind == LowRank.name or (kind == "auto" and not knowledge.defense.secagg):
+        exact = exact_features(model, observation, knowledge)
+        if isinstance(exact, str) and kind == LowRank.name:
+            raise ValueError(f"matching is {kind!r}, but {exact}")
+    if isinstance(exact, ExactFeatures):
+        reason = f"{'auto, ' * (kind == 'auto')}{exact.reason}"
+        kind = LowRank.name
     if kind == "auto":
         kind, reason = choose(model, observation, knowledge)
         if distance not in ("auto", "cosine") and _smooths(kind, knowledge):
@@ -105,7 +115,13 @@ def matching_objective(
         smooth_relu(model, relu_smoothing)
     reason = f"{kind}: {reason}"
     setting = Setting(model, observation, knowledge, reason, DISTANCES[distance])
-    objective = Surrogate(setting, alpha) if kind == Surrogate.name else OBJECTIVES[kind](setting)
+    objective: MatchingObjective
+    if isinstance(exact, ExactFeatures):
+        objective = LowRank(setting, exact)
+    elif kind == Surrogate.name:
+        objective = Surrogate(setting, alpha)
+    else:
+        objective = OBJECTIVES[kind](setting)
     objective.relu_smoothing = relu_smoothing
     return objective
 

@@ -1,4 +1,4 @@
-"""A surrogate gradient for ReLU's second derivative, which autograd takes to be zero.
+"""Surrogate gradients for ReLU: of its second derivative, and of its first one's step.
 
 Update matching takes second derivatives. ReLU passes the gradient g of its output on to
 its input z as ``g H(z)``, and autograd takes the step function H for a constant. To it,
@@ -49,18 +49,40 @@ def smooth_relu(model: nn.Module, width: float) -> None:
     forward = model.forward
 
     def smoothed(*args: Any, **kwargs: Any) -> Any:
-        with _SmoothedRelu(width):
+        with _ReluAs(lambda z: _Relu.apply(z, width)):
             return forward(*args, **kwargs)
 
     model.forward = smoothed  # type: ignore[method-assign]
 
 
-class _SmoothedRelu(TorchFunctionMode):
-    """While it is entered, calls of `relu` are of `_Relu`."""
+def soft_gates(width: float) -> TorchFunctionMode:
+    """Return a context in which ReLU's first derivative is soft, and its value stays.
 
-    def __init__(self, width: float) -> None:
+    The step function is replaced by ``sigmoid(z / (width rms(z)))``, with the root mean
+    square by image, which autograd takes for a constant. A unit that is nearly active then
+    has a derivative, so that a least-squares step may activate it.
+
+    Parameters
+    ----------
+    width : float
+        Positive.
+    """
+
+    def softened(z: Tensor) -> Tensor:
+        value = z.detach()
+        scale = value.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (z.dim() - 1))
+        gate = torch.sigmoid(value / (width * scale + 1e-30))
+        return value.clamp_min(0) + (z - value) * gate
+
+    return _ReluAs(softened)
+
+
+class _ReluAs(TorchFunctionMode):
+    """While it is entered, another function is called in the place of `relu`."""
+
+    def __init__(self, other: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.width = width
+        self.other = other
 
     def __torch_function__(
         self,
@@ -71,7 +93,7 @@ class _SmoothedRelu(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _RELUS:
-            return _Relu.apply(args[0] if args else kwargs["input"], self.width)
+            return self.other(args[0] if args else kwargs["input"])
         return func(*args, **kwargs)
 
 

@@ -141,7 +141,7 @@ def _grown(
     of = [(left[n], int(label[n]), least[n].item(), cost[n].item()) for n in ranked]
     take = min(size, len(of))
     sets = [of[:take]]
-    sets += [of[: take - 1] + [other] for other in of[take : take + _BRANCHES]]
+    sets += [[*of[: take - 1], other] for other in of[take : take + _BRANCHES]]
     # A place may be that of an image that the update does not show.
     if missing > gone and take > 0:
         sets.append(of[: take - 1])
@@ -195,3 +195,33 @@ def _stepped(
         [*path.inwards, *inwards],
         path.cost,
     )
+
+
+def update_scale(
+    head: Head, w0: Weights, features: Tensor, slopes: Tensor, size: int, share: float
+) -> float:
+    """Return the factor by which an update was shortened, by the terms of its first step.
+
+    At w0 they have the slopes of some class, but for that factor. The term that a class
+    fits best is one of them.
+
+    Parameters
+    ----------
+    head : Head
+    w0 : dict of str to Tensor
+    features : Tensor, shape (m, in)
+    slopes : Tensor, shape (m, out)
+        d_n as the update holds them.
+    size : int
+        Images of the first step.
+    share : float
+        What its gradient is worth in the update.
+    """
+    given, _ = head.slopes({name: w0[name] for name in head.names}, features)
+    wanted = slopes * (size / share)
+    along = (given * wanted[:, None]).sum(2)
+    squares = given.square().sum(2).clamp_min(1e-30)
+    left = 1 - along.square() / (squares * wanted.square().sum(1, keepdim=True))
+    left = torch.where(along > 0, left, torch.inf)
+    best = int(left.argmin())
+    return float((along / squares).flatten()[best])

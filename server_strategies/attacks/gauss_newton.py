@@ -1,0 +1,190 @@
+"""Search by least squares: Gauss-Newton with gates held, damped towards the prior's image.
+
+Features of a ReLU network are piecewise linear in the image. With the gates held, the
+image follows from them by linear least squares, which conjugate gradients solve with
+first derivatives alone. Where features leave an image undetermined, the image prior
+decides: each step is pulled towards what the prior makes of the last image, the less the
+better the features fit (Levenberg-Marquardt; plug-and-play priors, Venkatakrishnan et
+al., 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fl_app.protocol import Budget, Observation, Reconstruction
+from server_strategies.attacks.accounting import Report, Run
+from server_strategies.attacks.matching.low_rank.objective import LowRank
+from server_strategies.attacks.matching.relu_smoothing import soft_gates
+from server_strategies.attacks.optimise import Parts, optimise
+
+_STEPS = 60  # Gauss-Newton steps at most
+_SOLVES = 20  # conjugate gradients a step
+_RENEW = 3  # steps after which the weights in front of the layer are simulated again
+_GATES = (0.3, 0.03)  # width of the gates, first and last
+_PULL = 300.0  # weight of the prior's image, in misfits and prior strengths
+_MOST_PULL = 0.1
+_DAMPING = (1e-2, 1e-7, 10.0)  # first, least and most damping
+_EASED, _RAISED = 1 / 3, 4.0  # factors of the damping after a step that was taken, or not
+_EXACT = 1e-9  # misfit at which the search ends
+
+Linear = Callable[[Tensor], Tensor]
+
+
+def gauss_newton(
+    parts: Parts, observation: Observation, budget: Budget, report: Report | None = None
+) -> Reconstruction:
+    """Decode the images of exact features; the others follow by `optimise`.
+
+    Minimises by image ``|f(x) - a|^2 / |a|^2 + pull |x - p(x)|^2 / n``, with f linear
+    around the last image, n an image's numbers, and p(x) a step along the priors' gradient
+    of the length that takes a mean square of weight 1 to its minimum: for a denoiser its
+    result. The pull is a multiple of the misfit. A step that does not lower this cost is
+    not taken, and the next is damped more. It starts at the mean colour.
+
+    Parameters
+    ----------
+    parts : Parts
+        Its matching is a `LowRank`. `lr`, `schedule`, `signed`, `noise` and `decay` do
+        not count while images are decoded.
+    observation, budget, report
+        See `optimise`.
+
+    Raises
+    ------
+    AttackError
+        If the loss is no longer finite.
+    """
+    matching = parts.matching
+    assert isinstance(matching, LowRank)
+    steps = min(budget.iterations, _STEPS)
+    run = Run(matching, observation, replace(budget, iterations=steps), report)
+    scale = (run.mean, run.std)
+    low, high = -run.mean / run.std, (1 - run.mean) / run.std
+    shape = (observation.num_examples, *matching.knowledge.image_shape)
+    x = torch.zeros(shape, device=run.mean.device)
+    damping = torch.full((len(x),), _DAMPING[0], device=x.device)
+    groups = matching.groups()
+    for number, progress in enumerate(run.iterations()):
+        if number and number % _RENEW == 0:
+            matching.renew(x)
+        strength = parts.prior_strength(progress) if parts.prior_strength else 0.0
+        with run.counted(progress):
+            target = _prior_image(parts, x, scale, progress)
+            width = _GATES[0] * (_GATES[1] / _GATES[0]) ** progress
+            misfits = torch.zeros(len(x), device=x.device)
+            for step, images in groups:
+                misfits[images], x[images], damping[images] = _stepped(
+                    matching, step, images, x[images], target[images],
+                    damping[images], _PULL * strength, width, (low, high),
+                )  # fmt: skip
+        run.note(misfits.sum() / matching.found.sum())
+        if number % _RENEW == 0 and bool(misfits.max() < _EXACT):
+            run.end("exact")
+            break
+    matching.renew(x)
+    found = run.found(x)
+    if bool(matching.found.all()) or budget.iterations <= steps:
+        return found
+    # The trajectory needs all images: those without features start where the prior is.
+    matching.start = x
+    rest = replace(budget, iterations=budget.iterations - steps)
+    if budget.seconds:
+        rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
+    others = optimise(parts, observation, rest, report)
+    return replace(
+        others,
+        losses=found.losses + others.losses,
+        iterations=found.iterations + others.iterations,
+        seconds=found.seconds + others.seconds,
+        peak_memory=max(found.peak_memory, others.peak_memory),
+        flops=found.flops + others.flops,
+    )
+
+
+def _prior_image(parts: Parts, x: Tensor, scale: tuple[Tensor, Tensor], progress: float) -> Tensor:
+    """Return p(x), of normalised images (N, C, H, W)."""
+    mean, std = scale
+    if not parts.priors:
+        return x
+    images = (x * std + mean).requires_grad_()
+    penalty = torch.stack([prior(images, progress) for prior in parts.priors]).sum()
+    (slope,) = torch.autograd.grad(penalty, images)
+    # Of a mean over all numbers of squares on [-1, 1].
+    moved = (images.detach() - slope * images.numel() / 8).clamp(0, 1)
+    return (moved - mean) / std
+
+
+def _stepped(
+    matching: LowRank,
+    step: int,
+    images: Tensor,
+    x: Tensor,
+    target: Tensor,
+    damping: Tensor,
+    pull: float,
+    width: float,
+    box: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return misfit, images and damping after one step, of the images of one local step."""
+    wanted = matching.wanted(images)
+    square = wanted.square().sum(1)
+    unit = _each(square / x[0].numel(), x)  # of squared features, for a squared pixel
+    with soft_gates(width):
+        given, along, back = _linear(lambda z: matching.features(step, z), x)
+    misfit = (given - wanted).square().sum(1) / square
+    weight = (pull * misfit).clamp(max=_MOST_PULL)
+    downhill = back(wanted - given) - _each(weight, x) * unit * (x - target)
+    ridge = _each(weight + damping, x) * unit
+    moved = _solve(lambda v: back(along(v)) + ridge * v, downhill)
+    new = torch.minimum(torch.maximum(x + moved, box[0]), box[1])
+    with torch.no_grad():
+        new_misfit = (matching.features(step, new) - wanted).square().sum(1) / square
+    before = misfit + weight * (x - target).square().flatten(1).mean(1)
+    after = new_misfit + weight * (new - target).square().flatten(1).mean(1)
+    taken = after < before
+    x = torch.where(_each(taken, x), new, x)
+    factor = torch.where(taken, _EASED, _RAISED)
+    damping = (damping * factor).clamp(_DAMPING[1], _DAMPING[2])
+    return torch.where(taken, new_misfit, misfit), x, damping
+
+
+def _linear(function: Linear, x: Tensor) -> tuple[Tensor, Linear, Linear]:
+    """Return a function's value at x, and products with its derivative and its transpose."""
+    x = x.detach().requires_grad_()
+    value = function(x)
+    # The pull-back is linear in its argument: its own derivative is the push-forward.
+    probe = torch.zeros_like(value, requires_grad=True)
+    (pulled,) = torch.autograd.grad(value, x, probe, create_graph=True)
+
+    def along(v: Tensor) -> Tensor:
+        return torch.autograd.grad(pulled, probe, v, retain_graph=True)[0]
+
+    def back(v: Tensor) -> Tensor:
+        return torch.autograd.grad(value, x, v, retain_graph=True)[0]
+
+    return value.detach(), along, back
+
+
+def _solve(product: Linear, right: Tensor) -> Tensor:
+    """Return nearly the solution of a system for each image, by conjugate gradients from 0."""
+    solution = torch.zeros_like(right)
+    left, way = right.clone(), right.clone()
+    size = left.square().flatten(1).sum(1)
+    for _ in range(_SOLVES):
+        image = product(way)
+        length = size / ((way * image).flatten(1).sum(1) + 1e-30)
+        solution += _each(length, way) * way
+        left -= _each(length, way) * image
+        new = left.square().flatten(1).sum(1)
+        way = left + _each(new / (size + 1e-30), way) * way
+        size = new
+    return solution
+
+
+def _each(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))

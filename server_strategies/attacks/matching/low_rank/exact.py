@@ -1,0 +1,135 @@
+"""The exact features of a client's images: the terms of a layer's update, in their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fl_app.protocol import Knowledge, Observation
+from server_strategies.attacks.matching.defended import norm_clipped
+from server_strategies.attacks.matching.low_rank.layers import Layer, bounded_layers
+from server_strategies.attacks.matching.low_rank.replay import Replay, replay, update_scale
+from server_strategies.attacks.matching.low_rank.spectrum import Spectrum, known_part, spectrum
+from server_strategies.attacks.matching.low_rank.vertices import separate_bounded
+
+_PRECISE = 0.02  # relative noise of features up to which an image is decoded from them
+_LEAST = 0.5  # share of the client's images that have to be found
+_ORDERED = 0.1  # misfit of a term's slopes up to which its local step is taken as found
+
+
+@dataclass(frozen=True)
+class ExactFeatures:
+    """What an update gives away of a client's images in one linear layer.
+
+    Attributes
+    ----------
+    layer : Layer
+    features : Tensor, shape (T, in)
+        By place in the training, what the image gave the layer at its own step's weights;
+        0 where it was not found. T is K B, or fewer where the last batch of a pass is
+        smaller.
+    precision : Tensor, shape (T,)
+        Relative standard deviation of the noise in them; infinite where not found.
+    replay : Replay
+        Its labels, its order and what goes back from the head.
+    scale : float
+        Factor by which a defence shortened the update.
+    reason : str
+    """
+
+    layer: Layer
+    features: Tensor
+    precision: Tensor
+    replay: Replay
+    scale: float
+    reason: str
+
+    @property
+    def found(self) -> Tensor:
+        """Which places were found, shape (T,) of bool."""
+        return self.precision < _PRECISE
+
+
+def exact_features(
+    model: nn.Module, observation: Observation, knowledge: Knowledge
+) -> ExactFeatures | str:
+    """Return the features that an update gives away; where it gives none, why.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As `clients_model` returns it.
+    observation : Observation
+    knowledge : Knowledge
+        With the client's training.
+    """
+    training = knowledge.client
+    if training.optimizer != "sgd":
+        return f"{training.optimizer}'s update is no sum of gradients"
+    batches = training.batches(observation.num_examples)
+    terms = sum(len(batch) for batch in batches)
+    like = next(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    w0, w1 = (
+        {name: weights[name].to(like).detach() for name in names}
+        for weights in (observation.w0, observation.w1)
+    )
+    left, worth = known_part(training, len(batches))
+    why = "no linear layer with one input an image, pixels or the output of a ReLU"
+    for layer in bounded_layers(model, w0, knowledge):
+        weight, bias = (
+            left * w0[f"{layer.name}.{part}"].double() - w1[f"{layer.name}.{part}"].double()
+            for part in ("weight", "bias")
+        )
+        seen = spectrum(weight, bias, terms)
+        if seen is None:
+            why = f"the update of {layer.name} is not of rank {terms}"
+            continue
+        places = separate_bounded(seen, layer.low, layer.high)
+        if len(places) < _LEAST * terms:
+            why = f"{layer.name} shows {len(places)} of {terms} images"
+            continue
+        return _in_order(layer, seen, places, w0, worth, observation, knowledge)
+    return why
+
+
+def _in_order(
+    layer: Layer,
+    seen: Spectrum,
+    places: np.ndarray,
+    w0: dict[str, Tensor],
+    worth: list[float],
+    observation: Observation,
+    knowledge: Knowledge,
+) -> ExactFeatures:
+    like = w0[f"{layer.name}.weight"]
+    batches = knowledge.client.batches(observation.num_examples)
+    sizes = [len(batch) for batch in batches]
+    features = places @ seen.right.T
+    lengths = np.linalg.norm(features, axis=1)
+    precision = np.linalg.norm(seen.entry_noise / seen.sizes * places, axis=1)
+    precision = precision * len(seen.right) ** 0.5 / lengths
+    # The update is D [A, 1] and V' is R^-1 [A, 1] for the coordinates R of the terms.
+    slopes = (seen.left * seen.sizes) @ np.linalg.pinv(places)
+    noise = seen.entry_noise / lengths
+    a, d, n = (torch.from_numpy(value).to(like) for value in (features, slopes.T, noise))
+    scale = 1.0
+    size = torch.cat([part.flatten() for part in observation.update.values()]).abs()
+    if norm_clipped(size, knowledge.defense):
+        scale = update_scale(layer.head, w0, a, d, sizes[0], worth[0])
+    order = replay(layer.head, w0, a, d / scale, n / scale, sizes, worth, knowledge.client)
+    taken = torch.tensor(order.order)
+    there = taken >= 0
+    by_place = torch.zeros(len(taken), a.shape[1], dtype=a.dtype, device=a.device)
+    by_place[there] = a[taken[there]]
+    off = torch.full((len(taken),), torch.inf)
+    off[there] = torch.from_numpy(precision).float()[taken[there]]
+    sure = int((order.misfit < _ORDERED).sum())
+    reason = (
+        f"{layer.name}'s update is of rank {seen.rank}, {seen.gap:.0f} times above its rounding: "
+        f"the exact features of {len(places)} of {len(taken)} images, {sure} of them at their step"
+    )
+    return ExactFeatures(layer, by_place, off, order, scale, reason)

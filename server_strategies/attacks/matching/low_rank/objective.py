@@ -1,0 +1,217 @@
+"""The matching objective by exact features."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from server_strategies.attacks.matching.base import Setting
+from server_strategies.attacks.matching.low_rank.exact import ExactFeatures
+from server_strategies.attacks.matching.low_rank.head import Weights
+from server_strategies.attacks.matching.trajectory import Sgd, Trajectory
+
+_RENEW = 8  # calls after which the weights that features are taken at are simulated again
+
+
+class _ReachedError(Exception):
+    """Ends a run of the model at a layer, with what goes into it."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+class LowRank(Trajectory):
+    """Images by the exact features that a linear layer's update gives away.
+
+    ``sum_n |f(x_n; w_k) - a_n|^2 / |a_n|^2 / N`` over the images that were found, with
+    f the model up to the layer, and w_k the weights before image n's own local step.
+    It takes first derivatives alone, and is piecewise quadratic in the images of a ReLU
+    network, see `gauss_newton`. Images that were not found follow from the trajectory,
+    with the others held.
+
+    The head's weights at every step are those of its replay. The weights in front of the
+    layer are simulated with the images found so far. What the simulation leaves of the
+    update is spread over the steps by how far each moves the weights, so that the last
+    step ends at w1.
+
+    Parameters
+    ----------
+    setting : Setting
+    exact : ExactFeatures
+
+    Attributes
+    ----------
+    found : Tensor of bool, shape (N,)
+        Which images follow from exact features.
+    """
+
+    name = "low_rank"
+
+    def __init__(self, setting: Setting, exact: ExactFeatures) -> None:
+        super().__init__(setting)
+        self.exact, self.layer = exact, exact.layer
+        device = self.labels.device
+        count = sum(1 for _ in {place for batch in self.batches for place in batch})
+        self.first = self._first_places(count)
+        self.found = exact.found[self.first].to(device)
+        self.labels = self._labels(count).to(device)
+        self.unknowns = [unknown for unknown in self.unknowns if unknown.value.dim() != 2]
+        self.knowledge = replace(
+            self.knowledge,
+            labels=tuple(self.labels.tolist()),
+            labels_source="given" if self.knowledge.labels_source == "given" else "replay",
+        )
+        self.targets_of = exact.features.to(device)
+        self.inwards = exact.replay.inwards.to(device)
+        self.weights_at = self._interpolated()
+        self.calls = 0
+
+    def _first_places(self, count: int) -> Tensor:
+        """Return each image's first place in the training."""
+        places: dict[int, int] = {}
+        flat = (image for batch in self.batches for image in batch)
+        for place, image in enumerate(flat):
+            places.setdefault(image, place)
+        return torch.tensor([places[image] for image in range(count)])
+
+    def _labels(self, count: int) -> Tensor:
+        """Return the labels of all images; of those without a term what is left of the known."""
+        replayed = [self.exact.replay.labels[place] for place in self.first.tolist()]
+        known = self.knowledge.labels or (0,) * count
+        left = Counter(known) - Counter(label for label in replayed if label >= 0)
+        others = iter([*left.elements(), *known])
+        return torch.tensor([label if label >= 0 else next(others) for label in replayed])
+
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """Return the local steps of the first pass, and the images found of each."""
+        steps: list[tuple[int, Tensor]] = []
+        seen: set[int] = set()
+        for step, batch in enumerate(self.batches):
+            new = [image for image in batch if image not in seen and bool(self.found[image])]
+            seen |= set(batch)
+            if new:
+                steps.append((step, torch.tensor(new, device=self.labels.device)))
+        return steps
+
+    def features(self, step: int, x: Tensor) -> Tensor:
+        """Return what images (B, C, H, W) give the layer at a step's weights, (B, in)."""
+        return self._features(self.weights_at[step], x)
+
+    def wanted(self, images: Tensor) -> Tensor:
+        """Return the exact features of images that were found, shape (B, in)."""
+        return self.targets_of[self.first.to(images.device)[images]]
+
+    def _features(self, weights: Weights, x: Tensor) -> Tensor:
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _ReachedError(args[0])
+
+        layer = self.model.get_submodule(self.layer.name)
+        handle = layer.register_forward_pre_hook(stop)
+        try:
+            functional_call(self.model, weights, (x,))
+        except _ReachedError as reached:
+            return reached.features
+        finally:
+            handle.remove()
+        raise AssertionError(f"the model does not run {self.layer.name}")
+
+    def __call__(self, x: Tensor, progress: float) -> Tensor:
+        """Return the loss, shape (), of normalised images (N, C, H, W)."""
+        if self.calls % _RENEW == 0:
+            self.renew(x.detach())
+        self.calls += 1
+        misfits = [
+            (self.features(step, x[images]) - self.wanted(images)).square().sum(1)
+            / self.wanted(images).square().sum(1)
+            for step, images in self.groups()
+        ]
+        misfit = torch.cat(misfits).sum() / len(x)
+        if bool(self.found.all()):
+            return misfit
+        held = self.found.view(-1, 1, 1, 1)
+        return misfit + super().__call__(torch.where(held, x.detach(), x), progress)
+
+    def reassignments(self) -> list[tuple[int, int]]:
+        """See `MatchingObjective`: none of the images that were found."""
+        found = self.found.tolist()
+        return [(a, b) for a, b in super().reassignments() if not found[a] and not found[b]]
+
+    def pace(self) -> Tensor | None:
+        """See `MatchingObjective`: images that were found stay where they are."""
+        return None if bool(self.found.all()) else torch.where(self.found, 0.0, 1.0)
+
+    def renew(self, x: Tensor) -> None:
+        """Simulate the weights in front of the layer with normalised images (N, C, H, W)."""
+        names = self._body()
+        if not names:
+            return
+        optimizer = Sgd(self.training)
+        weights, before, lengths = {n: self.w0[n] for n in names}, [], [0.0]
+        starts = list(accumulate((len(batch) for batch in self.batches), initial=0))
+        for batch, start in zip(self.batches, starts, strict=False):
+            before.append(weights)
+            places = torch.arange(start, start + len(batch), device=x.device)
+            known = torch.tensor([bool(self.found[i]) for i in batch], device=x.device)
+            gradient = [torch.zeros_like(weights[name]) for name in names]
+            if bool(known.any()):
+                images = torch.tensor(batch, device=x.device)[known]
+                leaves = {n: weights[n].detach().requires_grad_() for n in names}
+                features = self._features({**self.w0, **leaves}, x[images])
+                gradient = list(
+                    torch.autograd.grad(
+                        features, list(leaves.values()), self.inwards[places][known]
+                    )
+                )
+            stepped = optimizer.step([weights[name] for name in names], gradient)
+            weights = dict(zip(names, stepped, strict=True))
+            moved = sum(float((weights[name] - before[-1][name]).square().sum()) for name in names)
+            lengths.append(lengths[-1] + moved**0.5)
+        self._correct(names, before, weights, lengths)
+
+    def _correct(
+        self,
+        names: Sequence[str],
+        before: Sequence[Weights],
+        last: Weights,
+        lengths: Sequence[float],
+    ) -> None:
+        """Keep the weights before each step, with the rest of the update spread over them."""
+        total = lengths[-1] or 1.0
+        rest = {name: self._end(name) - last[name] for name in names}
+        self.weights_at = [
+            {**self.w0, **{n: at[n] + (length / total) * rest[n] for n in names}}
+            for at, length in zip(before, lengths, strict=False)
+        ]
+
+    def _end(self, name: str) -> Tensor:
+        """Return a weight after the client's last step, without a defence's shortening."""
+        return self.w0[name] + (self.w1[name] - self.w0[name]) / self.exact.scale
+
+    def _body(self) -> list[str]:
+        return [name for name in self.w0 if name not in self.layer.head.names]
+
+    def _interpolated(self) -> list[Weights]:
+        """Return the weights before each step on the straight way from w0 to w1.
+
+        Each step moves them as far as the slopes that go back from the head are long.
+        """
+        names, sizes = self._body(), []
+        for start, batch in zip(self.taken, self.batches, strict=False):
+            slopes = self.inwards[start : start + len(batch)]
+            sizes.append(float(slopes.norm(dim=1).sum()))
+        ways = list(accumulate(sizes, initial=0.0))
+        total = ways[-1] or 1.0
+        return [
+            {
+                **self.w0,
+                **{n: torch.lerp(self.w0[n], self._end(n), way / total) for n in names},
+            }
+            for way in ways[:-1]
+        ]
