@@ -13,12 +13,11 @@ from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.evolve import evolve
-from server_strategies.attacks.gauss_newton import gauss_newton
+from server_strategies.attacks.gauss_newton import Decodable, gauss_newton
 from server_strategies.attacks.infer import infer
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.base import MatchingObjective
 from server_strategies.attacks.matching.batch_norm import BatchStatistics, statistics_of
-from server_strategies.attacks.matching.low_rank.objective import LowRank
 from server_strategies.attacks.optimise import Parts, Report, optimise
 from server_strategies.attacks.options import Option
 from server_strategies.priors.flow import load_flow
@@ -166,6 +165,6 @@ def _search(parts: Parts) -> Callable[..., Reconstruction]:
     """Return the search that suits what an attack consists of."""
     if parts.population:
         return evolve
-    if isinstance(parts.matching, LowRank) and not parts.decode:
+    if isinstance(parts.matching, Decodable) and not parts.decode:
         return gauss_newton
     return optimise

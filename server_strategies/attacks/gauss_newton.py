@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fl_app.protocol import Budget, Observation, Reconstruction
 from server_strategies.attacks.accounting import Report, Run
-from server_strategies.attacks.matching.low_rank.objective import LowRank
 from server_strategies.attacks.matching.relu_smoothing import soft_gates
 from server_strategies.attacks.optimise import Parts, optimise
 
@@ -26,13 +26,53 @@ _STEPS = 60  # Gauss-Newton steps at most
 _SOLVES = 20  # conjugate gradients a step
 _RENEW = 3  # steps after which the weights in front of the layer are simulated again
 _GATES = (0.3, 0.03)  # width of the gates, first and last
-_PULL = 300.0  # weight of the prior's image, in misfits and prior strengths
+_PULL = 1000.0  # weight of the prior's image, in misfits and prior strengths
 _MOST_PULL = 0.1
 _DAMPING = (1e-2, 1e-7, 10.0)  # first, least and most damping
 _EASED, _RAISED = 1 / 3, 4.0  # factors of the damping after a step that was taken, or not
-_EXACT = 1e-9  # misfit at which the search ends
+_EXACT = 1e-7  # misfit at which the search ends
 
 Linear = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Decodable(Protocol):
+    """A matching objective that knows features of images, by local step.
+
+    Attributes
+    ----------
+    found : Tensor of bool, shape (N,)
+        Which images it knows features of.
+    """
+
+    found: Tensor
+
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """Return local steps, and the images of each whose features are known."""
+        ...
+
+    def features(self, step: int, x: Tensor) -> Tensor:
+        """Return the features of normalised images (B, C, H, W) at a step's weights, (B, D)."""
+        ...
+
+    def wanted(self, step: int, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the known features of a step's images, and how much each counts, (B, D) both.
+
+        Parameters
+        ----------
+        step : int
+        given : Tensor, shape (B, D)
+            Those of the images so far.
+        """
+        ...
+
+    def renew(self, x: Tensor) -> None:
+        """Simulate the weights of all steps with normalised images (N, C, H, W)."""
+        ...
+
+    def settle(self, x: Tensor) -> Tensor:
+        """Return which images are decoded and stay, shape (N,) of bool, given all of them."""
+        ...
 
 
 def gauss_newton(
@@ -49,7 +89,7 @@ def gauss_newton(
     Parameters
     ----------
     parts : Parts
-        Its matching is a `LowRank`. `lr`, `schedule`, `signed`, `noise` and `decay` do
+        Its matching is `Decodable`. `lr`, `schedule`, `signed`, `noise` and `decay` do
         not count while images are decoded.
     observation, budget, report
         See `optimise`.
@@ -60,7 +100,7 @@ def gauss_newton(
         If the loss is no longer finite.
     """
     matching = parts.matching
-    assert isinstance(matching, LowRank)
+    assert isinstance(matching, Decodable)
     steps = min(budget.iterations, _STEPS)
     run = Run(matching, observation, replace(budget, iterations=steps), report)
     scale = (run.mean, run.std)
@@ -69,6 +109,7 @@ def gauss_newton(
     x = torch.zeros(shape, device=run.mean.device)
     damping = torch.full((len(x),), _DAMPING[0], device=x.device)
     groups = matching.groups()
+    matching.renew(x)
     for number, progress in enumerate(run.iterations()):
         if number and number % _RENEW == 0:
             matching.renew(x)
@@ -79,19 +120,22 @@ def gauss_newton(
             misfits = torch.zeros(len(x), device=x.device)
             for step, images in groups:
                 misfits[images], x[images], damping[images] = _stepped(
-                    matching, step, images, x[images], target[images],
+                    matching, step, x[images], target[images],
                     damping[images], _PULL * strength, width, (low, high),
                 )  # fmt: skip
         run.note(misfits.sum() / matching.found.sum())
         if number % _RENEW == 0 and bool(misfits.max() < _EXACT):
             run.end("exact")
             break
-    matching.renew(x)
+    decoded = matching.settle(x)
     found = run.found(x)
-    if bool(matching.found.all()) or budget.iterations <= steps:
+    if bool(decoded.all()) or budget.iterations <= steps:
         return found
-    # The trajectory needs all images: those without features start where the prior is.
-    matching.start = x
+    # The others have to be searched for, from noise as always.
+    generator = torch.Generator(x.device).manual_seed(budget.seed)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    matching.start = torch.where(_each(decoded, x), x, noise)
+    matching.near_start = False
     rest = replace(budget, iterations=budget.iterations - steps)
     if budget.seconds:
         rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
@@ -120,9 +164,8 @@ def _prior_image(parts: Parts, x: Tensor, scale: tuple[Tensor, Tensor], progress
 
 
 def _stepped(
-    matching: LowRank,
+    matching: Decodable,
     step: int,
-    images: Tensor,
     x: Tensor,
     target: Tensor,
     damping: Tensor,
@@ -131,26 +174,28 @@ def _stepped(
     box: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return misfit, images and damping after one step, of the images of one local step."""
-    wanted = matching.wanted(images)
+    with torch.no_grad():
+        wanted, weight = matching.wanted(step, matching.features(step, x))
+    root = weight.sqrt()
+    wanted = root * wanted
     square = wanted.square().sum(1)
     unit = _each(square / x[0].numel(), x)  # of squared features, for a squared pixel
     with soft_gates(width):
-        given, along, back = _linear(lambda z: matching.features(step, z), x)
+        given, along, back = _linear(lambda z: root * matching.features(step, z), x)
     misfit = (given - wanted).square().sum(1) / square
-    weight = (pull * misfit).clamp(max=_MOST_PULL)
-    downhill = back(wanted - given) - _each(weight, x) * unit * (x - target)
-    ridge = _each(weight + damping, x) * unit
+    share = (pull * misfit).clamp(max=_MOST_PULL)
+    downhill = back(wanted - given) - _each(share, x) * unit * (x - target)
+    ridge = _each(share + damping, x) * unit
     moved = _solve(lambda v: back(along(v)) + ridge * v, downhill)
     new = torch.minimum(torch.maximum(x + moved, box[0]), box[1])
     with torch.no_grad():
-        new_misfit = (matching.features(step, new) - wanted).square().sum(1) / square
-    before = misfit + weight * (x - target).square().flatten(1).mean(1)
-    after = new_misfit + weight * (new - target).square().flatten(1).mean(1)
+        left = (root * matching.features(step, new) - wanted).square().sum(1) / square
+    before = misfit + share * (x - target).square().flatten(1).mean(1)
+    after = left + share * (new - target).square().flatten(1).mean(1)
     taken = after < before
     x = torch.where(_each(taken, x), new, x)
-    factor = torch.where(taken, _EASED, _RAISED)
-    damping = (damping * factor).clamp(_DAMPING[1], _DAMPING[2])
-    return torch.where(taken, new_misfit, misfit), x, damping
+    damping = (damping * torch.where(taken, _EASED, _RAISED)).clamp(_DAMPING[1], _DAMPING[2])
+    return torch.where(taken, left, misfit), x, damping
 
 
 def _linear(function: Linear, x: Tensor) -> tuple[Tensor, Linear, Linear]:

@@ -118,7 +118,7 @@ def optimise(
     if start is None or decode:
         shape = (objective.candidates * observation.num_examples, *knowledge.image_shape)
         start = torch.randn(shape, generator=generator, device=device)
-    else:
+    elif objective.near_start:
         lr = _NEAR * lr
     variable = (start if decode else start.clamp(low, high)).requires_grad_()
     unknowns = [unknown.value for unknown in objective.unknowns]

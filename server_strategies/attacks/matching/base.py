@@ -89,6 +89,8 @@ class MatchingObjective(ABC):
         Those of `noise` that are masks of dropout.
     start : Tensor, shape (candidates * N, C, H, W), or None
         Normalised images to start from, where they are known in closed form.
+    near_start : bool
+        Whether `start` is nearly a solution, so that small steps lead there.
     candidates : int
         Candidates of each image that are optimised jointly, such as those of several
         restarts. The first candidates of all images come before the second ones.
@@ -101,6 +103,7 @@ class MatchingObjective(ABC):
     measure: type[Distance] = CosineDistance
     relu_smoothing = 0.0
     restart = 0.0
+    near_start = True
     candidates = 1
 
     def __init__(self, setting: Setting) -> None:

@@ -28,8 +28,10 @@ from server_strategies.attacks.matching.adam.fingerprints import (
     find_fingerprints,
     single_step_updates,
 )
+from server_strategies.attacks.matching.adam.rows import RowFeatures, row_features
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.matching.defended import consistent
+from server_strategies.attacks.matching.distance import norm
 from server_strategies.attacks.matching.trajectory import Trajectory
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
@@ -85,10 +87,15 @@ class Decoded(Trajectory):
         self.by_step = knowledge.labels_source == "given"  # otherwise inferred over all steps
         self.known_labels = self.labels.clone()
         self.calls = 0
-        self.weights_at: dict[int, dict[str, Tensor]] = {}
+        self.weights_at: list[dict[str, Tensor]] = []
         self.accepted: Tensor
         self.decoded: Tensor | None = None
         self.all_decoded = False
+        self.held: Tensor | None = None
+        self.read = self._read()
+        self.found = torch.zeros(len(self.labels), dtype=torch.bool, device=self.labels.device)
+        for images, _ in self.read.values():
+            self.found[images] = True
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the loss, shape (), of normalised images (N, C, H, W)."""
@@ -113,7 +120,47 @@ class Decoded(Trajectory):
 
     def pace(self) -> Tensor | None:
         """See `MatchingObjective`."""
-        return None if self.decoded is None else torch.where(self.decoded, 0.05, 1.0)
+        pace = None if self.decoded is None else torch.where(self.decoded, 0.05, 1.0)
+        if self.held is None:
+            return pace
+        return torch.where(self.held, 0.0, 1.0 if pace is None else pace)
+
+    def _read(self) -> dict[int, tuple[Tensor, RowFeatures]]:
+        """Return by local step the images whose features its rows hold, and the features.
+
+        Of the rows of the layer with the most inputs. Which of a step's images they are of
+        is not known, and does not matter.
+        """
+        found = {}
+        for step, parts in self.prints.items():
+            widest = max(parts, key=lambda part: part.gradient.shape[1])
+            index = self.indices[step]
+            features = row_features(widest, len(index))
+            found[step] = index[: len(features.values)], features
+        return found
+
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """See `Decodable`."""
+        return [(step, images) for step, (images, _) in self.read.items()]
+
+    def features(self, step: int, x: Tensor) -> Tensor:
+        """See `Decodable`."""
+        name = self.read[step][1].name
+        return traced(self.model, self.weights_at[step], x, (name,))[0][name]
+
+    def wanted(self, step: int, given: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Decodable`; rows tell features but for their length, which is fitted."""
+        return self.read[step][1].scaled(given)
+
+    def renew(self, x: Tensor) -> None:
+        """See `Decodable`."""
+        self._simulate(x)
+
+    def settle(self, x: Tensor) -> Tensor:
+        """See `Decodable`: images that their rows support, with the part that is theirs."""
+        self._simulate(x)
+        self.held = self.accepted
+        return self.accepted
 
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
@@ -139,24 +186,14 @@ class Decoded(Trajectory):
         in the rows is about the one that its label implies. An image that imitates a
         blend of others has another part.
         """
-        weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
-        optimizer = create_optimizer(weights.values(), self.training)
+        self.weights_at = self._trained(x)
         fits: list[tuple[Tensor, Tensor]] = []
-        for step, index in enumerate(self.indices[: max(self.prints) + 1]):
-            if step in self.prints:
-                self.weights_at[step] = {name: w.detach().clone() for name, w in weights.items()}
-                inputs, outputs, logits = self._traced(step, x[index])
-                self._weight_rows(step, inputs)
-                fits.append(self._misfit(step, inputs, outputs, logits))
-                if self.by_step:
-                    self._assign_labels(index, *fits[-1])
-            optimizer.zero_grad()
-            with given_noise(self.model, self._noise(step, x[index])):
-                logits = functional_call(self.model, {**weights}, (x[index],))
-                local_loss(self.model, logits, self.labels[index]).backward()
-            if self.training.max_grad_norm:
-                nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
-            optimizer.step()
+        for step, index in self._steps():
+            inputs, outputs, logits = self._traced(step, x[index])
+            self._weight_rows(step, inputs)
+            fits.append(self._misfit(step, inputs, outputs, logits))
+            if self.by_step:
+                self._assign_labels(index, *fits[-1])
         images = torch.cat([index for _, index in self._steps()])
         misfit, size = (torch.cat(parts) for parts in zip(*fits, strict=True))
         if not self.by_step:
@@ -164,6 +201,43 @@ class Decoded(Trajectory):
         own = misfit.gather(1, self.labels[images, None])[:, 0]
         self.accepted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.accepted[images] = own < _ACCEPTED * size
+
+    def _trained(self, x: Tensor) -> list[dict[str, Tensor]]:
+        """Return the weights before each local step, by training on `x` and by where it ends.
+
+        The client's training ends at w1. What is left to there is spread over the steps. So
+        far as the images are wrong, the simulation ends elsewhere, and the straight way from
+        w0 to w1 counts instead: by the share of the update's length that is left.
+        """
+        weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
+        optimizer = create_optimizer(weights.values(), self.training)
+        before = []
+        for step, index in enumerate(self.indices):
+            before.append({name: w.detach().clone() for name, w in weights.items()})
+            optimizer.zero_grad()
+            with given_noise(self.model, self._noise(step, x[index])):
+                logits = functional_call(self.model, {**weights}, (x[index],))
+                local_loss(self.model, logits, self.labels[index]).backward()
+            if self.training.max_grad_norm:
+                nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
+            optimizer.step()
+        rest = {name: w1 - weights[name].detach() for name, w1 in self.w1.items()}
+        left = norm(list(rest.values())) / norm([self.w1[n] - w for n, w in self.w0.items()])
+        trust = (1 - left).clamp(0, 1)
+        corrected = []
+        for step, at in enumerate(before):
+            share = step / len(before)
+            corrected.append(
+                {
+                    name: torch.lerp(
+                        torch.lerp(self.w0[name], self.w1[name], share),
+                        w + share * rest[name],
+                        trust,
+                    )
+                    for name, w in at.items()
+                }
+            )
+        return corrected
 
     def _traced(self, step: int, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Return `traced` of a step's images (B, C, H, W), with its rows' units active."""

@@ -68,7 +68,9 @@ class LowRank(Trajectory):
             labels=tuple(self.labels.tolist()),
             labels_source="given" if self.knowledge.labels_source == "given" else "replay",
         )
-        self.targets_of = exact.features.to(device)
+        self.steps = self.groups()
+        places = self.first.to(device)
+        self.exact_of = {s: exact.features.to(device)[places[i]] for s, i in self.steps}
         self.inwards = exact.replay.inwards.to(device)
         self.weights_at = self._interpolated()
         self.calls = 0
@@ -90,7 +92,7 @@ class LowRank(Trajectory):
         return torch.tensor([label if label >= 0 else next(others) for label in replayed])
 
     def groups(self) -> list[tuple[int, Tensor]]:
-        """Return the local steps of the first pass, and the images found of each."""
+        """See `Decodable`; the local steps of the first pass."""
         steps: list[tuple[int, Tensor]] = []
         seen: set[int] = set()
         for step, batch in enumerate(self.batches):
@@ -101,12 +103,17 @@ class LowRank(Trajectory):
         return steps
 
     def features(self, step: int, x: Tensor) -> Tensor:
-        """Return what images (B, C, H, W) give the layer at a step's weights, (B, in)."""
+        """See `Decodable`."""
         return self._features(self.weights_at[step], x)
 
-    def wanted(self, images: Tensor) -> Tensor:
-        """Return the exact features of images that were found, shape (B, in)."""
-        return self.targets_of[self.first.to(images.device)[images]]
+    def wanted(self, step: int, given: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Decodable`; all features count alike."""
+        return self.exact_of[step], torch.ones_like(given)
+
+    def settle(self, x: Tensor) -> Tensor:
+        """See `Decodable`: all images that were found."""
+        self.renew(x)
+        return self.found
 
     def _features(self, weights: Weights, x: Tensor) -> Tensor:
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -127,11 +134,10 @@ class LowRank(Trajectory):
         if self.calls % _RENEW == 0:
             self.renew(x.detach())
         self.calls += 1
-        misfits = [
-            (self.features(step, x[images]) - self.wanted(images)).square().sum(1)
-            / self.wanted(images).square().sum(1)
-            for step, images in self.groups()
-        ]
+        misfits = []
+        for step, images in self.steps:
+            off = self.features(step, x[images]) - self.exact_of[step]
+            misfits.append(off.square().sum(1) / self.exact_of[step].square().sum(1))
         misfit = torch.cat(misfits).sum() / len(x)
         if bool(self.found.all()):
             return misfit
@@ -148,7 +154,7 @@ class LowRank(Trajectory):
         return None if bool(self.found.all()) else torch.where(self.found, 0.0, 1.0)
 
     def renew(self, x: Tensor) -> None:
-        """Simulate the weights in front of the layer with normalised images (N, C, H, W)."""
+        """See `Decodable`; of the weights in front of the layer."""
         names = self._body()
         if not names:
             return
