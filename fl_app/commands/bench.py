@@ -22,7 +22,11 @@ def bench(
     ],
     dataset: DatasetChoice = "cifar10",
     split: Annotated[
-        str, typer.Option(help="Images that clients draw from: train or test.")
+        str,
+        typer.Option(
+            help="Images that clients draw from: train, or one half of the test split: test, to "
+            "report, or tuning, to choose constants on."
+        ),
     ] = "test",
     trials: Annotated[
         int,

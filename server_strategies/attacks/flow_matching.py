@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from server_strategies.attacks.attack import Attack, Parts, Task
+from server_strategies.attacks.gauss_newton import Decodable
 from server_strategies.attacks.matching.defended import noise_share
 from server_strategies.attacks.optimise import cosine_schedule
 from server_strategies.attacks.options import COSINE_LR, DISTANCE, MATCHING, STATISTICS, TV, option
@@ -39,12 +40,12 @@ class FlowMatching(Attack):
     mode: str = option("denoiser", "form of the flow penalty; velocity: eq. 17", allowed=MODES)
     lr: float = option(0.8, COSINE_LR)
     flow: float = option(1.0, "weight of the flow prior; 0: left out, at no cost", low=0)
-    tv: float = option(0.03, TV)
+    tv: float | None = option(None, TV)
     prior_strength: float | None = option(
         None, "first ratio of gradient norms, priors to matching; 0: weights alone", low=0
     )
     final_prior_strength: float | None = option(None, "the ratio at the end", low=1e-6)
-    t_start: float = option(0.8, "flow time t(k) at the first iteration", low=1e-6, high=1)
+    t_start: float | None = option(None, "flow time t(k) at the first iteration", low=1e-6, high=1)
     t_end: float = option(0.95, "flow time t(k) at the last iteration", low=1e-6, high=1)
     every: int = option(1, "iterations from one run of the denoiser to the next", low=1)
     draws: int = option(1, "draws of noise that a run of the denoiser averages", low=1)
@@ -60,7 +61,10 @@ class FlowMatching(Attack):
         matching = task.matching(
             self.matching, distance=self.distance, relu_smoothing=self.relu_smoothing
         )
-        first, last = PRIOR_STRENGTH["sgd" if task.known.client.optimizer == "sgd" else "adam"]
+        known = isinstance(matching, Decodable)  # features, which leave less to the priors
+        first, last = PRIOR_STRENGTH[
+            "sgd" if known or task.known.client.optimizer == "sgd" else "adam"
+        ]
         first = first if self.prior_strength is None else self.prior_strength
         last = last if self.final_prior_strength is None else self.final_prior_strength
         noise = noise_share(list(task.seen.update.values()), task.known.defense)
@@ -70,9 +74,12 @@ class FlowMatching(Attack):
             # the update's square the strength falls less, and never below its length's share.
             return max(noise**0.5, first * (last / first) ** ((1 - noise) * progress))
 
-        times = (self.mode, self.t_start, self.t_end, task.generator(), self.every, self.draws)
+        tv, t_start = (0.0, 0.6) if known else (0.03, 0.8)
+        tv = tv if self.tv is None else self.tv
+        t_start = t_start if self.t_start is None else self.t_start
+        times = (self.mode, t_start, self.t_end, task.generator(), self.every, self.draws)
         flow = FlowPrior(task.network, self.flow, *times, self.polish, self.tiles)
-        priors: list[TotalVariation | FlowPrior] = [TotalVariation(self.tv, task.known.std), flow]
+        priors: list[TotalVariation | FlowPrior] = [TotalVariation(tv, task.known.std), flow]
         return Parts(
             matching,
             [prior for prior in priors if prior.weight],
@@ -84,5 +91,7 @@ class FlowMatching(Attack):
                 "prior_strength": first,
                 "final_prior_strength": last,
                 "relu_smoothing": matching.relu_smoothing,
+                "tv": tv,
+                "t_start": t_start,
             },
         )

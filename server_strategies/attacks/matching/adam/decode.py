@@ -31,7 +31,6 @@ from server_strategies.attacks.matching.adam.fingerprints import (
 from server_strategies.attacks.matching.adam.rows import RowFeatures, row_features
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.matching.defended import consistent
-from server_strategies.attacks.matching.distance import norm
 from server_strategies.attacks.matching.trajectory import Trajectory
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
@@ -41,6 +40,7 @@ _FITTED = 0.1  # residual below which a row counts as fitted
 _ACCEPTED = 0.15  # misfit of its own label up to which an image counts as decoded
 _REASSIGNED = 1e-4  # cost of giving an image another label, in the misfit's units
 _NOT_INFERRED = 0.05  # cost of a label outside the inferred ones, as a share of the image's part
+_TRUSTED = 0.05  # misfit of rows from which their images are not used to simulate the training
 _ACTIVE = 1e-6  # output of a unit that is just active
 _RENEW = 8  # calls after which the weights that features are taken at are simulated again
 
@@ -205,13 +205,12 @@ class Decoded(Trajectory):
     def _trained(self, x: Tensor) -> list[dict[str, Tensor]]:
         """Return the weights before each local step, by training on `x` and by where it ends.
 
-        The client's training ends at w1. What is left to there is spread over the steps. So
-        far as the images are wrong, the simulation ends elsewhere, and the straight way from
-        w0 to w1 counts instead: by the share of the update's length that is left.
+        A step is simulated as far as its rows are fitted by its images. As far as they are
+        not, the weights go on straight to w1, where the client's training ends.
         """
         weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
         optimizer = create_optimizer(weights.values(), self.training)
-        before = []
+        before: list[dict[str, Tensor]] = []
         for step, index in enumerate(self.indices):
             before.append({name: w.detach().clone() for name, w in weights.items()})
             optimizer.zero_grad()
@@ -221,23 +220,25 @@ class Decoded(Trajectory):
             if self.training.max_grad_norm:
                 nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
             optimizer.step()
-        rest = {name: w1 - weights[name].detach() for name, w1 in self.w1.items()}
-        left = norm(list(rest.values())) / norm([self.w1[n] - w for n, w in self.w0.items()])
-        trust = (1 - left).clamp(0, 1)
-        corrected = []
-        for step, at in enumerate(before):
-            share = step / len(before)
-            corrected.append(
-                {
-                    name: torch.lerp(
-                        torch.lerp(self.w0[name], self.w1[name], share),
-                        w + share * rest[name],
-                        trust,
-                    )
-                    for name, w in at.items()
-                }
-            )
-        return corrected
+            trust = self._trust(step, before[-1], x)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    at = before[-1][name]
+                    straight = torch.lerp(at, self.w1[name], 1 / (len(self.indices) - step))
+                    weight.copy_(torch.lerp(straight, weight, trust))
+        return before
+
+    @torch.no_grad()
+    def _trust(self, step: int, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Return how far a step's images fit its rows, in [0, 1], shape ()."""
+        if step not in self.read:
+            return x.new_zeros(())
+        images, rows = self.read[step]
+        given = traced(self.model, weights, x[images], (rows.name,))[0][rows.name]
+        wanted, weight = rows.scaled(given)
+        off = (weight * (given - wanted).square()).sum(1) / (weight * wanted.square()).sum(1)
+        # Of a step's images those without rows are not known to be right.
+        return (1 - off / _TRUSTED).clamp(0, 1).sum() / len(self.indices[step])
 
     def _traced(self, step: int, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Return `traced` of a step's images (B, C, H, W), with its rows' units active."""

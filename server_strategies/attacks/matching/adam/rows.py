@@ -41,10 +41,11 @@ class RowFeatures:
         ----------
         given : Tensor, shape (m, D)
         """
-        # Of the same length where they are not zero. The best multiple by all coordinates
-        # would shrink while the images are wrong.
-        there = self.values > 0
-        length = (given * there).norm(dim=1, keepdim=True).clamp_min(1e-12)
+        # Where features are not zero: by all of them the length would shrink while images are
+        # wrong. The length of least relative misfit grows instead.
+        there = given * (self.values > 0)
+        dots = (there * self.values).sum(1, keepdim=True).clamp_min(1e-12)
+        length = there.square().sum(1, keepdim=True) / dots + 1e-12
         misfit = ((given / length - self.values) * self.spread.isfinite()).square()
         misfit = misfit.sum(1, keepdim=True)
         square = misfit.clamp(_FINEST, 1) / self.values.shape[1]
