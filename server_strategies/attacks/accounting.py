@@ -23,7 +23,7 @@ from server_strategies.attacks.matching.base import MatchingObjective
 Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
 
-_COUNTED = 8  # iterations whose floating-point operations are counted
+_COUNTED = 8
 
 
 def channel_scale(knowledge: Knowledge, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -46,6 +46,8 @@ class Run:
         For the diagnosis.
     budget : Budget
     report : Report, optional
+    counted : int
+        Iterations of each part whose floating-point operations are counted.
 
     Attributes
     ----------
@@ -59,13 +61,14 @@ class Run:
         observation: Observation,
         budget: Budget,
         report: Report | None = None,
+        counted: int = _COUNTED,
     ) -> None:
         self._objective, self._observation = objective, observation
         self._budget, self._report = budget, report
         device = torch.device(budget.device)
         self.mean, self.std = channel_scale(objective.knowledge, device)
         self._losses = torch.zeros(budget.iterations, device=device)
-        self._counter = _FlopCounter()
+        self._counter = _FlopCounter(counted)
         self._memory = _PeakMemory(device)
         self._began = self._reported = time.monotonic()
         self._stop_reason, self._done = "iterations", 0
@@ -154,20 +157,21 @@ class _FlopCounter(TorchDispatchMode):
     do not stand gradients taken while another one is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counted: int) -> None:
         super().__init__()
+        self._counted = counted
         self._flops, self._iterations, self._part = [0, 0], [0, 0], 0
 
     def watch(self, restarted: bool) -> AbstractContextManager[object]:
         """Return a context for one iteration, before or after the objective's restart."""
         self._part = int(restarted)
         self._iterations[self._part] += 1
-        return self if self._iterations[self._part] <= _COUNTED else nullcontext()
+        return self if self._iterations[self._part] <= self._counted else nullcontext()
 
     def total(self) -> int:
         """Return the operations of all iterations."""
         parts = zip(self._flops, self._iterations, strict=True)
-        return sum(flops * count // min(count, _COUNTED) for flops, count in parts if count)
+        return sum(flops * count // min(count, self._counted) for flops, count in parts if count)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -102,7 +102,7 @@ def gauss_newton(
     matching = parts.matching
     assert isinstance(matching, Decodable)
     steps = min(budget.iterations, _STEPS)
-    run = Run(matching, observation, replace(budget, iterations=steps), report)
+    run = Run(matching, observation, replace(budget, iterations=steps), report, counted=1)
     scale = (run.mean, run.std)
     low, high = -run.mean / run.std, (1 - run.mean) / run.std
     shape = (observation.num_examples, *matching.knowledge.image_shape)

@@ -160,6 +160,8 @@ class Decoded(Trajectory):
         """See `Decodable`: images that their rows support, with the part that is theirs."""
         self._simulate(x)
         self.held = self.accepted
+        if bool(self.accepted[self.found].all()):
+            self.restart = 0.0  # rows tell no more
         return self.accepted
 
     def _residual(self, x: Tensor) -> Tensor:
@@ -497,4 +499,4 @@ def usable_fingerprints(
 def _known_only(seen: Fingerprint, sized: Tensor) -> Fingerprint:
     """Return a fingerprint of which only the coordinates marked in `sized` (R, D) are known."""
     spread = torch.where(sized, seen.spread, torch.inf)
-    return replace(seen, spread=spread, weight=seen.weight * sized)
+    return replace(seen, spread=spread, weight=seen.weight * sized, least=seen.least * sized)

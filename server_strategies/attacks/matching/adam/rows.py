@@ -10,6 +10,7 @@ from torch import Tensor
 from server_strategies.attacks.matching.adam.fingerprints import Fingerprint
 
 _EXPLAINED = 0.1  # share of a row's square up to which it is made of features that are known
+_BOUND = 0.3  # how much a feature counts that is below its bound
 _FINEST = 1e-3  # misfit below which weights no longer change
 
 
@@ -25,11 +26,14 @@ class RowFeatures:
         Features of m images, scaled to length 1; 0 where they are not known.
     spread : Tensor, shape (m, D)
         Their standard deviation; infinite where they are not known.
+    least : Tensor, shape (m, D)
+        Lower bounds of features that are not known; 0: none.
     """
 
     name: str
     values: Tensor
     spread: Tensor
+    least: Tensor
 
     def scaled(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features at the length of others, and how much each counts.
@@ -49,7 +53,11 @@ class RowFeatures:
         misfit = ((given / length - self.values) * self.spread.isfinite()).square()
         misfit = misfit.sum(1, keepdim=True)
         square = misfit.clamp(_FINEST, 1) / self.values.shape[1]
-        return self.values * length, (1 + self.spread.square() / square).reciprocal()
+        weight = (1 + self.spread.square() / square).reciprocal()
+        # Below its bound a feature is pulled up to it; above, nothing is known of it.
+        low = self.least * length
+        wanted = torch.where(self.least > 0, torch.maximum(given, low), self.values * length)
+        return wanted, torch.where(self.least > 0, _BOUND * (given < low), weight)
 
 
 def row_features(seen: Fingerprint, most: int) -> RowFeatures:
@@ -68,6 +76,7 @@ def row_features(seen: Fingerprint, most: int) -> RowFeatures:
     """
     values: list[Tensor] = []
     weights: list[Tensor] = []
+    bounds: list[Tensor] = []
     zeros = ((seen.gradient == 0) & seen.known).sum(1)
     for row in zeros.argsort(descending=True, stable=True).tolist():
         g, known = seen.gradient[row], seen.known[row]
@@ -84,15 +93,18 @@ def row_features(seen: Fingerprint, most: int) -> RowFeatures:
             total = weights[best] + added
             mean = (weights[best] * values[best] + added * g / factor) / total.clamp_min(1e-30)
             values[best], weights[best] = mean, total
+            bounds[best] = torch.maximum(bounds[best], (seen.least[row] / factor).clamp_min(0))
         elif len(values) < most and (
             not values or _fit(g, weight, values, weights)[1] > _EXPLAINED
         ):
             sign = g.sum().sign()  # behind a ReLU features are not negative
             values.append(g * sign)
             weights.append(weight)
+            bounds.append((seen.least[row] * sign).clamp_min(0))
     a, w = torch.stack(values), torch.stack(weights)
+    least = torch.where(w > 0, 0, torch.stack(bounds))
     length = a.norm(dim=1, keepdim=True)
-    return RowFeatures(seen.name, a / length, w.rsqrt() / length)
+    return RowFeatures(seen.name, a / length, w.rsqrt() / length, least / length)
 
 
 def _fit(

@@ -12,11 +12,19 @@ from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.matching.defended import norm_clipped
 from server_strategies.attacks.matching.low_rank.layers import Layer, bounded_layers
 from server_strategies.attacks.matching.low_rank.replay import Replay, replay, update_scale
-from server_strategies.attacks.matching.low_rank.spectrum import Spectrum, known_part, spectrum
+from server_strategies.attacks.matching.low_rank.spectrum import (
+    Matrix,
+    Spectrum,
+    known_part,
+    spectrum,
+)
 from server_strategies.attacks.matching.low_rank.vertices import separate_bounded
 
 _PRECISE = 0.02  # relative noise of features up to which an image is decoded from them
 _LEAST = 0.5  # share of the client's images that have to be found
+_DRAWS = 4  # tries to separate the terms
+_ZERO = 6.0  # deviations of the noise within which a slope is zero
+_CLOSED = 0.1  # share of live units that every image leaves closed
 _ORDERED = 0.1  # misfit of a term's slopes up to which its local step is taken as found
 
 
@@ -88,7 +96,7 @@ def exact_features(
         if seen is None:
             why = f"the update of {layer.name} is not of rank {terms}"
             continue
-        places = separate_bounded(seen, layer.low, layer.high)
+        places = _separated(layer, seen)
         if len(places) < _LEAST * terms:
             why = f"{layer.name} shows {len(places)} of {terms} images"
             continue
@@ -96,10 +104,41 @@ def exact_features(
     return why
 
 
+def _separated(layer: Layer, seen: Spectrum) -> Matrix:
+    """Return the places of the terms, by those draws that leave their slopes most zeros.
+
+    Each slope is zero where the image leaves the unit behind the layer closed. A place that
+    is none of a term's blends the slopes of all, which then have no zeros.
+    """
+    best, most = np.zeros((0, seen.rank)), -1
+    for seed in range(_DRAWS):
+        places = separate_bounded(seen, layer.low, layer.high, seed)
+        if not len(places):
+            continue
+        slopes = term_slopes(seen, places)
+        lengths = np.linalg.norm(places @ seen.right.T, axis=1)
+        live = np.abs(seen.left).max(1) > 0
+        zeros = (np.abs(slopes[live]) < _ZERO * seen.entry_noise / lengths).sum(0)
+        if zeros.sum() > most:
+            best, most = places, int(zeros.sum())
+        if len(places) == seen.rank and zeros.min() > _CLOSED * live.sum():
+            break
+    return best
+
+
+def term_slopes(seen: Spectrum, places: Matrix) -> Matrix:
+    """Return the slopes d_n of terms at their places r_n (m, r), shape (out, m).
+
+    The update is D [A, 1]', and V' is R^-1 [A, 1]' for the places R of all terms.
+    """
+    slopes: Matrix = (seen.left * seen.sizes) @ np.linalg.pinv(places)
+    return slopes
+
+
 def _in_order(
     layer: Layer,
     seen: Spectrum,
-    places: np.ndarray,
+    places: Matrix,
     w0: dict[str, Tensor],
     worth: list[float],
     observation: Observation,
@@ -112,8 +151,7 @@ def _in_order(
     lengths = np.linalg.norm(features, axis=1)
     precision = np.linalg.norm(seen.entry_noise / seen.sizes * places, axis=1)
     precision = precision * len(seen.right) ** 0.5 / lengths
-    # The update is D [A, 1] and V' is R^-1 [A, 1] for the coordinates R of the terms.
-    slopes = (seen.left * seen.sizes) @ np.linalg.pinv(places)
+    slopes = term_slopes(seen, places)
     noise = seen.entry_noise / lengths
     a, d, n = (torch.from_numpy(value).to(like) for value in (features, slopes.T, noise))
     scale = 1.0
