@@ -22,14 +22,17 @@ from server_strategies.attacks.accounting import Report, Run
 from server_strategies.attacks.matching.relu_smoothing import soft_gates
 from server_strategies.attacks.optimise import Parts, optimise
 
-_STEPS = 60  # Gauss-Newton steps at most
+_ONLY_SOME = 0.6  # share of the seconds for decoding, where other images are to be searched for
 _SOLVES = 20  # conjugate gradients a step
+_FEW, _MANY = 0.2, 1.5  # factors of their number in a second cycle, first and last
+_STUCK = 3e-4  # misfit above which an image starts again
 _RENEW = 3  # steps after which the weights in front of the layer are simulated again
 _GATES = (0.3, 0.03)  # width of the gates, first and last
 _PULL = 1000.0  # weight of the prior's image, in misfits and prior strengths
 _MOST_PULL = 0.1
 _DAMPING = (1e-2, 1e-7, 10.0)  # first, least and most damping
 _EASED, _RAISED = 1 / 3, 4.0  # factors of the damping after a step that was taken, or not
+_MATCHED = 0.1  # matching loss up to which the images of a search are taken
 _EXACT = 1e-7  # misfit at which the search ends
 
 Linear = Callable[[Tensor], Tensor]
@@ -43,9 +46,15 @@ class Decodable(Protocol):
     ----------
     found : Tensor of bool, shape (N,)
         Which images it knows features of.
+    decoding_steps : int
+        Gauss-Newton steps that decode them, in all cycles.
+    cycles : int
+        2, where an image can be told to be stuck by its misfit; otherwise 1.
     """
 
     found: Tensor
+    decoding_steps: int
+    cycles: int
 
     def groups(self) -> list[tuple[int, Tensor]]:
         """Return local steps, and the images of each whose features are known."""
@@ -55,12 +64,14 @@ class Decodable(Protocol):
         """Return the features of normalised images (B, C, H, W) at a step's weights, (B, D)."""
         ...
 
-    def wanted(self, step: int, given: Tensor) -> tuple[Tensor, Tensor]:
+    def wanted(self, step: int, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """Return the known features of a step's images, and how much each counts, (B, D) both.
 
         Parameters
         ----------
         step : int
+        images : Tensor of int64, shape (B,)
+            Some of the step's.
         given : Tensor, shape (B, D)
             Those of the images so far.
         """
@@ -101,32 +112,32 @@ def gauss_newton(
     """
     matching = parts.matching
     assert isinstance(matching, Decodable)
-    steps = min(budget.iterations, _STEPS)
-    run = Run(matching, observation, replace(budget, iterations=steps), report, counted=1)
+    steps = min(budget.iterations, matching.decoding_steps)
+    seconds = budget.seconds * (1.0 if bool(matching.found.all()) else _ONLY_SOME)
+    decoding = replace(budget, iterations=steps, seconds=seconds)
+    run = Run(matching, observation, decoding, report, counted=1)
     scale = (run.mean, run.std)
     low, high = -run.mean / run.std, (1 - run.mean) / run.std
     shape = (observation.num_examples, *matching.knowledge.image_shape)
     x = torch.zeros(shape, device=run.mean.device)
-    damping = torch.full((len(x),), _DAMPING[0], device=x.device)
-    groups = matching.groups()
+    state = _Decoding(matching, x, (low, high))
     matching.renew(x)
     for number, progress in enumerate(run.iterations()):
+        cycle, within = divmod(progress * matching.cycles, 1.0)
+        if cycle > state.cycle and not state.again():
+            run.end("decoded")
+            break
         if number and number % _RENEW == 0:
-            matching.renew(x)
-        strength = parts.prior_strength(progress) if parts.prior_strength else 0.0
+            matching.renew(state.best())
+        strength = parts.prior_strength(within) if parts.prior_strength else 0.0
         with run.counted(progress):
-            target = _prior_image(parts, x, scale, progress)
-            width = _GATES[0] * (_GATES[1] / _GATES[0]) ** progress
-            misfits = torch.zeros(len(x), device=x.device)
-            for step, images in groups:
-                misfits[images], x[images], damping[images] = _stepped(
-                    matching, step, x[images], target[images],
-                    damping[images], _PULL * strength, width, (low, high),
-                )  # fmt: skip
-        run.note(misfits.sum() / matching.found.sum())
-        if number % _RENEW == 0 and bool(misfits.max() < _EXACT):
+            target = _prior_image(parts, state.x, scale, within)
+            state.step(target, _PULL * strength, within)
+        run.note(state.misfit[matching.found].mean())
+        if number % _RENEW == 0 and bool(state.misfit[matching.found].max() < _EXACT):
             run.end("exact")
             break
+    x = state.best()
     decoded = matching.settle(x)
     found = run.found(x)
     if bool(decoded.all()) or budget.iterations <= steps:
@@ -140,6 +151,10 @@ def gauss_newton(
     if budget.seconds:
         rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
     others = optimise(parts, observation, rest, report)
+    if others.losses[-1] > _MATCHED:
+        # What does not match the update is no better than the mean colour, and often worse.
+        kept = _each(decoded.cpu(), others.images)
+        others = replace(others, images=torch.where(kept, others.images, found.images))
     return replace(
         others,
         losses=found.losses + others.losses,
@@ -148,6 +163,52 @@ def gauss_newton(
         peak_memory=max(found.peak_memory, others.peak_memory),
         flops=found.flops + others.flops,
     )
+
+
+class _Decoding:
+    """The images of a search by least squares, and how far each is.
+
+    In a second cycle images that are stuck start again, with fewer conjugate gradients at
+    first: they are in a local minimum of wrong gates, and another way leads elsewhere. Of
+    both results the one that fits better is kept.
+    """
+
+    def __init__(self, matching: Decodable, x: Tensor, box: tuple[Tensor, Tensor]) -> None:
+        self.matching, self.x, self.box = matching, x, box
+        self.groups = matching.groups()
+        self.damping = torch.full((len(x),), _DAMPING[0], device=x.device)
+        self.misfit = torch.full((len(x),), torch.inf, device=x.device)
+        self.cycle = 0
+        self.kept, self.kept_misfit = x, self.misfit
+
+    def best(self) -> Tensor:
+        """Return of each image the result that fits best so far."""
+        return torch.where(_each(self.misfit <= self.kept_misfit, self.x), self.x, self.kept)
+
+    def again(self) -> bool:
+        """Start the images again that are stuck; return whether there are any."""
+        stuck = self.matching.found & (self.misfit > _STUCK)
+        self.kept, self.kept_misfit = self.best(), torch.minimum(self.misfit, self.kept_misfit)
+        self.x = torch.where(_each(stuck, self.x), 0.0, self.x)
+        self.damping[stuck] = _DAMPING[0]
+        self.cycle += 1
+        chosen = [(step, images[stuck[images]]) for step, images in self.groups]
+        self.groups = [(step, images) for step, images in chosen if len(images)]
+        return bool(self.groups)
+
+    def step(self, target: Tensor, pull: float, progress: float) -> None:
+        """Make one step of all images towards their features and a target (N, C, H, W)."""
+        width = _GATES[0] * (_GATES[1] / _GATES[0]) ** progress
+        solves = _SOLVES
+        if self.cycle:
+            solves = round(_SOLVES * (_FEW + (_MANY - _FEW) * progress))
+        x, damping, misfit = self.x.clone(), self.damping.clone(), self.misfit.clone()
+        for step, images in self.groups:
+            misfit[images], x[images], damping[images] = _stepped(
+                self.matching, step, images, x[images], target[images],
+                damping[images], pull, width, solves, self.box,
+            )  # fmt: skip
+        self.x, self.damping, self.misfit = x, damping, misfit
 
 
 def _prior_image(parts: Parts, x: Tensor, scale: tuple[Tensor, Tensor], progress: float) -> Tensor:
@@ -166,16 +227,18 @@ def _prior_image(parts: Parts, x: Tensor, scale: tuple[Tensor, Tensor], progress
 def _stepped(
     matching: Decodable,
     step: int,
+    images: Tensor,
     x: Tensor,
     target: Tensor,
     damping: Tensor,
     pull: float,
     width: float,
+    solves: int,
     box: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return misfit, images and damping after one step, of the images of one local step."""
+    """Return misfit, images and damping after one step, of some images of one local step."""
     with torch.no_grad():
-        wanted, weight = matching.wanted(step, matching.features(step, x))
+        wanted, weight = matching.wanted(step, images, matching.features(step, x))
     root = weight.sqrt()
     wanted = root * wanted
     square = wanted.square().sum(1)
@@ -186,7 +249,10 @@ def _stepped(
     share = (pull * misfit).clamp(max=_MOST_PULL)
     downhill = back(wanted - given) - _each(share, x) * unit * (x - target)
     ridge = _each(share + damping, x) * unit
-    moved = _solve(lambda v: back(along(v)) + ridge * v, downhill)
+    # A pixel at its bound that would leave it stays there, or clipping would spoil the step.
+    stays = ((x <= box[0]) & (downhill < 0)) | ((x >= box[1]) & (downhill > 0))
+    free = (~stays).to(x)
+    moved = _solve(lambda v: free * back(along(v)) + ridge * v, free * downhill, solves)
     new = torch.minimum(torch.maximum(x + moved, box[0]), box[1])
     with torch.no_grad():
         left = (root * matching.features(step, new) - wanted).square().sum(1) / square
@@ -200,7 +266,7 @@ def _stepped(
 
 def _linear(function: Linear, x: Tensor) -> tuple[Tensor, Linear, Linear]:
     """Return a function's value at x, and products with its derivative and its transpose."""
-    x = x.detach().requires_grad_()
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     value = function(x)
     # The pull-back is linear in its argument: its own derivative is the push-forward.
     probe = torch.zeros_like(value, requires_grad=True)
@@ -215,12 +281,12 @@ def _linear(function: Linear, x: Tensor) -> tuple[Tensor, Linear, Linear]:
     return value.detach(), along, back
 
 
-def _solve(product: Linear, right: Tensor) -> Tensor:
+def _solve(product: Linear, right: Tensor, solves: int) -> Tensor:
     """Return nearly the solution of a system for each image, by conjugate gradients from 0."""
     solution = torch.zeros_like(right)
     left, way = right.clone(), right.clone()
     size = left.square().flatten(1).sum(1)
-    for _ in range(_SOLVES):
+    for _ in range(solves):
         image = product(way)
         length = size / ((way * image).flatten(1).sum(1) + 1e-30)
         solution += _each(length, way) * way

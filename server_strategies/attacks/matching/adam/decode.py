@@ -69,6 +69,8 @@ class Decoded(Trajectory):
     """
 
     name = "fingerprints"
+    cycles = 1
+    decoding_steps = 120  # weights of later steps follow only when the images of earlier ones do
     restart = 0.6  # decoding is cheap per iteration; images that it misses need the rest
 
     def __init__(self, setting: Setting) -> None:
@@ -148,21 +150,24 @@ class Decoded(Trajectory):
         name = self.read[step][1].name
         return traced(self.model, self.weights_at[step], x, (name,))[0][name]
 
-    def wanted(self, step: int, given: Tensor) -> tuple[Tensor, Tensor]:
+    def wanted(self, step: int, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """See `Decodable`; rows tell features but for their length, which is fitted."""
-        return self.read[step][1].scaled(given)
+        every, rows = self.read[step]
+        return rows.of(torch.isin(every, images)).scaled(given)
 
     def renew(self, x: Tensor) -> None:
         """See `Decodable`."""
         self._simulate(x)
 
     def settle(self, x: Tensor) -> Tensor:
-        """See `Decodable`: images that their rows support, with the part that is theirs."""
+        """See `Decodable`: images that fit their rows."""
         self._simulate(x)
-        self.held = self.accepted
-        if bool(self.accepted[self.found].all()):
+        self.held = self.found.clone()
+        for step, (images, _) in self.read.items():
+            self.held[images] = self._misfits(step, self.weights_at[step], x) < _TRUSTED
+        if bool(self.held[self.found].all()):
             self.restart = 0.0  # rows tell no more
-        return self.accepted
+        return self.held
 
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
@@ -230,17 +235,21 @@ class Decoded(Trajectory):
                     weight.copy_(torch.lerp(straight, weight, trust))
         return before
 
-    @torch.no_grad()
     def _trust(self, step: int, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         """Return how far a step's images fit its rows, in [0, 1], shape ()."""
         if step not in self.read:
             return x.new_zeros(())
+        # Of a step's images those without rows are not known to be right.
+        fits = (1 - self._misfits(step, weights, x) / _TRUSTED).clamp(0, 1)
+        return fits.sum() / len(self.indices[step])
+
+    @torch.no_grad()
+    def _misfits(self, step: int, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Return how badly a step's images fit its rows' features, of those that have some."""
         images, rows = self.read[step]
         given = traced(self.model, weights, x[images], (rows.name,))[0][rows.name]
         wanted, weight = rows.scaled(given)
-        off = (weight * (given - wanted).square()).sum(1) / (weight * wanted.square()).sum(1)
-        # Of a step's images those without rows are not known to be right.
-        return (1 - off / _TRUSTED).clamp(0, 1).sum() / len(self.indices[step])
+        return (weight * (given - wanted).square()).sum(1) / (weight * wanted.square()).sum(1)
 
     def _traced(self, step: int, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Return `traced` of a step's images (B, C, H, W), with its rows' units active."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ class RowFeatures:
     values: Tensor
     spread: Tensor
     least: Tensor
+
+    def of(self, chosen: Tensor) -> RowFeatures:
+        """Return the features of some of the images, marked in `chosen`, shape (m,) of bool."""
+        return replace(
+            self,
+            values=self.values[chosen],
+            spread=self.spread[chosen],
+            least=self.least[chosen],
+        )
 
     def scaled(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features at the length of others, and how much each counts.
