@@ -115,7 +115,7 @@ def trained_state(
     rounds = global_models(federation, train_set, info, 0, done, before)
     for epoch, weights_now in enumerate(rounds, done + 1):
         network.load_state_dict(dict(weights_now))
-        accuracy = evaluate(network, test_set, info.mean, info.std)[1]
+        accuracy = round(evaluate(network, test_set, info.mean, info.std)[1], 4)
         write_tensors(file(epoch), weights_now, {"facts": facts, "accuracy": f"{accuracy:.4f}"})
         if report:
             report(f"epoch-{epoch}", accuracy)

@@ -26,7 +26,7 @@ from server_strategies.attacks.run import run_attack
 SGD = LocalTraining("sgd", lr=0.01, batch_size=2, local_steps=2)
 ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=2)
 # The smallest image of each; vgg11 halves it five times.
-SIDES = {"vgg11": 32, "resnet18": 16}
+SIDES = {"lenet5": 12, "vgg11": 32, "resnet18": 16}
 KINDS = [(name, norm) for name, family in MODELS.items() for norm in family.norms]
 
 
@@ -59,6 +59,7 @@ def test_every_model_has_its_size() -> None:
     sizes = {name: count_parameters(name) for name in MODELS}
     assert sizes == {
         "convnet": 1_716_258,
+        "lenet5": 83_126,
         "mlp": 789_258,
         "mlp_mixer": 1_132_170,
         "resnet8": 78_042,
@@ -150,8 +151,11 @@ def test_what_does_not_fit_is_refused() -> None:
     ("run_config", "words"),
     [
         ({"model": "mlp", "overrides": "model.norm=batch"}, "model: norm is 'batch'; .*no channel"),
-        ({"model": "magic"}, "model is 'magic'; allowed: convnet, mlp, mlp_mixer, resnet18"),
-        ({"overrides": "model.name=magic"}, "model: model is 'magic'; allowed: convnet, mlp"),
+        (
+            {"model": "magic"},
+            "model is 'magic'; allowed: convnet, lenet5, mlp, mlp_mixer, resnet18",
+        ),
+        ({"overrides": "model.name=magic"}, "model: model is 'magic'; allowed: convnet, lenet5"),
         (
             {"model": "resnet8", "overrides": "strategy.name=fedadam"},
             "strategy.name is 'fedadam'.*allowed with them: fedavg, or client.send_buffers=false",
@@ -237,6 +241,8 @@ def test_an_attack_chooses_for_itself(name: str) -> None:
         attack = AttackConfig("flow_matching", 1, options={"flow": 0})
         found = run_attack(seen, told, attack, PriorConfig(), 0)
         assert found.images.shape == x.shape and found.images.isfinite().all()
-        assert found.labels_source == ("dlf" if told is blind else "given")
-        # Only layers with one input an image can be read for fingerprints.
-        assert name in ("convnet", "mlp") or found.matching.startswith("trajectory")
+        # Only layers with one input an image give away features.
+        single = name in ("convnet", "mlp")
+        inferred = "replay" if single else "dlf"
+        assert found.labels_source == (inferred if told is blind else "given")
+        assert single or found.matching.startswith("trajectory")

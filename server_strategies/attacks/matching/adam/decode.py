@@ -31,7 +31,10 @@ from server_strategies.attacks.matching.adam.fingerprints import (
 from server_strategies.attacks.matching.adam.rows import RowFeatures, row_features
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.matching.defended import consistent
+from server_strategies.attacks.matching.distance import norm
 from server_strategies.attacks.matching.trajectory import Trajectory
+
+Weights = dict[str, Tensor]
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
 _SOFT = 0.005  # residual above which a row no longer counts as one of a single image
@@ -41,6 +44,7 @@ _ACCEPTED = 0.15  # misfit of its own label up to which an image counts as decod
 _REASSIGNED = 1e-4  # cost of giving an image another label, in the misfit's units
 _NOT_INFERRED = 0.05  # cost of a label outside the inferred ones, as a share of the image's part
 _TRUSTED = 0.05  # misfit of rows from which their images are not used to simulate the training
+_ENDS_NEAR = 0.1  # distance from w1 of a simulation's end, as a share of the update
 _ACTIVE = 1e-6  # output of a unit that is just active
 _RENEW = 8  # calls after which the weights that features are taken at are simulated again
 
@@ -89,7 +93,7 @@ class Decoded(Trajectory):
         self.by_step = knowledge.labels_source == "given"  # otherwise inferred over all steps
         self.known_labels = self.labels.clone()
         self.calls = 0
-        self.weights_at: list[dict[str, Tensor]] = []
+        self.weights_at: list[Weights] = []
         self.accepted: Tensor
         self.decoded: Tensor | None = None
         self.all_decoded = False
@@ -164,7 +168,8 @@ class Decoded(Trajectory):
         self._simulate(x)
         self.held = self.found.clone()
         for step, (images, _) in self.read.items():
-            self.held[images] = self._misfits(step, self.weights_at[step], x) < _TRUSTED
+            off = self._misfits(step, self.weights_at[step], x, images)
+            self.held[images] = off < _TRUSTED
         if bool(self.held[self.found].all()):
             self.restart = 0.0  # rows tell no more
         return self.held
@@ -209,15 +214,25 @@ class Decoded(Trajectory):
         self.accepted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.accepted[images] = own < _ACCEPTED * size
 
-    def _trained(self, x: Tensor) -> list[dict[str, Tensor]]:
+    def _trained(self, x: Tensor) -> list[Weights]:
         """Return the weights before each local step, by training on `x` and by where it ends.
 
-        A step is simulated as far as its rows are fitted by its images. As far as they are
-        not, the weights go on straight to w1, where the client's training ends.
+        If it ends near w1, all images are right. Otherwise a step is simulated as far as its
+        rows are fitted by its images, and as far as they are not, the weights go on straight
+        to w1, where the client's training ends.
         """
+        before, last = self._steps_of(x, blended=False)
+        rest = [w1 - last[name] for name, w1 in self.w1.items()]
+        moved = [w1 - self.w0[name] for name, w1 in self.w1.items()]
+        if norm(rest) < _ENDS_NEAR * norm(moved):
+            return before
+        return self._steps_of(x, blended=True)[0]
+
+    def _steps_of(self, x: Tensor, *, blended: bool) -> tuple[list[Weights], Weights]:
+        """Return the weights before each step of a simulation, and those after the last."""
         weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
         optimizer = create_optimizer(weights.values(), self.training)
-        before: list[dict[str, Tensor]] = []
+        before: list[Weights] = []
         for step, index in enumerate(self.indices):
             before.append({name: w.detach().clone() for name, w in weights.items()})
             optimizer.zero_grad()
@@ -227,27 +242,41 @@ class Decoded(Trajectory):
             if self.training.max_grad_norm:
                 nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
             optimizer.step()
+            if not blended:
+                continue
             trust = self._trust(step, before[-1], x)
             with torch.no_grad():
                 for name, weight in weights.items():
                     at = before[-1][name]
                     straight = torch.lerp(at, self.w1[name], 1 / (len(self.indices) - step))
                     weight.copy_(torch.lerp(straight, weight, trust))
-        return before
+        return before, {name: w.detach() for name, w in weights.items()}
 
-    def _trust(self, step: int, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    def _trust(self, step: int, weights: Weights, x: Tensor) -> Tensor:
         """Return how far a step's images fit its rows, in [0, 1], shape ()."""
         if step not in self.read:
             return x.new_zeros(())
-        # Of a step's images those without rows are not known to be right.
-        fits = (1 - self._misfits(step, weights, x) / _TRUSTED).clamp(0, 1)
-        return fits.sum() / len(self.indices[step])
+        index = self.indices[step]
+        every = torch.stack([self._misfits(step, weights, x, image) for image in index], 1)
+        # Which of a step's images a row is of is not known.
+        rows, images = linear_sum_assignment(every.cpu().numpy())
+        return (1 - every[rows, images] / _TRUSTED).clamp(0, 1).mean()
 
     @torch.no_grad()
-    def _misfits(self, step: int, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        """Return how badly a step's images fit its rows' features, of those that have some."""
-        images, rows = self.read[step]
-        given = traced(self.model, weights, x[images], (rows.name,))[0][rows.name]
+    def _misfits(self, step: int, weights: Weights, x: Tensor, images: Tensor) -> Tensor:
+        """Return how badly images fit the features that a step's rows hold, shape (m,).
+
+        Parameters
+        ----------
+        step : int
+        weights : dict of str to Tensor
+        x : Tensor, shape (N, C, H, W)
+        images : Tensor of int64, shape (m,) or ()
+            One for each of the features, or one for all.
+        """
+        rows = self.read[step][1]
+        inputs, _, _ = traced(self.model, weights, x[images.view(-1)], (rows.name,))
+        given = inputs[rows.name].expand_as(rows.values)
         wanted, weight = rows.scaled(given)
         return (weight * (given - wanted).square()).sum(1) / (weight * wanted.square()).sum(1)
 

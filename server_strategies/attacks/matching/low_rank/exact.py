@@ -12,6 +12,7 @@ from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.matching.defended import norm_clipped
 from server_strategies.attacks.matching.low_rank.layers import Layer, bounded_layers
 from server_strategies.attacks.matching.low_rank.replay import Replay, replay, update_scale
+from server_strategies.attacks.matching.low_rank.sparse import separate_sparse
 from server_strategies.attacks.matching.low_rank.spectrum import (
     Matrix,
     Spectrum,
@@ -54,6 +55,11 @@ class ExactFeatures:
     replay: Replay
     scale: float
     reason: str
+
+    @property
+    def ordered(self) -> int:
+        """The number of places whose term has the slopes that the replay gives it."""
+        return int((self.replay.misfit < _ORDERED).sum())
 
     @property
     def found(self) -> Tensor:
@@ -100,7 +106,10 @@ def exact_features(
         if len(places) < _LEAST * terms:
             why = f"{layer.name} shows {len(places)} of {terms} images"
             continue
-        return _in_order(layer, seen, places, w0, worth, observation, knowledge)
+        found = _in_order(layer, seen, places, w0, worth, observation, knowledge)
+        if found.ordered >= _LEAST * terms:
+            return found
+        why = f"{layer.name} shows images, but the local step of {found.ordered} of {terms} alone"
     return why
 
 
@@ -113,12 +122,14 @@ def _separated(layer: Layer, seen: Spectrum) -> Matrix:
     best, most = np.zeros((0, seen.rank)), -1
     for seed in range(_DRAWS):
         places = separate_bounded(seen, layer.low, layer.high, seed)
+        if len(places) < seen.rank:  # a layer may be followed by a ReLU, too
+            other = separate_sparse(seen, seed)
+            places = other if len(other) > len(places) else places
         if not len(places):
             continue
-        slopes = term_slopes(seen, places)
-        lengths = np.linalg.norm(places @ seen.right.T, axis=1)
+        slopes, noise = term_slopes(seen, places)
         live = np.abs(seen.left).max(1) > 0
-        zeros = (np.abs(slopes[live]) < _ZERO * seen.entry_noise / lengths).sum(0)
+        zeros = (np.abs(slopes[live]) < _ZERO * noise).sum(0)
         if zeros.sum() > most:
             best, most = places, int(zeros.sum())
         if len(places) == seen.rank and zeros.min() > _CLOSED * live.sum():
@@ -126,13 +137,22 @@ def _separated(layer: Layer, seen: Spectrum) -> Matrix:
     return best
 
 
-def term_slopes(seen: Spectrum, places: Matrix) -> Matrix:
-    """Return the slopes d_n of terms at their places r_n (m, r), shape (out, m).
+def term_slopes(seen: Spectrum, places: Matrix) -> tuple[Matrix, Matrix]:
+    """Return the slopes d_n of terms at their places r_n (m, r), and the noise in them.
 
-    The update is D [A, 1]', and V' is R^-1 [A, 1]' for the places R of all terms.
+    The update is D [A, 1], and V' is R^-1 [A, 1] for the places R of all terms. Features that
+    are nearly parallel have a large inverse, and noise with it.
+
+    Returns
+    -------
+    slopes : array, shape (out, m)
+    noise : array, shape (m,)
+        Standard deviation in an entry of d_n.
     """
-    slopes: Matrix = (seen.left * seen.sizes) @ np.linalg.pinv(places)
-    return slopes
+    inverse = np.linalg.pinv(places)
+    slopes: Matrix = (seen.left * seen.sizes) @ inverse
+    noise: Matrix = seen.entry_noise * np.linalg.norm(inverse, axis=0)
+    return slopes, noise
 
 
 def _in_order(
@@ -151,8 +171,7 @@ def _in_order(
     lengths = np.linalg.norm(features, axis=1)
     precision = np.linalg.norm(seen.entry_noise / seen.sizes * places, axis=1)
     precision = precision * len(seen.right) ** 0.5 / lengths
-    slopes = term_slopes(seen, places)
-    noise = seen.entry_noise / lengths
+    slopes, noise = term_slopes(seen, places)
     a, d, n = (torch.from_numpy(value).to(like) for value in (features, slopes.T, noise))
     scale = 1.0
     size = torch.cat([part.flatten() for part in observation.update.values()]).abs()
@@ -165,9 +184,8 @@ def _in_order(
     by_place[there] = a[taken[there]]
     off = torch.full((len(taken),), torch.inf)
     off[there] = torch.from_numpy(precision).float()[taken[there]]
-    sure = int((order.misfit < _ORDERED).sum())
     reason = (
         f"{layer.name}'s update is of rank {seen.rank}, {seen.gap:.0f} times above its rounding: "
-        f"the exact features of {len(places)} of {len(taken)} images, {sure} of them at their step"
+        f"the exact features of {len(places)} of {len(taken)} images"
     )
     return ExactFeatures(layer, by_place, off, order, scale, reason)

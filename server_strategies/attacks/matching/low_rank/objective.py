@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -140,6 +141,7 @@ class LowRank(Trajectory):
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the loss, shape (), of normalised images (N, C, H, W)."""
+        x = x[self._order(x.detach())]
         if self.calls % _RENEW == 0:
             self.renew(x.detach())
         self.calls += 1
@@ -152,6 +154,20 @@ class LowRank(Trajectory):
             return misfit
         held = self.found.view(-1, 1, 1, 1)
         return misfit + super().__call__(torch.where(held, x.detach(), x), progress)
+
+    @torch.no_grad()
+    def _order(self, x: Tensor) -> Tensor:
+        """Return the order of images in which each is next to its term, within its step.
+
+        The order of a step's images leaves no trace in the update.
+        """
+        order = torch.arange(len(x), device=x.device)
+        for step, images in self.steps:
+            if len(images) > 1:
+                costs = torch.cdist(self.exact[images], self.features(step, x[images]))
+                _, nearest = linear_sum_assignment(costs.cpu().numpy())
+                order[images] = images[torch.from_numpy(nearest).to(images.device)]
+        return order
 
     def reassignments(self) -> list[tuple[int, int]]:
         """See `MatchingObjective`: none of the images that were found."""

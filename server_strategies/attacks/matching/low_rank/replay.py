@@ -45,6 +45,17 @@ class Replay:
     inwards: Tensor
 
 
+@dataclass(frozen=True)
+class _Term:
+    """A term at some step: its number, its best label, how it fits, and its shortening."""
+
+    number: int
+    label: int
+    misfit: float
+    cost: float
+    factor: float
+
+
 @dataclass
 class _Path:
     """An order up to some step."""
@@ -56,6 +67,7 @@ class _Path:
     misfits: list[float]
     inwards: list[Tensor]
     cost: float
+    factor: float = 1.0  # by which the last step's gradient was shortened
 
     def of(self, training: LocalTraining) -> Sgd:
         """Return the optimiser as it is then."""
@@ -94,14 +106,14 @@ def replay(
     training : LocalTraining
         With SGD.
     """
-    missing = sum(sizes) - len(features)
+    missing, clipped = sum(sizes) - len(features), training.max_grad_norm > 0
     start = {name: w0[name].detach() for name in head.names}
     paths = [_Path(start, [], [], [], [], [], 0.0)]
     for size, share in zip(sizes, worth, strict=True):
         grown = [
             new
             for path in paths
-            for new in _grown(head, path, features, slopes, noise, size, share, missing)
+            for new in _grown(head, path, features, slopes, noise, size, share, missing, clipped)
         ]
         grown.sort(key=lambda path: path.cost)
         paths = [_stepped(head, path, features, size, training) for path in grown[:_WIDTH]]
@@ -123,6 +135,7 @@ def _grown(
     size: int,
     share: float,
     missing: int,
+    clipped: bool,
 ) -> list[_Path]:
     """Return a path's continuations by the images of one step, best first."""
     left = [n for n in range(len(features)) if n not in path.order]
@@ -131,14 +144,22 @@ def _grown(
         return [_extended(path, [], size)]
     given, _ = head.slopes(path.weights, features[left])
     wanted = slopes[left] * (size / share)
-    off = (given - wanted[:, None]).square().sum(2)
+    factor = torch.ones_like(given[..., 0])
+    if clipped:  # each step's gradient was shortened, by an unknown factor
+        along = (given * wanted[:, None]).sum(2)
+        factor = (along / given.square().sum(2).clamp_min(1e-30)).clamp(0, 1)
+    off = (factor[..., None] * given - wanted[:, None]).square().sum(2)
     scale = wanted.square().sum(1)
     least, label = (off / scale[:, None]).min(1)
+    factor = factor.gather(1, label[:, None])[:, 0]
     # What noise alone does to the misfit is no sign of another step.
     floor = wanted.shape[1] * (noise[left] * size / share).square() / scale + 1e-9
     cost = (least / floor).log1p()
     ranked = cost.argsort().tolist()
-    of = [(left[n], int(label[n]), least[n].item(), cost[n].item()) for n in ranked]
+    of = [
+        _Term(left[n], int(label[n]), least[n].item(), cost[n].item(), factor[n].item())
+        for n in ranked
+    ]
     take = min(size, len(of))
     sets = [of[:take]]
     sets += [[*of[: take - 1], other] for other in of[take : take + _BRANCHES]]
@@ -148,18 +169,19 @@ def _grown(
     return [_extended(path, chosen, size) for chosen in sets]
 
 
-def _extended(path: _Path, chosen: list[tuple[int, int, float, float]], size: int) -> _Path:
+def _extended(path: _Path, chosen: list[_Term], size: int) -> _Path:
     """Return a path with a step's images, before its weights are stepped."""
     empty = size - len(chosen)
     return _Path(
         path.weights,
         path.momentum,
-        path.order + [n for n, _, _, _ in chosen] + [-1] * empty,
-        path.labels + [label for _, label, _, _ in chosen] + [-1] * empty,
-        path.misfits + [misfit for _, _, misfit, _ in chosen] + [torch.inf] * empty,
+        path.order + [term.number for term in chosen] + [-1] * empty,
+        path.labels + [term.label for term in chosen] + [-1] * empty,
+        path.misfits + [term.misfit for term in chosen] + [torch.inf] * empty,
         path.inwards,
         # An image of which nothing is seen hardly moves the model, but it is no free choice.
-        path.cost + sum(cost for _, _, _, cost in chosen) + _EMPTY * empty,
+        path.cost + sum(term.cost for term in chosen) + _EMPTY * empty,
+        sum(term.factor for term in chosen) / max(len(chosen), 1),
     )
 
 
@@ -178,7 +200,7 @@ def _stepped(
         chosen = features[[order[place] for place in there]]
         targets = torch.tensor([labels[place] for place in there], device=features.device)
         gradient, back, _ = head.gradient(weights, chosen, targets)
-        share = len(there) / size  # the mean is over the whole step
+        share = path.factor * len(there) / size  # the mean is over the whole step
         inwards[there] = back * share
         optimizer = path.of(training)
         stepped = optimizer.step(

@@ -57,6 +57,8 @@ def separate_bounded(
     array, shape (m, r)
         ``m <= r``; the features are ``right @ r``, and ``bias @ r`` is 1.
     """
+    if seen.rank == 1:  # a single term is the row space
+        return 1 / seen.bias[None]
     faces = seen.right - np.outer(np.broadcast_to(low, len(seen.right)), seen.bias)
     if high is not None:
         upper = np.outer(np.broadcast_to(high, len(seen.right)), seen.bias) - seen.right
@@ -176,10 +178,10 @@ class _Programme:
             if tolerance <= least:
                 break
             tolerance = max(least, tolerance / _SHRINK)
-        if self.rank > 1:  # an edge between two vertices is held across itself alone
-            noise = len(on) * (np.linalg.norm(self.noise[:, None] * directions, axis=0) ** 2)[1:]
-            if (squares[1:] < _HELD**2 * noise).any():
-                return None
+        # An edge between two vertices is held across itself alone.
+        moved = len(on) * (np.linalg.norm(self.noise[:, None] * directions, axis=0) ** 2)[1:]
+        if (squares[1:] < _HELD**2 * moved).any():
+            return None
         # A face's leverage is 1 where nothing else holds the vertex in some direction.
         if _leverage(on, vertex) > _ALONE:
             return None
@@ -189,8 +191,6 @@ class _Programme:
 
 def _leverage(faces: Matrix, vertex: Matrix) -> float:
     """Return the greatest leverage of a face, in [0, 1], in the directions away from a vertex."""
-    if len(vertex) < 2:
-        return 0.0
     away = np.linalg.svd(vertex[None])[2][1:]
     _, directions = np.linalg.eigh(away @ faces.T @ faces @ away.T)
     within = faces @ away.T @ directions

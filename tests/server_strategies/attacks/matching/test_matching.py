@@ -156,12 +156,12 @@ def test_auto_says_what_it_chose_and_why() -> None:
     one_step = {"batch_size": 6, "local_steps": 1}
     several = {"local_steps": 0, "local_epochs": 2}
     for name, change, chosen, why in (
-        ("sgd", {}, "trajectory", "order is known"),
+        ("sgd", {}, "low_rank", "exact features of 6 of 6 images"),
         ("adam", {}, "trajectory", "order is known"),
         ("epochs", {}, "fingerprints", "later passes in the first's order"),
         ("momentum", several, "trajectory", "later passes in the first's order"),
         ("momentum", {**several, "reshuffle": False}, "trajectory", "order is known"),
-        ("momentum", one_step, "gradient", "is its gradient"),
+        ("momentum", one_step, "low_rank", "exact features of 6 of 6 images"),
         ("adamw", one_step, "inversion", "rounding leaves the gradient's size"),
     ):
         observation, knowledge, _ = client(replace(CLIENTS[name], **change))
@@ -184,7 +184,7 @@ def test_a_surrogate_starts_where_the_gradients_were_taken() -> None:
 
 def test_unknown_labels_are_fitted() -> None:
     observation, knowledge, x = client(replace(CLIENTS["sgd"], batch_size=6, local_steps=1))
-    objective = matching_objective("auto", observation, replace(knowledge, labels=None))
+    objective = matching_objective("gradient", observation, replace(knowledge, labels=None))
     (unknown,) = objective.unknowns
     optimizer = torch.optim.Adam([unknown.value], unknown.lr)
     for _ in range(60):
