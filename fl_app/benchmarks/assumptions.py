@@ -196,7 +196,7 @@ def attack_path(
 
     hook = register_optimizer_step_pre_hook(keep)
     try:
-        attack = AttackConfig("flow_matching", iterations)
+        attack = AttackConfig("flow_matching", iterations, options={"matching": "trajectory"})
         found = run_attack(observation, knowledge, attack, PriorConfig(weights), 0)
     finally:
         hook.remove()

@@ -113,6 +113,8 @@ def gauss_newton(
     matching = parts.matching
     assert isinstance(matching, Decodable)
     steps = min(budget.iterations, matching.decoding_steps)
+    # In few steps no image can be told to be stuck.
+    cycles = matching.cycles if steps == matching.decoding_steps else 1
     seconds = budget.seconds * (1.0 if bool(matching.found.all()) else _ONLY_SOME)
     decoding = replace(budget, iterations=steps, seconds=seconds)
     run = Run(matching, observation, decoding, report, counted=1)
@@ -123,7 +125,7 @@ def gauss_newton(
     state = _Decoding(matching, x, (low, high))
     matching.renew(x)
     for number, progress in enumerate(run.iterations()):
-        cycle, within = divmod(progress * matching.cycles, 1.0)
+        cycle, within = divmod(progress * cycles, 1.0)
         if cycle > state.cycle and not state.again():
             run.end("decoded")
             break

@@ -143,7 +143,10 @@ def row(case: Case, seed: int, psnr: float, lpips: float) -> dict[str, Any]:
     return {
         "case": case.name,
         "seed": seed,
-        "metrics": {name: {"mean": value, "baseline": 12.0} for name, value in scores.items()},
+        "metrics": {
+            name: {"values": [value], "mean": value, "baseline": 12.0}
+            for name, value in scores.items()
+        },
         "psnr_by_step": [psnr],
         **dict.fromkeys((*means, "gflop_per_iteration"), 1.0),
     }
