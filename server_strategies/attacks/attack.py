@@ -165,6 +165,7 @@ def _search(parts: Parts) -> Callable[..., Reconstruction]:
     """Return the search that suits what an attack consists of."""
     if parts.population:
         return evolve
-    if isinstance(parts.matching, Decodable) and not parts.decode:
+    matching = parts.matching
+    if isinstance(matching, Decodable) and bool(matching.found.any()) and not parts.decode:
         return gauss_newton
     return optimise

@@ -8,11 +8,12 @@ better, and Adam at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.gauss_newton import Decodable
+from server_strategies.attacks.matching.base import MatchingObjective
 from server_strategies.attacks.matching.defended import noise_share
 from server_strategies.attacks.optimise import cosine_schedule
 from server_strategies.attacks.options import COSINE_LR, DISTANCE, MATCHING, STATISTICS, TV, option
@@ -23,6 +24,8 @@ PRIOR_STRENGTH = {"sgd": (0.1, 0.05), "adam": (1.5, 0.45)}
 """The default `prior_strength` and `final_prior_strength`. A smoothed Adam needs more of the
 priors: its late batches hardly enter the update. Chosen on trials 1000 to 1007, Adam's of K=5,
 B=4, SGD's of four clients (`flowleak bench prior-strength`)."""
+
+_SEARCHED, _DECODED = (0.03, 0.8), (0.0, 0.6)  # the default `tv` and `t_start`
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,25 @@ class FlowMatching(Attack):
         matching = task.matching(
             self.matching, distance=self.distance, relu_smoothing=self.relu_smoothing
         )
-        known = isinstance(matching, Decodable)  # features, which leave less to the priors
-        first, last = PRIOR_STRENGTH[
-            "sgd" if known or task.known.client.optimizer == "sgd" else "adam"
-        ]
-        first = first if self.prior_strength is None else self.prior_strength
-        last = last if self.final_prior_strength is None else self.final_prior_strength
+        kind = "sgd" if task.known.client.optimizer == "sgd" else "adam"
+        search = self._parts(task, matching, PRIOR_STRENGTH[kind], *_SEARCHED)
+        if not (isinstance(matching, Decodable) and bool(matching.found.any())):
+            return search
+        return replace(self._parts(task, matching, PRIOR_STRENGTH["sgd"], *_DECODED), others=search)
+
+    def _parts(
+        self,
+        task: Task,
+        matching: MatchingObjective,
+        strengths: tuple[float, float],
+        tv: float,
+        t_start: float,
+    ) -> Parts:
+        """Return the parts with defaults for what is not chosen."""
+        first = strengths[0] if self.prior_strength is None else self.prior_strength
+        last = strengths[1] if self.final_prior_strength is None else self.final_prior_strength
+        tv = tv if self.tv is None else self.tv
+        t_start = t_start if self.t_start is None else self.t_start
         noise = noise_share(list(task.seen.update.values()), task.known.defense)
 
         def strength(progress: float) -> float:
@@ -74,9 +90,6 @@ class FlowMatching(Attack):
             # the update's square the strength falls less, and never below its length's share.
             return max(noise**0.5, first * (last / first) ** ((1 - noise) * progress))
 
-        tv, t_start = (0.0, 0.6) if known else (0.03, 0.8)
-        tv = tv if self.tv is None else self.tv
-        t_start = t_start if self.t_start is None else self.t_start
         times = (self.mode, t_start, self.t_end, task.generator(), self.every, self.draws)
         flow = FlowPrior(task.network, self.flow, *times, self.polish, self.tiles)
         priors: list[TotalVariation | FlowPrior] = [TotalVariation(tv, task.known.std), flow]

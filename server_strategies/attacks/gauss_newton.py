@@ -152,7 +152,7 @@ def gauss_newton(
     rest = replace(budget, iterations=budget.iterations - steps)
     if budget.seconds:
         rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
-    others = optimise(parts, observation, rest, report)
+    others = optimise(parts.others or parts, observation, rest, report)
     if others.losses[-1] > _MATCHED:
         # What does not match the update is no better than the mean colour, and often worse.
         kept = _each(decoded.cpu(), others.images)

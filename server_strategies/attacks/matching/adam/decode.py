@@ -134,10 +134,12 @@ class Decoded(Trajectory):
     def _read(self) -> dict[int, tuple[Tensor, RowFeatures]]:
         """Return by local step the images whose features its rows hold, and the features.
 
-        Of the rows of the layer with the most inputs. Which of a step's images they are of
-        is not known, and does not matter.
+        Of the rows of the layer with the most inputs. A batch's rows are of several images as
+        well, and fitting all of them at once finds more: then none are read.
         """
-        found = {}
+        found: dict[int, tuple[Tensor, RowFeatures]] = {}
+        if self.training.batch_size > 1:
+            return found
         for step, parts in self.prints.items():
             widest = max(parts, key=lambda part: part.gradient.shape[1])
             index = self.indices[step]
@@ -222,6 +224,8 @@ class Decoded(Trajectory):
         to w1, where the client's training ends.
         """
         before, last = self._steps_of(x, blended=False)
+        if not self.read:
+            return before
         rest = [w1 - last[name] for name, w1 in self.w1.items()]
         moved = [w1 - self.w0[name] for name, w1 in self.w1.items()]
         if norm(rest) < _ENDS_NEAR * norm(moved):
