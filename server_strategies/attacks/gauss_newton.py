@@ -20,7 +20,7 @@ from torch import Tensor
 from fl_app.protocol import Budget, Observation, Reconstruction
 from server_strategies.attacks.accounting import Report, Run
 from server_strategies.attacks.matching.relu_smoothing import soft_gates
-from server_strategies.attacks.optimise import Parts, optimise
+from server_strategies.attacks.optimise import Parts, optimise, prior_slope
 
 _ONLY_SOME = 0.6  # share of the seconds for decoding, where other images are to be searched for
 _SOLVES = 20  # conjugate gradients a step
@@ -218,11 +218,10 @@ def _prior_image(parts: Parts, x: Tensor, scale: tuple[Tensor, Tensor], progress
     mean, std = scale
     if not parts.priors:
         return x
-    images = (x * std + mean).requires_grad_()
-    penalty = torch.stack([prior(images, progress) for prior in parts.priors]).sum()
-    (slope,) = torch.autograd.grad(penalty, images)
+    images = x * std + mean
+    slope = prior_slope(parts.priors, images, progress)
     # Of a mean over all numbers of squares on [-1, 1].
-    moved = (images.detach() - slope * images.numel() / 8).clamp(0, 1)
+    moved = (images - slope * images.numel() / 8).clamp(0, 1)
     return (moved - mean) / std
 
 

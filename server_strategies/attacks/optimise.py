@@ -220,9 +220,14 @@ def _prior_gradient(
     """Return the gradient of the priors' sum in x, of x's shape."""
     if not priors:
         return torch.zeros_like(x)
-    images = (x.detach() * std + mean).requires_grad_()
+    return prior_slope(priors, x.detach() * std + mean, progress) * std
+
+
+def prior_slope(priors: Sequence[Prior], images: Tensor, progress: float) -> Tensor:
+    """Return the gradient of the priors' sum in images in [0, 1], of their shape (N, C, H, W)."""
+    images = images.detach().requires_grad_()
     penalty = torch.stack([prior(images, progress) for prior in priors]).sum()
-    return torch.autograd.grad(penalty, images)[0] * std
+    return torch.autograd.grad(penalty, images)[0]
 
 
 def _norms(gradient: Tensor) -> Tensor:

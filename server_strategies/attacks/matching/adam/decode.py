@@ -143,8 +143,7 @@ class Decoded(Trajectory):
         for step, parts in self.prints.items():
             widest = max(parts, key=lambda part: part.gradient.shape[1])
             index = self.indices[step]
-            features = row_features(widest, len(index))
-            found[step] = index[: len(features.values)], features
+            found[step] = index, row_features(widest)
         return found
 
     def groups(self) -> list[tuple[int, Tensor]]:
@@ -158,8 +157,7 @@ class Decoded(Trajectory):
 
     def wanted(self, step: int, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """See `Decodable`; rows tell features but for their length, which is fitted."""
-        every, rows = self.read[step]
-        return rows.of(torch.isin(every, images)).scaled(given)
+        return self.read[step][1].scaled(given)
 
     def renew(self, x: Tensor) -> None:
         """See `Decodable`."""
@@ -170,7 +168,7 @@ class Decoded(Trajectory):
         self._simulate(x)
         self.held = self.found.clone()
         for step, (images, _) in self.read.items():
-            off = self._misfits(step, self.weights_at[step], x, images)
+            off = self._misfits(step, self.weights_at[step], x)
             self.held[images] = off < _TRUSTED
         if bool(self.held[self.found].all()):
             self.restart = 0.0  # rows tell no more
@@ -260,27 +258,13 @@ class Decoded(Trajectory):
         """Return how far a step's images fit its rows, in [0, 1], shape ()."""
         if step not in self.read:
             return x.new_zeros(())
-        index = self.indices[step]
-        every = torch.stack([self._misfits(step, weights, x, image) for image in index], 1)
-        # Which of a step's images a row is of is not known.
-        rows, images = linear_sum_assignment(every.cpu().numpy())
-        return (1 - every[rows, images] / _TRUSTED).clamp(0, 1).mean()
+        return (1 - self._misfits(step, weights, x) / _TRUSTED).clamp(0, 1).mean()
 
     @torch.no_grad()
-    def _misfits(self, step: int, weights: Weights, x: Tensor, images: Tensor) -> Tensor:
-        """Return how badly images fit the features that a step's rows hold, shape (m,).
-
-        Parameters
-        ----------
-        step : int
-        weights : dict of str to Tensor
-        x : Tensor, shape (N, C, H, W)
-        images : Tensor of int64, shape (m,) or ()
-            One for each of the features, or one for all.
-        """
-        rows = self.read[step][1]
-        inputs, _, _ = traced(self.model, weights, x[images.view(-1)], (rows.name,))
-        given = inputs[rows.name].expand_as(rows.values)
+    def _misfits(self, step: int, weights: Weights, x: Tensor) -> Tensor:
+        """Return how badly a step's image fits the features that its rows hold, shape (1,)."""
+        images, rows = self.read[step]
+        given = traced(self.model, weights, x[images], (rows.name,))[0][rows.name]
         wanted, weight = rows.scaled(given)
         return (weight * (given - wanted).square()).sum(1) / (weight * wanted.square()).sum(1)
 

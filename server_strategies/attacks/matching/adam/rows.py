@@ -1,8 +1,8 @@
-"""The features of single images in a step's gradient rows."""
+"""The features of the image that a step's gradient rows are of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,17 +16,17 @@ _FINEST = 1e-3  # misfit below which weights no longer change
 
 @dataclass(frozen=True)
 class RowFeatures:
-    """What a layer's gradient rows of one local step tell of its images' features.
+    """What a layer's gradient rows of one local step tell of its image's features.
 
     Attributes
     ----------
     name : str
         The layer's weight.
-    values : Tensor, shape (m, D)
-        Features of m images, scaled to length 1; 0 where they are not known.
-    spread : Tensor, shape (m, D)
+    values : Tensor, shape (1, D)
+        Features of the image, scaled to length 1; 0 where they are not known.
+    spread : Tensor, shape (1, D)
         Their standard deviation; infinite where they are not known.
-    least : Tensor, shape (m, D)
+    least : Tensor, shape (1, D)
         Lower bounds of features that are not known; 0: none.
     """
 
@@ -34,15 +34,6 @@ class RowFeatures:
     values: Tensor
     spread: Tensor
     least: Tensor
-
-    def of(self, chosen: Tensor) -> RowFeatures:
-        """Return the features of some of the images, marked in `chosen`, shape (m,) of bool."""
-        return replace(
-            self,
-            values=self.values[chosen],
-            spread=self.spread[chosen],
-            least=self.least[chosen],
-        )
 
     def scaled(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features at the length of others, and how much each counts.
@@ -52,7 +43,7 @@ class RowFeatures:
 
         Parameters
         ----------
-        given : Tensor, shape (m, D)
+        given : Tensor, shape (1, D)
         """
         # Where features are not zero: by all of them the length would shrink while images are
         # wrong. The length of least relative misfit grows instead.
@@ -69,23 +60,19 @@ class RowFeatures:
         return wanted, torch.where(self.least > 0, _BOUND * (given < low), weight)
 
 
-def row_features(seen: Fingerprint, most: int) -> RowFeatures:
-    """Return the features that rows of one local step are made of.
+def row_features(seen: Fingerprint) -> RowFeatures:
+    """Return the features of an image that was a local step's batch alone, by the step's rows.
 
-    A row is ``sum_n d_n a_n`` over the images that activate its unit, most often one. Rows
-    with many zeros are of few images, so they come first. One that the features found so
-    far explain adds to none of them, unless it is of one image alone: then its coordinates
-    are averaged with that image's, by their spread.
+    Every row is a multiple of them. Rows with many zeros have fewer large gradients, so the
+    first sets the scale, and the coordinates of those that agree with it are averaged by
+    their spread.
 
     Parameters
     ----------
     seen : Fingerprint
-    most : int
-        Images of the step, B.
+        Of a step of one image.
     """
-    values: list[Tensor] = []
-    weights: list[Tensor] = []
-    bounds: list[Tensor] = []
+    value = weight = bound = None
     zeros = ((seen.gradient == 0) & seen.known).sum(1)
     for row in zeros.argsort(descending=True, stable=True).tolist():
         g, known = seen.gradient[row], seen.known[row]
@@ -93,38 +80,30 @@ def row_features(seen: Fingerprint, most: int) -> RowFeatures:
             continue
         # A coordinate of zero is exact, but no average needs more than this.
         spread = seen.spread[row].clamp_min(0.01 * float(g.square().mean().sqrt()) + 1e-30)
-        weight = torch.where(known, spread.square().reciprocal(), 0)
-        alone = [_fit(g, weight, [a], [w]) for a, w in zip(values, weights, strict=True)]
-        best = min(range(len(alone)), key=lambda i: alone[i][1], default=-1)
-        if best >= 0 and alone[best][1] < _EXPLAINED:
-            factor = alone[best][0][0]
-            added = weight * factor.square()
-            total = weights[best] + added
-            mean = (weights[best] * values[best] + added * g / factor) / total.clamp_min(1e-30)
-            values[best], weights[best] = mean, total
-            bounds[best] = torch.maximum(bounds[best], (seen.least[row] / factor).clamp_min(0))
-        elif len(values) < most and (
-            not values or _fit(g, weight, values, weights)[1] > _EXPLAINED
-        ):
+        own = torch.where(known, spread.square().reciprocal(), 0)
+        if value is None or weight is None or bound is None:
             sign = g.sum().sign()  # behind a ReLU features are not negative
-            values.append(g * sign)
-            weights.append(weight)
-            bounds.append((seen.least[row] * sign).clamp_min(0))
-    a, w = torch.stack(values), torch.stack(weights)
-    least = torch.where(w > 0, 0, torch.stack(bounds))
-    length = a.norm(dim=1, keepdim=True)
-    return RowFeatures(seen.name, a / length, w.rsqrt() / length, least / length)
+            value, weight, bound = g * sign, own, (seen.least[row] * sign).clamp_min(0)
+            continue
+        factor, left = _fit(g, own, value, weight)
+        if left < _EXPLAINED:
+            added = own * factor.square()
+            total = weight + added
+            value = (weight * value + added * g / factor) / total.clamp_min(1e-30)
+            weight, bound = total, torch.maximum(bound, (seen.least[row] / factor).clamp_min(0))
+    assert value is not None and weight is not None and bound is not None
+    length = value.norm()
+    least = torch.where(weight > 0, 0, bound)
+    parts = (value / length, weight.rsqrt() / length, least / length)
+    return RowFeatures(seen.name, *(part[None] for part in parts))
 
 
-def _fit(
-    row: Tensor, weight: Tensor, values: list[Tensor], weights: list[Tensor]
-) -> tuple[Tensor, float]:
-    """Return the coefficients of a row in features, and the share of it that is left."""
-    a = torch.stack(values)
+def _fit(row: Tensor, weight: Tensor, value: Tensor, known: Tensor) -> tuple[Tensor, float]:
+    """Return the coefficient of a row in features, and the share of it that is left."""
     # A coordinate counts as far as both are known well.
-    spread = weight.reciprocal() + torch.stack(weights).reciprocal().sum(0)
+    spread = weight.reciprocal() + known.reciprocal()
     both = (1 + spread / row.square().mean()).reciprocal()
-    gram = (a * both) @ a.T
-    parts = torch.linalg.lstsq(gram.double(), ((a * both) @ row).double()[:, None]).solution[:, 0]
-    left = row - parts.to(row) @ a
-    return parts.to(row), float((both * left.square()).sum() / (both * row.square()).sum())
+    dots, square = ((value * both * other).double().sum() for other in (row, value))
+    part = (dots / square).to(row)
+    left = row - part * value
+    return part, float((both * left.square()).sum() / (both * row.square()).sum())

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fl_app.models.extensions import random_layers
 from fl_app.protocol import Knowledge
+from server_strategies.attacks.matching.adam.decode import traced
 from server_strategies.attacks.matching.low_rank.head import Head
 from server_strategies.attacks.matching.low_rank.spectrum import Matrix
 
@@ -33,15 +33,12 @@ class Layer:
         Lower bound of its inputs.
     high : array, shape (in,), or None
         Upper bound, if there is one.
-    pixels : bool
-        Whether its inputs are the image itself.
     """
 
     name: str
     head: Head
     low: float | Matrix
     high: Matrix | None
-    pixels: bool
 
 
 def bounded_layers(
@@ -75,28 +72,16 @@ def bounded_layers(
     coarse = torch.rand(_PROBES, shape[0], 4, 4, generator=generator).to(like)
     smooth = nn.functional.interpolate(coarse, shape[1:], mode="bilinear")
     probe = ((smooth + 0.1 * torch.randn(smooth.shape, generator=generator).to(like)) - mean) / std
-    inputs: dict[str, Tensor] = {}
-
-    def keep(name: str, args: tuple[Tensor, ...]) -> None:
-        inputs[name] = args[0].detach()
-
-    linear = {
-        name: layer
+    names = [
+        f"{name}.weight"
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and layer.bias is not None
-    }
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args))
-        for name, layer in linear.items()
     ]
     with torch.no_grad():
-        functional_call(model, dict(weights), (probe,))
-    for handle in handles:
-        handle.remove()
-    for name, value in inputs.items():
+        inputs, _, _ = traced(model, weights, probe, [name for name in names if name in weights])
+    for weight, value in inputs.items():
+        name = weight.removesuffix(".weight")
         if value.dim() != 2 or value.shape[1] < _ENOUGH * probe[0].numel():
-            continue
-        if f"{name}.weight" not in weights:
             continue
         pixels = value.shape == probe.flatten(1).shape and torch.equal(value, probe.flatten(1))
         bounded = bool((value >= 0).all()) and bool((value == 0).float().mean() > _ZEROS)
@@ -107,9 +92,9 @@ def bounded_layers(
             continue
         if pixels:
             low, high = (_flat((bound - mean) / std, shape) for bound in (0.0, 1.0))
-            yield Layer(name, head, low, high, pixels=True)
+            yield Layer(name, head, low, high)
         else:
-            yield Layer(name, head, 0.0, None, pixels=False)
+            yield Layer(name, head, 0.0, None)
 
 
 def _flat(bound: Tensor, shape: tuple[int, ...]) -> Matrix:

@@ -185,8 +185,7 @@ class LowRank(Trajectory):
             return
         optimizer = Sgd(self.training)
         weights, before, lengths = {n: self.w0[n] for n in names}, [], [0.0]
-        starts = list(accumulate((len(batch) for batch in self.batches), initial=0))
-        for batch, start in zip(self.batches, starts, strict=False):
+        for batch, start in zip(self.batches, self.taken, strict=False):
             before.append(weights)
             places = torch.arange(start, start + len(batch), device=x.device)
             known = torch.tensor([bool(self.found[i]) for i in batch], device=x.device)

@@ -41,8 +41,6 @@ class Spectrum:
         V's last row, which belongs to the layer's bias.
     noise : float
         The largest singular value below them.
-    terms : int
-        Terms that the sum has by what the client said, ``r <= terms``.
     """
 
     left: Matrix
@@ -50,7 +48,6 @@ class Spectrum:
     right: Matrix
     bias: Matrix
     noise: float
-    terms: int
 
     @property
     def rank(self) -> int:
@@ -131,5 +128,4 @@ def spectrum(weight: Tensor, bias: Tensor, terms: int) -> Spectrum | None:
         rows[:-1].cpu().numpy(),
         rows[-1].cpu().numpy(),
         noise,
-        terms,
     )
