@@ -173,7 +173,7 @@ def find_fingerprints(
             a, b = single_step_terms(step, num_steps, decay)
             # Adam's own arithmetic adds an error of about five such units.
             error = rounding[rows] + 5 * unit * limits[num_steps - 1 - step]
-            size, spread = _invert(updates[rows].abs(), a.to(updates), b.to(updates), error)
+            size, spread = inverted(updates[rows].abs(), a.to(updates), b.to(updates), error)
             gradient = (size * updates[rows].sign()).to(before.dtype)
             weight = spread.isfinite().to(before.dtype)
             # Up to z = 3 error / slope the update can't be told from that of any larger one.
@@ -203,7 +203,7 @@ def _shares(updates: Tensor, limits: Tensor) -> Tensor:
     return counts.view(num_rows, num_steps) / (updates != 0).sum(1, keepdim=True).clamp(min=1)
 
 
-def _invert(sizes: Tensor, a: Tensor, b: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def inverted(sizes: Tensor, a: Tensor, b: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """Return |g| by the size of its update in units of lr, 0 where not known, and its spread."""
     # z = eps / |g| solves sum_k a_k / (b_k + z) = size. The left side is decreasing and
     # convex in z, so that Newton's method converges to the solution from 0.

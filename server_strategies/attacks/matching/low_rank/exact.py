@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, Observation
-from server_strategies.attacks.matching.defended import norm_clipped
+from server_strategies.attacks.matching.defended import hidden_size, norm_clipped
+from server_strategies.attacks.matching.low_rank.head import Weights
 from server_strategies.attacks.matching.low_rank.layers import Layer, bounded_layers
-from server_strategies.attacks.matching.low_rank.replay import Replay, replay, update_scale
+from server_strategies.attacks.matching.low_rank.replay import (
+    Replay,
+    replay,
+    replay_steps,
+    update_scale,
+)
 from server_strategies.attacks.matching.low_rank.sparse import separate_sparse
 from server_strategies.attacks.matching.low_rank.spectrum import (
     Matrix,
@@ -19,6 +25,7 @@ from server_strategies.attacks.matching.low_rank.spectrum import (
     known_part,
     spectrum,
 )
+from server_strategies.attacks.matching.low_rank.steps import step_factors
 from server_strategies.attacks.matching.low_rank.vertices import separate_bounded
 
 _PRECISE = 0.02  # relative noise of features up to which an image is decoded from them
@@ -26,6 +33,7 @@ _LEAST = 0.5  # share of the client's images that have to be found
 _DRAWS = 4  # tries to separate the terms
 _ZERO = 6.0  # deviations of the noise within which a slope is zero
 _CLOSED = 0.1  # share of live units that every image leaves closed
+_LABELLED = 0.5  # the same, where features are known but for their length and a few
 _ORDERED = 0.1  # misfit of a term's slopes up to which its local step is taken as found
 
 
@@ -40,8 +48,10 @@ class ExactFeatures:
         By place in the training, what the image gave the layer at its own step's weights;
         0 where it was not found. T is K B, or fewer where the last batch of a pass is
         smaller.
-    precision : Tensor, shape (T,)
-        Relative standard deviation of the noise in them; infinite where not found.
+    spread : Tensor, shape (T, in)
+        Standard deviation of the noise in them; infinite where they are not known.
+    found : Tensor of bool, shape (T,)
+        Which places were found.
     replay : Replay
         Its labels, its order and what goes back from the head.
     scale : float
@@ -51,7 +61,8 @@ class ExactFeatures:
 
     layer: Layer
     features: Tensor
-    precision: Tensor
+    spread: Tensor
+    found: Tensor
     replay: Replay
     scale: float
     reason: str
@@ -60,11 +71,6 @@ class ExactFeatures:
     def ordered(self) -> int:
         """The number of places whose term has the slopes that the replay gives it."""
         return int((self.replay.misfit < _ORDERED).sum())
-
-    @property
-    def found(self) -> Tensor:
-        """Which places were found, shape (T,) of bool."""
-        return self.precision < _PRECISE
 
 
 def exact_features(
@@ -80,17 +86,19 @@ def exact_features(
     knowledge : Knowledge
         With the client's training.
     """
+    if knowledge.client.optimizer == "sgd":
+        return _of_terms(model, observation, knowledge)
+    return _of_steps(model, observation, knowledge)
+
+
+def _of_terms(
+    model: nn.Module, observation: Observation, knowledge: Knowledge
+) -> ExactFeatures | str:
+    """Return `exact_features` of SGD, whose update is a sum of one term for each image."""
     training = knowledge.client
-    if training.optimizer != "sgd":
-        return f"{training.optimizer}'s update is no sum of gradients"
     batches = training.batches(observation.num_examples)
     terms = sum(len(batch) for batch in batches)
-    like = next(model.parameters())
-    names = [name for name, _ in model.named_parameters()]
-    w0, w1 = (
-        {name: weights[name].to(like).detach() for name in names}
-        for weights in (observation.w0, observation.w1)
-    )
+    w0, w1 = _weights(model, observation)
     left, worth = known_part(training, len(batches))
     why = "no linear layer with one input an image, pixels or the output of a ReLU"
     for layer in bounded_layers(model, w0, knowledge):
@@ -107,10 +115,60 @@ def exact_features(
             why = f"{layer.name} shows {len(places)} of {terms} images"
             continue
         found = _in_order(layer, seen, places, w0, worth, observation, knowledge)
-        if found.ordered >= _LEAST * terms:
+        ordered = int((found.replay.misfit < _ORDERED).sum())
+        if ordered >= _LEAST * terms:
             return found
-        why = f"{layer.name} shows images, but the local step of {found.ordered} of {terms} alone"
+        why = f"{layer.name} shows images, but the local step of {ordered} of {terms} alone"
     return why
+
+
+def _of_steps(
+    model: nn.Module, observation: Observation, knowledge: Knowledge
+) -> ExactFeatures | str:
+    """Return `exact_features` of Adam with one image a step, see `step_factors`."""
+    training = knowledge.client
+    batches = training.batches(observation.num_examples)
+    if any(len(batch) > 1 for batch in batches):
+        return f"{training.optimizer}'s steps are of several images"
+    hidden = hidden_size(list(observation.update.values()), knowledge.defense)
+    if hidden:
+        return hidden
+    w0, w1 = _weights(model, observation)
+    why = "no linear layer with one input an image, the output of a ReLU"
+    for layer in bounded_layers(model, w0, knowledge):
+        if layer.high is not None:
+            continue
+        parts = [f"{layer.name}.{part}" for part in ("weight", "bias")]
+        before, after = (tuple(w[name] for name in parts) for w in (w0, w1))
+        factors = step_factors(before, after, training, len(batches))
+        if factors is None:
+            why = f"the steps of {layer.name} don't show"
+            continue
+        order, lengths = replay_steps(layer.head, w0, factors, training)
+        found = order.misfit < _LABELLED
+        if int(found.sum()) < _LEAST * len(batches):
+            why = f"{layer.name} shows images, but the label of {int(found.sum())} alone"
+            continue
+        length = lengths[:, None]
+        features, spread = (part.to(length) * length for part in (factors.features, factors.spread))
+        known = features.where(spread.isfinite(), 0).square().sum() / features.square().sum()
+        reason = (
+            f"the steps of {training.optimizer} in {layer.name}'s update: {known:.0%} of the "
+            f"features of {int(found.sum())} of {len(batches)} images"
+        )
+        return ExactFeatures(layer, features, spread, found, order, 1.0, reason)
+    return why
+
+
+def _weights(model: nn.Module, observation: Observation) -> tuple[Weights, Weights]:
+    """Return the parameters before and after the training, on the model's device."""
+    like = next(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    before, after = (
+        {name: weights[name].to(like).detach() for name in names}
+        for weights in (observation.w0, observation.w1)
+    )
+    return before, after
 
 
 def _separated(layer: Layer, seen: Spectrum) -> Matrix:
@@ -188,4 +246,5 @@ def _in_order(
         f"{layer.name}'s update is of rank {seen.rank}, {seen.gap:.0f} times above its rounding: "
         f"the exact features of {len(places)} of {len(taken)} images"
     )
-    return ExactFeatures(layer, by_place, off, order, scale, reason)
+    found = off < _PRECISE
+    return ExactFeatures(layer, by_place, torch.zeros_like(by_place), found, order, scale, reason)

@@ -15,8 +15,10 @@ from torch.func import functional_call
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.matching.low_rank.exact import ExactFeatures
 from server_strategies.attacks.matching.low_rank.head import Weights
-from server_strategies.attacks.matching.trajectory import Sgd, Trajectory
+from server_strategies.attacks.matching.trajectory import Adam, Sgd, Trajectory
 
+_FINEST = 1e-6  # share of the features' square that the misfit counts as, at the least
+_TRUSTED = 0.05  # misfit from which images are not used to simulate Adam
 _RENEW = 8  # calls after which the weights that features are taken at are simulated again
 
 
@@ -80,7 +82,14 @@ class LowRank(Trajectory):
             labels_source="given" if self.knowledge.labels_source == "given" else "replay",
         )
         self.steps = self.groups()
-        self.exact = exact.features.to(device)[self.first.to(device)]
+        first = self.first.to(device)
+        self.exact, self.spread = (part.to(device)[first] for part in (exact.features, exact.spread))
+        self.by_adam = self.training.optimizer != "sgd"
+        self.lengths = torch.ones_like(self.exact[:, :1])
+        if self.by_adam:
+            self.lengths = self._known(self.exact, self.spread).norm(dim=1, keepdim=True)
+            self.exact = self._known(self.exact, self.spread) / self.lengths
+            self.spread = self.spread / self.lengths
         self.inwards = exact.replay.inwards.to(device)
         self.weights_at = self._interpolated()
         self.calls = 0
@@ -113,12 +122,32 @@ class LowRank(Trajectory):
         return steps
 
     def features(self, step: int, x: Tensor) -> Tensor:
-        """See `Decodable`."""
-        return self._features(nhwc(self.weights_at[step]), x)
+        """See `Decodable`.
+
+        Adam's update gives features away but for their length, so those that are known are
+        scaled to length 1.
+        """
+        features = self._features(nhwc(self.weights_at[step]), x)
+        if not self.by_adam:
+            return features
+        known = self._known(features, self.spread[self.batches[step][0]])
+        return known / known.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    @staticmethod
+    def _known(features: Tensor, spread: Tensor) -> Tensor:
+        return torch.where(spread.isfinite(), features, 0)
 
     def wanted(self, step: int, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Decodable`; all features count alike."""
-        return self.exact[images], torch.ones_like(given)
+        """See `Decodable`.
+
+        Features count by ``1 / (1 + spread^2 / misfit)``, with the mean square misfit so far: at
+        first all that are known alike.
+        """
+        exact, spread = self.exact[images], self.spread[images]
+        known = spread.isfinite()
+        misfit = torch.where(known, given - exact, 0).square().mean(1, keepdim=True)
+        least = _FINEST * exact.square().mean(1, keepdim=True)
+        return exact, (1 + spread.square() / torch.maximum(misfit, least)).reciprocal()
 
     def settle(self, x: Tensor) -> Tensor:
         """See `Decodable`: all images that were found."""
@@ -179,31 +208,56 @@ class LowRank(Trajectory):
         return None if bool(self.found.all()) else torch.where(self.found, 0.0, 1.0)
 
     def renew(self, x: Tensor) -> None:
-        """See `Decodable`; of the weights in front of the layer."""
+        """See `Decodable`; of the weights in front of the layer.
+
+        Adam's steps are as long for small gradients as for large ones, so that a wrong image
+        misleads it. As far as an image misses its features its step goes straight to w1 instead.
+        """
         names = self._body()
         if not names:
             return
-        optimizer = Sgd(self.training)
+        optimizer = Adam(self.training, smoothing=0.0) if self.by_adam else Sgd(self.training)
         weights, before, lengths = {n: self.w0[n] for n in names}, [], [0.0]
-        for batch, start in zip(self.batches, self.taken, strict=False):
+        for step, (batch, start) in enumerate(zip(self.batches, self.taken, strict=False)):
             before.append(weights)
-            places = torch.arange(start, start + len(batch), device=x.device)
-            known = torch.tensor([bool(self.found[i]) for i in batch], device=x.device)
-            gradient = [torch.zeros_like(weights[name]) for name in names]
-            if bool(known.any()):
-                images = torch.tensor(batch, device=x.device)[known]
-                leaves = {n: weights[n].detach().requires_grad_() for n in names}
-                features = self._features({**self.w0, **leaves}, x[images])
-                gradient = list(
-                    torch.autograd.grad(
-                        features, list(leaves.values()), self.inwards[places][known]
-                    )
-                )
+            gradient, misfit = self._gradient(names, weights, x, batch, start)
             stepped = optimizer.step([weights[name] for name in names], gradient)
+            if self.by_adam:
+                share = 1 / (len(self.batches) - step)
+                trust = (1 - misfit / _TRUSTED).clamp(0, 1)
+                stepped = [
+                    torch.lerp(torch.lerp(weights[name], self._end(name), share), to, trust)
+                    for name, to in zip(names, stepped, strict=True)
+                ]
             weights = dict(zip(names, stepped, strict=True))
             moved = sum(float((weights[name] - before[-1][name]).square().sum()) for name in names)
             lengths.append(lengths[-1] + moved**0.5)
         self._correct(names, before, weights, lengths)
+
+    def _gradient(
+        self, names: Sequence[str], weights: Weights, x: Tensor, batch: Sequence[int], start: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return a step's gradient by its images that were found, and their mean misfit, ()."""
+        known = torch.tensor([bool(self.found[i]) for i in batch], device=x.device)
+        if not bool(known.any()):
+            return [torch.zeros_like(weights[name]) for name in names], x.new_ones(())
+        places = torch.arange(start, start + len(batch), device=x.device)
+        images = torch.tensor(batch, device=x.device)[known]
+        leaves = {n: weights[n].detach().requires_grad_() for n in names}
+        features = self._features({**self.w0, **leaves}, x[images])
+        inwards, seen = self.inwards[places][known], features.detach()
+        if self.by_adam:
+            # A gradient is known as a whole: what its features are short of, the slopes have.
+            length = self._known(seen, self.spread[images]).norm(dim=1, keepdim=True)
+            inwards, seen = inwards * self.lengths[images] / length, seen / length
+        gradient = torch.autograd.grad(features, list(leaves.values()), inwards)
+        return list(gradient), self._misfit(images, seen).mean()
+
+    def _misfit(self, images: Tensor, features: Tensor) -> Tensor:
+        """Return by image the share of its features' square that others miss, shape (B,)."""
+        wanted, weight = self.wanted(0, images, features)
+        off = (weight * (features - wanted).square()).sum(1)
+        return off / (weight * wanted.square()).sum(1)
 
     def _correct(
         self,

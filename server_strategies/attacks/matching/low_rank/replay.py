@@ -17,9 +17,12 @@ from torch import Tensor
 
 from fl_app.protocol import LocalTraining
 from server_strategies.attacks.matching.low_rank.head import Head, Weights
-from server_strategies.attacks.matching.trajectory import Sgd
+from server_strategies.attacks.matching.low_rank.steps import StepFactors
+from server_strategies.attacks.matching.trajectory import Adam, Sgd
 
 _WIDTH = 8  # orders that are followed at the same time
+_LENGTHS = (-3.0, 8.0, 0.1)  # logarithms of a feature vector's length that are tried
+_FINER = 10  # lengths tried between two of them
 _BRANCHES = 3  # images beyond those of a step's best choice that may replace its worst
 
 
@@ -247,3 +250,83 @@ def update_scale(
     left = torch.where(along > 0, left, torch.inf)
     best = int(left.argmin())
     return float((along / squares).flatten()[best])
+
+
+def replay_steps(
+    head: Head, w0: Weights, factors: StepFactors, training: LocalTraining
+) -> tuple[Replay, Tensor]:
+    """Find labels, and the length of the features, by replaying the head's training with Adam.
+
+    Each step has one image, whose features and slopes are known but for a factor that one
+    has and the other lacks. At the length and with the label that are right the head
+    gives exactly these slopes.
+
+    Parameters
+    ----------
+    head : Head
+    w0 : dict of str to Tensor
+        The head's weights before the training.
+    factors : StepFactors
+    training : LocalTraining
+        With Adam or AdamW and one image a step.
+
+    Returns
+    -------
+    replay : Replay
+    lengths : Tensor, shape (K,)
+        Of the features.
+    """
+    weights = {name: w0[name].detach() for name in head.names}
+    like = next(iter(weights.values()))
+    optimizer = Adam(training, smoothing=0.0)
+    low, high, spacing = _LENGTHS
+    coarse = torch.arange(low, high, spacing).to(like)
+    finer = torch.arange(-_FINER, _FINER + 1).to(like) * spacing / _FINER
+    labels: list[int] = []
+    misfits, lengths, inwards = [], [], []
+    for features, slopes in zip(factors.features.to(like), factors.slopes.to(like), strict=True):
+        tried = coarse
+        for further in (finer, None):
+            off, factor = _off(head, weights, features, slopes, tried.exp(), training)
+            best = int(off.argmin())
+            at, label = divmod(best, off.shape[1])
+            length = tried[at]
+            if further is not None:
+                tried = length + further
+        labels.append(label)
+        misfits.append(off[at, label])
+        lengths.append(length.exp())
+        target = torch.tensor([label], device=like.device)
+        gradient, back, _ = head.gradient(weights, length.exp() * features[None], target)
+        inwards.append(factor[at, label] * back[0])
+        stepped = optimizer.step(
+            [weights[name] for name in head.names],
+            [factor[at, label] * gradient[name] for name in head.names],
+        )
+        weights = dict(zip(head.names, stepped, strict=True))
+    found = Replay(
+        tuple(range(len(labels))), tuple(labels), torch.stack(misfits).cpu(), torch.stack(inwards)
+    )
+    return found, torch.stack(lengths)
+
+
+def _off(
+    head: Head,
+    weights: Weights,
+    features: Tensor,
+    slopes: Tensor,
+    lengths: Tensor,
+    training: LocalTraining,
+) -> tuple[Tensor, Tensor]:
+    """Return the misfit of a step's slopes by length and label, and the factor of clipping.
+
+    Both of shape (lengths, num_classes).
+    """
+    given, _ = head.slopes(weights, lengths[:, None] * features)
+    wanted = slopes / lengths[:, None]
+    factor = torch.ones_like(given[..., 0])
+    if training.max_grad_norm:
+        along = (given * wanted[:, None]).sum(2)
+        factor = (along / given.square().sum(2).clamp_min(1e-30)).clamp(0, 1)
+    off = (factor[..., None] * given - wanted[:, None]).square().sum(2)
+    return off / wanted.square().sum(1)[:, None], factor
