@@ -370,7 +370,7 @@ def _joint_step(
         def reached(z: Tensor, step: int = step, kept: list[Tensor] = kept) -> Tensor:
             run = matching.reached(step, z)
             kept[:] = run.inputs.detach(), run.outputs.detach()
-            return torch.cat([run.features, run.inputs.flatten(1)], 1)
+            return torch.cat([run.features, _rows(run.inputs)], 1)
 
         with soft_gates(_GATES[1]):
             value, *products = _linear(reached, x[images])
@@ -389,11 +389,11 @@ def _joint_step(
     def along(v: Tensor) -> tuple[Tensor, Tensor]:
         pushed = torch.cat([push(v[images]) for images, push, _ in runs])[order]
         features, inner = pushed.split([a.shape[1], y[0].numel()], 1)
-        return features, equations.along(inner.reshape(y.shape), slopes)
+        return features, equations.along(_unrowed(inner, y), slopes)
 
     def back(features: Tensor, update: Tensor) -> Tensor:
-        inner = equations.back(share * weighting(update), slopes, y.shape).flatten(1)
-        both = torch.cat([features / square, inner], 1)
+        inner = equations.back(share * weighting(update), slopes, y.shape)
+        both = torch.cat([features / square, _rows(inner)], 1)
         return torch.cat([pull(both[images]) for images, _, pull in runs])[order]
 
     ridge = _JOINT_PULL / x[0].numel()
@@ -419,6 +419,17 @@ def _solve(product: Linear, right: Tensor, solves: int) -> Tensor:
         way = left + _each(new / (size + 1e-30), way) * way
         size = new
     return solution
+
+
+def _rows(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as rows, channels last: convolutions run faster with these."""
+    return images.permute(0, 2, 3, 1).flatten(1)
+
+
+def _unrowed(rows: Tensor, like: Tensor) -> Tensor:
+    """Return the inverse of `_rows`, of the images' shape."""
+    count, channels, height, width = like.shape
+    return rows.reshape(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _each(values: Tensor, like: Tensor) -> Tensor:

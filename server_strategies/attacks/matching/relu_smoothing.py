@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 RELU_SMOOTHING = 16.0
 """The default width of the surrogate gradient: the best of a benchmark over widths."""
 
+_SHUT = 20.0  # widths below zero from which a gate is closed as far as it can be
+
 _RELUS = (F.relu, torch.relu, Tensor.relu)
 
 
@@ -73,7 +75,8 @@ def soft_gates(width: float) -> TorchFunctionMode:
     def softened(z: Tensor) -> Tensor:
         value = z.detach()
         scale = value.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (z.dim() - 1))
-        gate = torch.sigmoid(value / (width * scale + 1e-30))
+        # Bounded, since denormal numbers are slow.
+        gate = torch.sigmoid((value / (width * scale + 1e-30)).clamp_min(-_SHUT))
         return value.clamp_min(0) + (z - value) * gate
 
     return _ReluAs(softened)

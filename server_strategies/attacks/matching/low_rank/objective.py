@@ -62,7 +62,7 @@ class LowRank(Trajectory):
 
     name = "low_rank"
     decoding_steps = 120
-    joint_steps = 60
+    joint_steps = 120
     cycles = 2
 
     def __init__(self, setting: Setting, exact: ExactFeatures) -> None:
