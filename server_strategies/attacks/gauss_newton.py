@@ -35,6 +35,8 @@ _DAMPING = (1e-2, 1e-7, 10.0)  # first, least and most damping
 _EASED, _RAISED = 1 / 3, 4.0  # factors of the damping after a step that was taken, or not
 _MATCHED = 0.1  # matching loss up to which the images of a search are taken
 _WEIGHT = 100.0  # of the convolution's equations in a joint step, in misfits
+_JOINT_DAMPING = 1e-4  # its first damping
+_WORSE = 1.1  # factor of the least residual from which a joint step is taken back
 _JOINT_PULL = 1e-4  # of the prior's image there
 _EXACT = 1e-7  # misfit at which the search ends
 
@@ -91,12 +93,10 @@ class Decodable(Protocol):
 
 @runtime_checkable
 class Linked(Decodable, Protocol):
-    """A `Decodable` that also has linear equations of all images together.
+    """A `Decodable` that may also have linear equations of all images together.
 
     Attributes
     ----------
-    convolution : Convolution or None
-        What gives them; None: there are none.
     joint_steps : int
         Gauss-Newton steps with them.
     """
@@ -104,7 +104,9 @@ class Linked(Decodable, Protocol):
     joint_steps: int
 
     @property
-    def convolution(self) -> Convolution | None: ...
+    def convolution(self) -> Convolution | None:
+        """What gives the equations; None: there are none."""
+        ...
 
     def reached(self, step: int, x: Tensor) -> Reached:
         """Return the features of normalised images, and what the convolution has of them."""
@@ -120,7 +122,8 @@ def gauss_newton(
     around the last image, n an image's numbers, and p(x) a step along the priors' gradient
     of the length that takes a mean square of weight 1 to its minimum: for a denoiser its
     result. The pull is a multiple of the misfit. A step that does not lower this cost is
-    not taken, and the next is damped more. It starts at the mean colour.
+    not taken, and the next is damped more. It starts at the mean colour. Where the matching
+    is `Linked`, the rest of the budget decodes all images together.
 
     Parameters
     ----------
@@ -169,11 +172,11 @@ def gauss_newton(
     x = state.best()
     decoded = matching.settle(x)
     found = run.found(x)
+    if budget.iterations <= steps:
+        return found
     rest = replace(budget, iterations=budget.iterations - steps)
     if budget.seconds:
         rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
-    if rest.iterations <= 0:
-        return found
     if bool(decoded.all()):
         if not (isinstance(matching, Linked) and linked) or found.stop_reason == "exact":
             return found
@@ -328,24 +331,28 @@ def _refined(
     run = Run(matching, observation, budget, report, counted=1)
     scale = (run.mean, run.std)
     box = (-run.mean / run.std, (1 - run.mean) / run.std)
-    best, least = x, torch.inf
+    best, least, damping = x, torch.inf, _JOINT_DAMPING
     matching.renew(x)
     for number, progress in enumerate(run.iterations()):
         if number and number % _RENEW == 0:
-            matching.renew(x)
+            matching.renew(best)
         with run.counted(progress):
             target = _prior_image(parts, x, scale, progress)
-            new, misfit, residual = _joint_step(matching, x, target, box)
+            new, misfit, residual = _joint_step(matching, x, target, damping, box)
         run.note(misfit.mean())
         if residual < least:
             best, least = x, residual
-        x = new
+            damping = max(damping * _EASED, _DAMPING[1])
+        if residual < _WORSE * least:
+            x = new
+        else:
+            x, damping = best, min(damping * _RAISED, _DAMPING[2])
     matching.renew(best)
     return run.found(best)
 
 
 def _joint_step(
-    matching: Linked, x: Tensor, target: Tensor, box: tuple[Tensor, Tensor]
+    matching: Linked, x: Tensor, target: Tensor, damping: float, box: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, float]:
     """Return all images after one joint step, and the misfits and the residual before it.
 
@@ -382,8 +389,11 @@ def _joint_step(
     order = torch.cat([images for images, _, _ in runs]).argsort()
     a, f, y, z = (torch.cat(each)[order] for each in (wanted, values, inputs, outputs))
     square = a.square().sum(1, keepdim=True)
-    residual, slopes = equations.residual(y, z)
-    weighting = equations.across(y, z)
+    misfit = (f - a).square().sum(1) / square[:, 0]
+    gates = equations.gates(z, misfit)
+    slopes = equations.slopes * gates
+    residual = equations.update - equations.along(y, slopes)
+    weighting = equations.across(y, gates)
     share = _WEIGHT / equations.square
 
     def along(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,12 +406,12 @@ def _joint_step(
         both = torch.cat([features / square, _rows(inner)], 1)
         return torch.cat([pull(both[images]) for images, _, pull in runs])[order]
 
-    ridge = _JOINT_PULL / x[0].numel()
-    downhill = back(a - f, residual) - ridge * (x - target)
+    pull = _JOINT_PULL / x[0].numel()
+    ridge = pull + damping / x[0].numel()
+    downhill = back(a - f, residual) - pull * (x - target)
     # To `_solve` all images are one.
     moved = _solve(lambda v: (back(*along(v[0])) + ridge * v[0])[None], downhill[None], _SOLVES)[0]
     new = torch.minimum(torch.maximum(x + moved, box[0]), box[1])
-    misfit = (f - a).square().sum(1) / square[:, 0]
     return new, misfit, (residual.norm() / equations.square.sqrt()).item()
 
 

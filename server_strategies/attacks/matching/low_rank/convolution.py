@@ -5,9 +5,9 @@ patches y of the convolution's inputs, the gates h of the ReLU behind it, and th
 that go back from the layer whose features are exact; these do not depend on the image. So
 the update gives one linear equation of the patches for each weight, ten thousands of them,
 of all images together, but for gates that are not yet known: at an image of 30 dB a hundred
-are wrong, which change the update more than the image's own error does. Of each of the
+are wrong, which changes the update more than the image's own error does. In each of the
 convolution's output channels only a few gates are unsure, though. Each enters the
-equations along its own patch, so that across these patches nothing is lost.
+channel's equations along its own patch, so that across these patches nothing is lost.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch.nn.grad import conv2d_input
 
 from server_strategies.attacks.matching.relu_smoothing import open_gates
 
-_GATES = 0.01  # width of the gates, in root mean squares of what goes into the ReLU
+_GATES = 0.01  # least width of the gates, in root mean squares of what goes into the ReLU
 _SHUT = 20.0  # widths below zero from which a gate is closed, see `soft_gates`
 _UNSURE = 0.125  # gates of a channel that are left open, as a share of its equations
 _NOISE = 0.01  # of an equation, in root mean squares of the update
 _LINEAR = 1e-4  # relative rounding of what follows the ReLU
-_CLOSED = 1e-4  # share of an image's largest feature up to which another one is zero
+_CLOSED = 1e-6  # share of an image's largest feature up to which another one is zero
 
 
 class Convolution:
@@ -38,7 +38,7 @@ class Convolution:
     ----------
     layer : nn.Conv2d
         Its weights are not read.
-    update : Tensor, shape (O, C / groups, h, w)
+    update : Tensor, shape (O, C, h, w)
         ``sum_n worth g_n``, what the gradients of all images make of the weights.
     slopes : Tensor, shape (N, O, H, W)
         s, with `worth` as a factor.
@@ -51,18 +51,19 @@ class Convolution:
         self.slopes = torch.where(live, slopes, 0.0)
         self.square = update.square().sum()
 
-    def residual(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what inputs and outputs leave of the update, and the slopes behind gates.
+    def gates(self, outputs: Tensor, misfit: Tensor) -> Tensor:
+        """Return how probably each gate is open, shape (N, O, H, W).
 
         Parameters
         ----------
-        inputs : Tensor, shape (N, C, h, w)
-            What goes into the convolution.
         outputs : Tensor, shape (N, O, H, W)
-            What comes out, into the ReLU.
+            What comes out of the convolution, into the ReLU.
+        misfit : Tensor, shape (N,)
+            Relative squared error of the features: it makes more gates unsure.
         """
-        slopes = self.slopes * self._gates(outputs)
-        return self.update - self.along(inputs, slopes), slopes
+        width = misfit.sqrt().clamp_min(_GATES).view(-1, 1, 1, 1)
+        scale = outputs.square().mean((1, 2, 3), keepdim=True).sqrt()
+        return torch.sigmoid((outputs / (width * scale + 1e-30)).clamp_min(-_SHUT))
 
     def along(self, inputs: Tensor, slopes: Tensor) -> Tensor:
         """Return the update that inputs (N, C, h, w) cause with slopes (N, O, H, W)."""
@@ -77,14 +78,14 @@ class Convolution:
             list(shape), update, slopes, layer.stride, _padding(layer), layer.dilation
         )
 
-    def across(self, inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    def across(self, inputs: Tensor, gates: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the weighting of updates that leaves out what unsure gates may change.
 
         A gate that is open with probability h adds ``h (1 - h) s^2 y y'`` to the covariance of
         its channel's equations, beside the noise ``e^2``. Products are those with e^2 times
         the inverse, by Woodbury's identity.
         """
-        gates, rows = self._gates(outputs), self._patches(inputs)
+        rows = self._patches(inputs)
         spread = self.slopes * (gates * (1 - gates)).sqrt()
         spread = spread.flatten(2).transpose(0, 1).flatten(1)  # (O, N L)
         kept = max(1, round(_UNSURE * rows.shape[1]))
@@ -107,11 +108,6 @@ class Convolution:
         layer = self.layer
         patches = unfold(inputs, layer.kernel_size, layer.dilation, _padding(layer), layer.stride)
         return patches.transpose(1, 2).flatten(0, 1)
-
-    def _gates(self, outputs: Tensor) -> Tensor:
-        """Return how probably each gate is open, shape (N, O, H, W)."""
-        scale = outputs.square().mean((1, 2, 3), keepdim=True).sqrt()
-        return torch.sigmoid((outputs / (_GATES * scale + 1e-30)).clamp_min(-_SHUT))
 
 
 @dataclass(frozen=True)
@@ -223,7 +219,9 @@ def last_convolution(
         return None
     positive = features > _CLOSED * features.amax(1, keepdim=True)
     update = left * w0[name].double() - end[name].double()
-    return Convolution(module, update.to(features), opened(inwards), opened(positive.to(features)) > 0)
+    return Convolution(
+        module, update.to(features), opened(inwards), opened(positive.to(features)) > 0
+    )
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
