@@ -35,7 +35,7 @@ _DAMPING = (1e-2, 1e-7, 10.0)  # first, least and most damping
 _EASED, _RAISED = 1 / 3, 4.0  # factors of the damping after a step that was taken, or not
 _MATCHED = 0.1  # matching loss up to which the images of a search are taken
 _WEIGHT = 100.0  # of the convolution's equations in a joint step, in misfits
-_JOINT_DAMPING = 1e-4  # its first damping
+_JOINT_DAMPING = 1e-6  # their first damping
 _WORSE = 1.1  # factor of the least residual from which a joint step is taken back
 _JOINT_PULL = 1e-4  # of the prior's image there
 _EXACT = 1e-7  # misfit at which the search ends
@@ -365,7 +365,7 @@ def _joint_step(
     images : Tensor, shape (N, C, H, W)
     misfit : Tensor, shape (N,)
     residual : float
-        ``|r| / |T|``.
+        ``sqrt(r' P r) / |T|``.
     """
     equations = matching.convolution
     assert equations is not None
@@ -412,7 +412,8 @@ def _joint_step(
     # To `_solve` all images are one.
     moved = _solve(lambda v: (back(*along(v[0])) + ridge * v[0])[None], downhill[None], _SOLVES)[0]
     new = torch.minimum(torch.maximum(x + moved, box[0]), box[1])
-    return new, misfit, (residual.norm() / equations.square.sqrt()).item()
+    left = (residual * weighting(residual)).sum() / equations.square
+    return new, misfit, left.sqrt().item()
 
 
 def _solve(product: Linear, right: Tensor, solves: int) -> Tensor:

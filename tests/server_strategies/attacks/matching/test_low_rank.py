@@ -259,7 +259,7 @@ def test_joint_steps_lead_to_the_images() -> None:
         box = (-mean / std, (1 - mean) / std)
         found, _, residual = _joint_step(objective, found, found, 1e-7, box)
         residuals.append(residual)
-    assert residuals[-1] < 0.3 * residuals[0]  # soft gates leave some of it
+    assert residuals[-1] < 0.3 * residuals[0]
     assert (found - x).norm() < 0.2 * (start - x).norm()
 
 
