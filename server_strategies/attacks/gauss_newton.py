@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fl_app.protocol import Budget, Observation, Reconstruction
 from server_strategies.attacks.accounting import Report, Run
+from server_strategies.attacks.matching.low_rank.convolution import Convolution, Reached
 from server_strategies.attacks.matching.relu_smoothing import soft_gates
 from server_strategies.attacks.optimise import Parts, optimise, prior_slope
 
@@ -33,6 +34,10 @@ _MOST_PULL = 0.1
 _DAMPING = (1e-2, 1e-7, 10.0)  # first, least and most damping
 _EASED, _RAISED = 1 / 3, 4.0  # factors of the damping after a step that was taken, or not
 _MATCHED = 0.1  # matching loss up to which the images of a search are taken
+_WEIGHT = 100.0  # of the convolution's equations in a joint step, in misfits
+_JOINT_DAMPING = 1e-6  # their first damping
+_WORSE = 1.1  # factor of the least residual from which a joint step is taken back
+_JOINT_PULL = 1e-4  # of the prior's image there
 _EXACT = 1e-7  # misfit at which the search ends
 
 Linear = Callable[[Tensor], Tensor]
@@ -86,6 +91,28 @@ class Decodable(Protocol):
         ...
 
 
+@runtime_checkable
+class Linked(Decodable, Protocol):
+    """A `Decodable` that may also have linear equations of all images together.
+
+    Attributes
+    ----------
+    joint_steps : int
+        Gauss-Newton steps with them.
+    """
+
+    joint_steps: int
+
+    @property
+    def convolution(self) -> Convolution | None:
+        """What gives the equations; None: there are none."""
+        ...
+
+    def reached(self, step: int, x: Tensor) -> Reached:
+        """Return the features of normalised images, and what the convolution has of them."""
+        ...
+
+
 def gauss_newton(
     parts: Parts, observation: Observation, budget: Budget, report: Report | None = None
 ) -> Reconstruction:
@@ -95,7 +122,8 @@ def gauss_newton(
     around the last image, n an image's numbers, and p(x) a step along the priors' gradient
     of the length that takes a mean square of weight 1 to its minimum: for a denoiser its
     result. The pull is a multiple of the misfit. A step that does not lower this cost is
-    not taken, and the next is damped more. It starts at the mean colour.
+    not taken, and the next is damped more. It starts at the mean colour. Where the matching
+    is `Linked`, the rest of the budget decodes all images together.
 
     Parameters
     ----------
@@ -115,7 +143,9 @@ def gauss_newton(
     steps = min(budget.iterations, matching.decoding_steps)
     # In few steps no image can be told to be stuck.
     cycles = matching.cycles if steps == matching.decoding_steps else 1
-    seconds = budget.seconds * (1.0 if bool(matching.found.all()) else _ONLY_SOME)
+    linked = isinstance(matching, Linked) and matching.convolution is not None
+    alone = bool(matching.found.all()) and not linked
+    seconds = budget.seconds * (1.0 if alone else _ONLY_SOME)
     decoding = replace(budget, iterations=steps, seconds=seconds)
     run = Run(matching, observation, decoding, report, counted=1)
     scale = (run.mean, run.std)
@@ -142,28 +172,38 @@ def gauss_newton(
     x = state.best()
     decoded = matching.settle(x)
     found = run.found(x)
-    if bool(decoded.all()) or budget.iterations <= steps:
+    if budget.iterations <= steps:
         return found
+    rest = replace(budget, iterations=budget.iterations - steps)
+    if budget.seconds:
+        rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
+    if bool(decoded.all()):
+        if not (isinstance(matching, Linked) and linked) or found.stop_reason == "exact":
+            return found
+        rest = replace(rest, iterations=min(rest.iterations, matching.joint_steps))
+        return _added(found, _refined(parts, observation, rest, report, x))
     # The others have to be searched for, from noise as always.
     generator = torch.Generator(x.device).manual_seed(budget.seed)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
     matching.start = torch.where(_each(decoded, x), x, noise)
     matching.near_start = False
-    rest = replace(budget, iterations=budget.iterations - steps)
-    if budget.seconds:
-        rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
     others = optimise(parts.others or parts, observation, rest, report)
     if others.losses[-1] > _MATCHED:
         # What does not match the update is no better than the mean colour, and often worse.
         kept = _each(decoded.cpu(), others.images)
         others = replace(others, images=torch.where(kept, others.images, found.images))
+    return _added(found, others)
+
+
+def _added(first: Reconstruction, second: Reconstruction) -> Reconstruction:
+    """Return the second search's result with the costs of both."""
     return replace(
-        others,
-        losses=found.losses + others.losses,
-        iterations=found.iterations + others.iterations,
-        seconds=found.seconds + others.seconds,
-        peak_memory=max(found.peak_memory, others.peak_memory),
-        flops=found.flops + others.flops,
+        second,
+        losses=first.losses + second.losses,
+        iterations=first.iterations + second.iterations,
+        seconds=first.seconds + second.seconds,
+        peak_memory=max(first.peak_memory, second.peak_memory),
+        flops=first.flops + second.flops,
     )
 
 
@@ -282,6 +322,100 @@ def _linear(function: Linear, x: Tensor) -> tuple[Tensor, Linear, Linear]:
     return value.detach(), along, back
 
 
+def _refined(
+    parts: Parts, observation: Observation, budget: Budget, report: Report | None, x: Tensor
+) -> Reconstruction:
+    """Decode all images together, from decoded ones (N, C, H, W); the best result counts."""
+    matching = parts.matching
+    assert isinstance(matching, Linked)
+    run = Run(matching, observation, budget, report, counted=1)
+    scale = (run.mean, run.std)
+    box = (-run.mean / run.std, (1 - run.mean) / run.std)
+    best, least, damping = x, torch.inf, _JOINT_DAMPING
+    matching.renew(x)
+    for number, progress in enumerate(run.iterations()):
+        if number and number % _RENEW == 0:
+            matching.renew(best)
+        with run.counted(progress):
+            target = _prior_image(parts, x, scale, progress)
+            new, misfit, residual = _joint_step(matching, x, target, damping, box)
+        run.note(misfit.mean())
+        if residual < least:
+            best, least = x, residual
+            damping = max(damping * _EASED, _DAMPING[1])
+        if residual < _WORSE * least:
+            x = new
+        else:
+            x, damping = best, min(damping * _RAISED, _DAMPING[2])
+    matching.renew(best)
+    return run.found(best)
+
+
+def _joint_step(
+    matching: Linked, x: Tensor, target: Tensor, damping: float, box: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """Return all images after one joint step, and the misfits and the residual before it.
+
+    It minimises ``sum_n |f(x_n) - a_n|^2 / |a_n|^2 + w r' P r / |T|^2 + pull |x - p(x)|^2 / n``,
+    with the residual r of the convolution's update T, and P the weighting that leaves out
+    what unsure gates may change.
+
+    Returns
+    -------
+    images : Tensor, shape (N, C, H, W)
+    misfit : Tensor, shape (N,)
+    residual : float
+        ``sqrt(r' P r) / |T|``.
+    """
+    equations = matching.convolution
+    assert equations is not None
+    runs: list[tuple[Tensor, Linear, Linear]] = []
+    values, wanted, inputs, outputs = [], [], [], []
+    for step, images in matching.groups():
+        kept: list[Tensor] = []
+
+        def reached(z: Tensor, step: int = step, kept: list[Tensor] = kept) -> Tensor:
+            run = matching.reached(step, z)
+            kept[:] = run.inputs.detach(), run.outputs.detach()
+            return torch.cat([run.features, _rows(run.inputs)], 1)
+
+        with soft_gates(_GATES[1]):
+            value, *products = _linear(reached, x[images])
+        runs.append((images, products[0], products[1]))
+        wanted.append(matching.wanted(step, images, value)[0])
+        values.append(value[:, : wanted[-1].shape[1]])
+        inputs.append(kept[0])
+        outputs.append(kept[1])
+    order = torch.cat([images for images, _, _ in runs]).argsort()
+    a, f, y, z = (torch.cat(each)[order] for each in (wanted, values, inputs, outputs))
+    square = a.square().sum(1, keepdim=True)
+    misfit = (f - a).square().sum(1) / square[:, 0]
+    gates = equations.gates(z, misfit)
+    slopes = equations.slopes * gates
+    residual = equations.update - equations.along(y, slopes)
+    weighting = equations.across(y, gates)
+    share = _WEIGHT / equations.square
+
+    def along(v: Tensor) -> tuple[Tensor, Tensor]:
+        pushed = torch.cat([push(v[images]) for images, push, _ in runs])[order]
+        features, inner = pushed.split([a.shape[1], y[0].numel()], 1)
+        return features, equations.along(_unrowed(inner, y), slopes)
+
+    def back(features: Tensor, update: Tensor) -> Tensor:
+        inner = equations.back(share * weighting(update), slopes, y.shape)
+        both = torch.cat([features / square, _rows(inner)], 1)
+        return torch.cat([pull(both[images]) for images, _, pull in runs])[order]
+
+    pull = _JOINT_PULL / x[0].numel()
+    ridge = pull + damping / x[0].numel()
+    downhill = back(a - f, residual) - pull * (x - target)
+    # To `_solve` all images are one.
+    moved = _solve(lambda v: (back(*along(v[0])) + ridge * v[0])[None], downhill[None], _SOLVES)[0]
+    new = torch.minimum(torch.maximum(x + moved, box[0]), box[1])
+    left = (residual * weighting(residual)).sum() / equations.square
+    return new, misfit, left.sqrt().item()
+
+
 def _solve(product: Linear, right: Tensor, solves: int) -> Tensor:
     """Return nearly the solution of a system for each image, by conjugate gradients from 0."""
     solution = torch.zeros_like(right)
@@ -296,6 +430,17 @@ def _solve(product: Linear, right: Tensor, solves: int) -> Tensor:
         way = left + _each(new / (size + 1e-30), way) * way
         size = new
     return solution
+
+
+def _rows(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as rows, channels last: convolutions run faster with these."""
+    return images.permute(0, 2, 3, 1).flatten(1)
+
+
+def _unrowed(rows: Tensor, like: Tensor) -> Tensor:
+    """Return the inverse of `_rows`, of the images' shape."""
+    count, channels, height, width = like.shape
+    return rows.reshape(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _each(values: Tensor, like: Tensor) -> Tensor:

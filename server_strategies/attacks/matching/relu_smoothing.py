@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 RELU_SMOOTHING = 16.0
 """The default width of the surrogate gradient: the best of a benchmark over widths."""
+
+_SHUT = 20.0  # widths below zero from which a gate is closed as far as it can be
 
 _RELUS = (F.relu, torch.relu, Tensor.relu)
 
@@ -49,6 +51,8 @@ def smooth_relu(model: nn.Module, width: float) -> None:
     forward = model.forward
 
     def smoothed(*args: Any, **kwargs: Any) -> Any:
+        if _ReluAs.entered:  # the caller's own replacement, such as soft gates, goes first
+            return forward(*args, **kwargs)
         with _ReluAs(lambda z: _Relu.apply(z, width)):
             return forward(*args, **kwargs)
 
@@ -71,18 +75,35 @@ def soft_gates(width: float) -> TorchFunctionMode:
     def softened(z: Tensor) -> Tensor:
         value = z.detach()
         scale = value.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (z.dim() - 1))
-        gate = torch.sigmoid(value / (width * scale + 1e-30))
+        # Bounded, since denormal numbers are slow.
+        gate = torch.sigmoid((value / (width * scale + 1e-30)).clamp_min(-_SHUT))
         return value.clamp_min(0) + (z - value) * gate
 
     return _ReluAs(softened)
 
 
+def open_gates() -> TorchFunctionMode:
+    """Return a context in which ReLU is the identity: all its units are active."""
+    return _ReluAs(lambda z: z)
+
+
 class _ReluAs(TorchFunctionMode):
     """While it is entered, another function is called in the place of `relu`."""
+
+    entered: ClassVar[int] = 0
 
     def __init__(self, other: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.other = other
+
+    def __enter__(self) -> Self:
+        _ReluAs.entered += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _ReluAs.entered -= 1
+        super().__exit__(*error)
 
     def __torch_function__(
         self,

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from server_strategies.attacks.matching.base import Setting
+from server_strategies.attacks.matching.low_rank.convolution import (
+    Convolution,
+    Reached,
+    last_convolution,
+    reached,
+)
 from server_strategies.attacks.matching.low_rank.exact import ExactFeatures
 from server_strategies.attacks.matching.low_rank.head import Weights
+from server_strategies.attacks.matching.low_rank.spectrum import known_part
 from server_strategies.attacks.matching.trajectory import Adam, Sgd, Trajectory
 
 _FINEST = 1e-6  # share of the features' square that the misfit counts as, at the least
@@ -28,14 +35,6 @@ def nhwc(weights: Weights) -> Weights:
         name: w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w
         for name, w in weights.items()
     }
-
-
-class _ReachedError(Exception):
-    """Ends a run of the model at a layer, with what goes into it."""
-
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.features = features
 
 
 class LowRank(Trajectory):
@@ -65,6 +64,7 @@ class LowRank(Trajectory):
 
     name = "low_rank"
     decoding_steps = 120
+    joint_steps = 120
     cycles = 2
 
     def __init__(self, setting: Setting, exact: ExactFeatures) -> None:
@@ -154,19 +154,36 @@ class LowRank(Trajectory):
         self.renew(x)
         return self.found
 
-    def _features(self, weights: Weights, x: Tensor) -> Tensor:
-        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            raise _ReachedError(args[0])
+    @cached_property
+    def convolution(self) -> Convolution | None:
+        """See `Linked`; with SGD, where every image was found, and is trained on once."""
+        places = sum(len(batch) for batch in self.batches)
+        if self.by_adam or not bool(self.found.all()) or places != len(self.found):
+            return None
+        worth = known_part(self.training, len(self.batches))
+        return last_convolution(
+            self.model,
+            self.w0,
+            {name: self._end(name) for name in self._body()},
+            self.layer.name,
+            self.knowledge.image_shape,
+            self.exact,
+            self._slopes_of_images(worth[1]),
+            worth[0],
+        )
 
-        layer = self.model.get_submodule(self.layer.name)
-        handle = layer.register_forward_pre_hook(stop)
-        try:
-            functional_call(self.model, weights, (x,))
-        except _ReachedError as reached:
-            return reached.features
-        finally:
-            handle.remove()
-        raise AssertionError(f"the model does not run {self.layer.name}")
+    def _slopes_of_images(self, worth: Sequence[float]) -> Tensor:
+        """Return by image what goes back from the head, as far as it enters the update."""
+        by_place = [w for w, batch in zip(worth, self.batches, strict=True) for _ in batch]
+        slopes = self.inwards * torch.tensor(by_place).to(self.inwards)[:, None]
+        return slopes[self.first.to(slopes.device)]
+
+    def reached(self, step: int, x: Tensor) -> Reached:
+        """See `Linked`."""
+        return reached(self.model, nhwc(self.weights_at[step]), x, self.layer.name)
+
+    def _features(self, weights: Weights, x: Tensor) -> Tensor:
+        return reached(self.model, weights, x, self.layer.name).features
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the loss, shape (), of normalised images (N, C, H, W)."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fl_app.models import clients_model, create_model
 from fl_app.protocol import Budget, Defense, LocalTraining, Observation
 from server_strategies.attacks.flow_matching import FlowMatching
+from server_strategies.attacks.gauss_newton import _joint_step
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.low_rank.exact import (
     ExactFeatures,
@@ -24,7 +25,7 @@ from server_strategies.attacks.matching.low_rank.head import Head
 from server_strategies.attacks.matching.low_rank.objective import LowRank
 from server_strategies.attacks.matching.low_rank.spectrum import known_part, spectrum
 from server_strategies.attacks.matching.low_rank.vertices import separate_bounded
-from server_strategies.attacks.matching.relu_smoothing import soft_gates
+from server_strategies.attacks.matching.relu_smoothing import smooth_relu, soft_gates
 
 SGD = LocalTraining("sgd", lr=0.01, batch_size=2, local_steps=3)
 
@@ -207,3 +208,63 @@ def test_soft_gates_change_the_derivative_alone() -> None:
     (slope,) = torch.autograd.grad(value.sum(), z)
     scale = 0.1 * z.detach().square().mean().sqrt()
     torch.testing.assert_close(slope, torch.sigmoid(z.detach() / scale))
+
+
+def test_soft_gates_go_before_the_surrogate_of_second_derivatives() -> None:
+    z = torch.tensor([[-0.01, 3.0]], requires_grad=True)
+    model = nn.Sequential(nn.ReLU())
+    smooth_relu(model, 16.0)
+    with soft_gates(0.1):
+        (soft,) = torch.autograd.grad(model(z).sum(), z)
+    (hard,) = torch.autograd.grad(model(z).sum(), z)
+    assert 0.4 < soft[0, 0] < 0.5
+    assert hard[0, 0] == 0
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "clipped"])
+def test_the_last_convolutions_update_follows_from_the_images(name: str) -> None:
+    training = replace(CLIENTS[name], lr=0.01, batch_size=1, local_steps=6)
+    observation, knowledge, x = client(training)
+    objective = matching_objective("low_rank", observation, knowledge)
+    assert isinstance(objective, LowRank)
+    equations = objective.convolution
+    assert equations is not None
+    objective.renew(x)
+    runs = [objective.reached(step, x[step : step + 1]) for step in range(6)]
+    inputs, outputs = (
+        torch.cat(each) for each in zip(*((r.inputs, r.outputs) for r in runs), strict=True)
+    )
+    # With the gates that the images have, it is exact; unsure ones change what P leaves out.
+    left = equations.update - equations.along(inputs, equations.slopes * (outputs > 0))
+    assert left.norm() < 1e-3 * equations.update.norm()
+    gates = equations.gates(outputs, torch.zeros(6))
+    slopes = equations.slopes * gates
+    residual = equations.update - equations.along(inputs, slopes)
+    weighted = equations.across(inputs, gates)(residual)
+    assert (residual * weighted).sum() < 0.1 * residual.square().sum()
+    v, u = torch.randn_like(inputs), torch.randn_like(residual)
+    there, back = equations.along(v, slopes) * u, v * equations.back(u, slopes, v.shape)
+    torch.testing.assert_close(there.sum(), back.sum(), rtol=1e-3, atol=1e-4)
+
+
+def test_joint_steps_lead_to_the_images() -> None:
+    observation, knowledge, x = client(replace(SGD, batch_size=1, local_steps=6), smooth=True)
+    objective = matching_objective("low_rank", observation, knowledge)
+    assert isinstance(objective, LowRank)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    start = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    found, residuals = start, []
+    for _ in range(5):
+        objective.renew(found)
+        box = (-mean / std, (1 - mean) / std)
+        found, _, residual = _joint_step(objective, found, found, 1e-7, box)
+        residuals.append(residual)
+    assert residuals[-1] < 0.3 * residuals[0]
+    assert (found - x).norm() < 0.2 * (start - x).norm()
+
+
+def test_without_a_convolution_in_front_there_are_no_equations() -> None:
+    observation, knowledge, _ = client(SGD, architecture="mlp")
+    objective = matching_objective("low_rank", observation, knowledge)
+    assert isinstance(objective, LowRank)
+    assert objective.convolution is None
