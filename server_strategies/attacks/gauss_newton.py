@@ -382,8 +382,8 @@ def _joint_step(
         with soft_gates(_GATES[1]):
             value, *products = _linear(reached, x[images])
         runs.append((images, products[0], products[1]))
-        wanted.append(matching.wanted(step, images, value)[0])
-        values.append(value[:, : wanted[-1].shape[1]])
+        values.append(value[:, : -kept[0][0].numel()])
+        wanted.append(matching.wanted(step, images, values[-1])[0])
         inputs.append(kept[0])
         outputs.append(kept[1])
     order = torch.cat([images for images, _, _ in runs]).argsort()

@@ -35,12 +35,16 @@ from server_strategies.attacks.matching.trajectory import BETA1, BETA2, EPS
 
 _NEAR = 2e-3  # relative distance from a single step's length that epsilon may cause
 _LEAST = 8  # inputs at a step's length, by which its unit counts as open at first
-_ONE_SIGN = 0.8  # share of them that have one sign: features are not negative
 _TYPICAL = 0.2  # of the inputs that a step's units usually have at its length
-_ZEROS = 3  # units that a step opens and an input leaves, by which it is zero there
-_ALONE = 5  # inputs of one step alone, from which they tell all its units
+_ZEROS = 3  # units that a step opens and an input leaves at rest, by which it is zero at first
+_MIXED = 1 << 16  # kind of a coordinate that several steps moved
+_RARELY, _NEVER = -3.0, -8.0  # logarithms of the probabilities of kinds that are not expected
+_SURE = 1.0  # gain in logarithmic probability from which a unit or an input is flipped
+_TURNS = 20
 _FLOOR = 1e-2  # relative error of a size, at the least
 _ANCHORED = 0.1  # relative error up to which a size, or a factor, is known
+_SMALLEST = 20.0  # epsilons that a gradient is at least: smaller ones are mostly no single step's
+_STRAYS = 3.0  # standard deviations from which a size counts less
 _LARGE = 0.9  # quantile of an image's features that one of unknown size is taken for
 _FITS = 60  # alternations of the fit to sizes
 _RATIOS = (6.0, 0.05)  # range and spacing of the logarithms of ratios that are tried
@@ -131,6 +135,15 @@ def step_factors(
 def _open(update: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return which units and inputs have gradients, by local step.
 
+    Coordinates are of three kinds: at rest, at the length of a single step, or neither.
+    Units and inputs are taken by what they make of these most probably, in turns.
+
+    Parameters
+    ----------
+    update : Tensor, shape (out, in)
+    lengths : Tensor, shape (K,)
+        See `single_step_updates`.
+
     Returns
     -------
     signs : Tensor, shape (K, out)
@@ -138,24 +151,59 @@ def _open(update: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     there : Tensor of bool, shape (K, in)
         Which inputs the step's image had.
     """
-    near = ((update.abs()[..., None] / lengths) - 1).abs() < _NEAR
-    up, down = ((near & (update * sign > 0)[..., None]).sum(1).T for sign in (1, -1))
-    most = torch.maximum(up, down)
-    opened = (most >= _LEAST) & (most > _ONE_SIGN * (up + down))
+    steps = torch.arange(1, len(lengths) + 1, device=update.device)
+    apart = ((update.abs()[..., None] / lengths) - 1).abs()
+    kind = torch.where(apart.amin(-1) < _NEAR, steps[apart.argmin(-1)], _MIXED)
+    kind = torch.where(update == 0, 0, kind)
+    counts = torch.stack([(kind == step).sum(1) for step in steps])
+    typical = torch.stack([_filled(row.double(), row >= _LEAST) for row in counts])
     # By chance a few ratios of two steps have the length of a third, of a few inputs.
-    typical = torch.stack([_filled(row.double(), of) for row, of in zip(most, opened)])
-    opened &= most > _TYPICAL * typical.median(1, keepdim=True).values
-    signs = torch.where(opened, (up - down).sign(), 0).to(update)
-    still = (update == 0).to(update)
-    for _ in range(3):
-        there = (signs.abs() @ still) < _ZEROS
-        # Where an image has an input that no other one has, its units all move.
-        for step, own in enumerate(there & (there.sum(0) == 1)):
-            if int(own.sum()) >= _ALONE:
-                votes = update[:, own].sign().sum(1)
-                moved = (update[:, own] != 0).sum(1)
-                signs[step] = torch.where(moved > own.sum() / 2, votes.sign(), 0)
-    return signs, (signs.abs() @ still) < _ZEROS
+    units = (counts >= _LEAST) & (counts > _TYPICAL * typical.median(1, keepdim=True).values)
+    inputs = (units.float() @ (kind == 0).float()) < _ZEROS
+    for _ in range(_TURNS):
+        before = units, inputs
+        units = _flipped(kind, units, inputs)
+        inputs = _flipped(kind.T, inputs, units)
+        if all(map(torch.equal, before, (units, inputs))):
+            break
+    alone = units.float().T @ inputs.float() == 1
+    signs = [
+        torch.where(own, (update.sign() * (alone & there)).sum(1).sign(), 0)
+        for own, there in zip(units, inputs, strict=True)
+    ]
+    return torch.stack(signs), inputs
+
+
+def _flipped(kind: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows (K, R), each with the step flipped that makes its coordinates more probable.
+
+    Parameters
+    ----------
+    kind : Tensor of int64, shape (R, C)
+        0: at rest; k: at the length of step k, from 1; `_MIXED`: neither.
+    rows, columns : Tensor of bool, shapes (K, R), (K, C)
+        Which have a gradient in which step.
+    """
+    numbers = torch.arange(1, len(rows) + 1, device=kind.device)[:, None]
+    # How many steps move a coordinate, and which, where it is one.
+    count = rows.float().T @ columns.float()
+    which = (rows * numbers).float().T @ columns.float()
+    now = _log_probability(kind, count, which).sum(1)
+    gains = []
+    for step, (own, there) in enumerate(zip(rows, columns, strict=True), 1):
+        change = torch.where(own, -1.0, 1.0)[:, None] * there
+        then = _log_probability(kind, count + change, which + step * change)
+        gains.append(then.sum(1) - now)
+    gain, best = torch.stack(gains).max(0)
+    return rows ^ ((gain > _SURE) & (numbers - 1 == best))
+
+
+def _log_probability(kind: Tensor, count: Tensor, which: Tensor) -> Tensor:
+    """Return the logarithms of kinds' probabilities, where `count` steps move coordinates."""
+    at_rest, at_length = kind == 0, (kind > 0) & (kind < _MIXED)
+    if_one = torch.where(kind == which, 0.0, torch.where(at_rest, _NEVER, _RARELY))
+    if_more = torch.where(at_rest, _NEVER, torch.where(at_length, _RARELY, 0.0))
+    return torch.where(count == 0, torch.where(at_rest, 0.0, _NEVER), torch.where(count == 1, if_one, if_more))
 
 
 @dataclass(frozen=True)
@@ -290,19 +338,22 @@ def _by_sizes(seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
         terms = (part.to(seen.update) for part in single_step_terms(step, steps, seen.decay))
         size, spread = inverted(seen.update[own].abs(), *terms, seen.error[own])
         # Near the limit those pass that errors make small.
-        known = (size > 0) & (spread < _ANCHORED * size)
+        known = (size > _SMALLEST * EPS) & (spread < _ANCHORED * size)
         off = torch.where(known, spread / size.clamp_min(1e-30), torch.inf)
         weight, value = (torch.zeros_like(seen.update) for _ in range(2))
         weight[own] = (off.square() + _FLOOR**2).reciprocal()
         value[own] = torch.where(known, size.clamp_min(1e-30).log(), 0)
-        by_row, by_column = weight.sum(1), weight.sum(0)
-        u = torch.zeros_like(by_column)
-        for _ in range(_FITS):
-            v = (weight * (value - u)).sum(1) / by_row.clamp_min(1e-12)
-            u = (weight * (value - v[:, None])).sum(0) / by_column.clamp_min(1e-12)
-        inputs[step] = _filled(u, by_column > 1, _LARGE)
-        units[step] = _filled(v, by_row > 1)
-        weights[step] = by_column
+        u, trusted = torch.zeros_like(weight[0]), weight
+        for turn in range(_FITS):
+            v = (trusted * (value - u)).sum(1) / trusted.sum(1).clamp_min(1e-12)
+            u = (trusted * (value - v[:, None])).sum(0) / trusted.sum(0).clamp_min(1e-12)
+            # A coordinate that another step moved, too, has a size that is none.
+            if turn >= _FITS // 2:
+                off = (value - v[:, None] - u).square()
+                trusted = weight / (1 + weight * off / _STRAYS**2)
+        inputs[step] = _filled(u, trusted.sum(0) > 1, _LARGE)
+        units[step] = _filled(v, trusted.sum(1) > 1)
+        weights[step] = trusted.sum(0)
     return inputs, units, weights
 
 
