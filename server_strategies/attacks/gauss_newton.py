@@ -53,13 +53,13 @@ class Decodable(Protocol):
         Which images it knows features of.
     decoding_steps : int
         Gauss-Newton steps that decode them, in all cycles.
-    cycles : int
-        2, where an image can be told to be stuck by its misfit; otherwise 1.
+    joint_steps : int
+        Steps that decode all of them together, where there is a `convolution`.
     """
 
     found: Tensor
     decoding_steps: int
-    cycles: int
+    joint_steps: int
 
     def groups(self) -> list[tuple[int, Tensor]]:
         """Return local steps, and the images of each whose features are known."""
@@ -86,26 +86,9 @@ class Decodable(Protocol):
         """Simulate the weights of all steps with normalised images (N, C, H, W)."""
         ...
 
-    def settle(self, x: Tensor) -> Tensor:
-        """Return which images are decoded and stay, shape (N,) of bool, given all of them."""
-        ...
-
-
-@runtime_checkable
-class Linked(Decodable, Protocol):
-    """A `Decodable` that may also have linear equations of all images together.
-
-    Attributes
-    ----------
-    joint_steps : int
-        Gauss-Newton steps with them.
-    """
-
-    joint_steps: int
-
     @property
     def convolution(self) -> Convolution | None:
-        """What gives the equations; None: there are none."""
+        """What gives linear equations of all images together; None: there are none."""
         ...
 
     def reached(self, step: int, x: Tensor) -> Reached:
@@ -123,7 +106,7 @@ def gauss_newton(
     of the length that takes a mean square of weight 1 to its minimum: for a denoiser its
     result. The pull is a multiple of the misfit. A step that does not lower this cost is
     not taken, and the next is damped more. It starts at the mean colour. Where the matching
-    is `Linked`, the rest of the budget decodes all images together.
+    has a `convolution`, the rest of the budget decodes all images together.
 
     Parameters
     ----------
@@ -142,10 +125,9 @@ def gauss_newton(
     assert isinstance(matching, Decodable)
     steps = min(budget.iterations, matching.decoding_steps)
     # In few steps no image can be told to be stuck.
-    cycles = matching.cycles if steps == matching.decoding_steps else 1
-    linked = isinstance(matching, Linked) and matching.convolution is not None
-    alone = bool(matching.found.all()) and not linked
-    seconds = budget.seconds * (1.0 if alone else _ONLY_SOME)
+    cycles = 2 if steps == matching.decoding_steps else 1
+    all_found, joint = bool(matching.found.all()), matching.convolution is not None
+    seconds = budget.seconds * (1.0 if all_found and not joint else _ONLY_SOME)
     decoding = replace(budget, iterations=steps, seconds=seconds)
     run = Run(matching, observation, decoding, report, counted=1)
     scale = (run.mean, run.std)
@@ -170,27 +152,27 @@ def gauss_newton(
             run.end("exact")
             break
     x = state.best()
-    decoded = matching.settle(x)
+    matching.renew(x)
     found = run.found(x)
     if budget.iterations <= steps:
         return found
     rest = replace(budget, iterations=budget.iterations - steps)
     if budget.seconds:
         rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
-    if bool(decoded.all()):
-        if not (isinstance(matching, Linked) and linked) or found.stop_reason == "exact":
+    if all_found:
+        if not joint or found.stop_reason == "exact":
             return found
         rest = replace(rest, iterations=min(rest.iterations, matching.joint_steps))
         return _added(found, _refined(parts, observation, rest, report, x))
     # The others have to be searched for, from noise as always.
     generator = torch.Generator(x.device).manual_seed(budget.seed)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
-    matching.start = torch.where(_each(decoded, x), x, noise)
+    matching.start = torch.where(_each(matching.found, x), x, noise)
     matching.near_start = False
     others = optimise(parts.others or parts, observation, rest, report)
     if others.losses[-1] > _MATCHED:
         # What does not match the update is no better than the mean colour, and often worse.
-        kept = _each(decoded.cpu(), others.images)
+        kept = _each(matching.found.cpu(), others.images)
         others = replace(others, images=torch.where(kept, others.images, found.images))
     return _added(found, others)
 
@@ -327,7 +309,7 @@ def _refined(
 ) -> Reconstruction:
     """Decode all images together, from decoded ones (N, C, H, W); the best result counts."""
     matching = parts.matching
-    assert isinstance(matching, Linked)
+    assert isinstance(matching, Decodable)
     run = Run(matching, observation, budget, report, counted=1)
     scale = (run.mean, run.std)
     box = (-run.mean / run.std, (1 - run.mean) / run.std)
@@ -352,7 +334,7 @@ def _refined(
 
 
 def _joint_step(
-    matching: Linked, x: Tensor, target: Tensor, damping: float, box: tuple[Tensor, Tensor]
+    matching: Decodable, x: Tensor, target: Tensor, damping: float, box: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, float]:
     """Return all images after one joint step, and the misfits and the residual before it.
 

@@ -43,9 +43,9 @@ OBJECTIVES: dict[str, type[MatchingObjective]] = {
 _OWN_DISTANCE = (Surrogate.name, SignMatch.name)
 
 ENOUGH_ROWS = 4
-"""Gradient rows that decoding batches needs, by local step of the first pass. With fewer the
+"""Gradient rows that decoding needs, by local step of the first pass. With fewer the
 trajectory alone has the higher PSNR: 20.5 dB to 12.9 with 1.2 rows, but 21.3 to 23.0 with 6.8
-(sparsified updates, Adam, K=5, B=1, before rows of single images were decoded by themselves)."""
+(sparsified updates, Adam, K=5, B=1, untrained)."""
 
 
 def matching_objective(
@@ -184,6 +184,6 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     read = len({part.step for part in found})
     rows = sum(len(part.rows) for part in found)
     why += f"; {rows} rows of the gradients of {read} of them are readable"
-    if training.batch_size > 1 and rows < ENOUGH_ROWS * training.steps_a_pass(count):
+    if rows < ENOUGH_ROWS * training.steps_a_pass(count):
         return "trajectory", f"{why}, too few"
     return "fingerprints", why

@@ -28,13 +28,9 @@ from server_strategies.attacks.matching.adam.fingerprints import (
     find_fingerprints,
     single_step_updates,
 )
-from server_strategies.attacks.matching.adam.rows import RowFeatures, row_features
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.matching.defended import consistent
-from server_strategies.attacks.matching.distance import norm
 from server_strategies.attacks.matching.trajectory import Trajectory
-
-Weights = dict[str, Tensor]
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
 _SOFT = 0.005  # residual above which a row no longer counts as one of a single image
@@ -43,8 +39,6 @@ _FITTED = 0.1  # residual below which a row counts as fitted
 _ACCEPTED = 0.15  # misfit of its own label up to which an image counts as decoded
 _REASSIGNED = 1e-4  # cost of giving an image another label, in the misfit's units
 _NOT_INFERRED = 0.05  # cost of a label outside the inferred ones, as a share of the image's part
-_TRUSTED = 0.05  # misfit of rows from which their images are not used to simulate the training
-_ENDS_NEAR = 0.1  # distance from w1 of a simulation's end, as a share of the update
 _ACTIVE = 1e-6  # output of a unit that is just active
 _RENEW = 8  # calls after which the weights that features are taken at are simulated again
 
@@ -73,8 +67,6 @@ class Decoded(Trajectory):
     """
 
     name = "fingerprints"
-    cycles = 1
-    decoding_steps = 120  # weights of later steps follow only when the images of earlier ones do
     restart = 0.6  # decoding is cheap per iteration; images that it misses need the rest
 
     def __init__(self, setting: Setting) -> None:
@@ -93,15 +85,10 @@ class Decoded(Trajectory):
         self.by_step = knowledge.labels_source == "given"  # otherwise inferred over all steps
         self.known_labels = self.labels.clone()
         self.calls = 0
-        self.weights_at: list[Weights] = []
+        self.weights_at: dict[int, dict[str, Tensor]] = {}
         self.accepted: Tensor
         self.decoded: Tensor | None = None
         self.all_decoded = False
-        self.held: Tensor | None = None
-        self.read = self._read()
-        self.found = torch.zeros(len(self.labels), dtype=torch.bool, device=self.labels.device)
-        for images, _ in self.read.values():
-            self.found[images] = True
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the loss, shape (), of normalised images (N, C, H, W)."""
@@ -126,53 +113,7 @@ class Decoded(Trajectory):
 
     def pace(self) -> Tensor | None:
         """See `MatchingObjective`."""
-        pace = None if self.decoded is None else torch.where(self.decoded, 0.05, 1.0)
-        if self.held is None:
-            return pace
-        return torch.where(self.held, 0.0, 1.0 if pace is None else pace)
-
-    def _read(self) -> dict[int, tuple[Tensor, RowFeatures]]:
-        """Return by local step the images whose features its rows hold, and the features.
-
-        Of the rows of the layer with the most inputs. A batch's rows are of several images as
-        well, and fitting all of them at once finds more: then none are read.
-        """
-        found: dict[int, tuple[Tensor, RowFeatures]] = {}
-        if self.training.batch_size > 1:
-            return found
-        for step, parts in self.prints.items():
-            widest = max(parts, key=lambda part: part.gradient.shape[1])
-            index = self.indices[step]
-            found[step] = index, row_features(widest)
-        return found
-
-    def groups(self) -> list[tuple[int, Tensor]]:
-        """See `Decodable`."""
-        return [(step, images) for step, (images, _) in self.read.items()]
-
-    def features(self, step: int, x: Tensor) -> Tensor:
-        """See `Decodable`."""
-        name = self.read[step][1].name
-        return traced(self.model, self.weights_at[step], x, (name,))[0][name]
-
-    def wanted(self, step: int, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Decodable`; rows tell features but for their length, which is fitted."""
-        return self.read[step][1].scaled(given)
-
-    def renew(self, x: Tensor) -> None:
-        """See `Decodable`."""
-        self._simulate(x)
-
-    def settle(self, x: Tensor) -> Tensor:
-        """See `Decodable`: images that fit their rows."""
-        self._simulate(x)
-        self.held = self.found.clone()
-        for step, (images, _) in self.read.items():
-            off = self._misfits(step, self.weights_at[step], x)
-            self.held[images] = off < _TRUSTED
-        if bool(self.held[self.found].all()):
-            self.restart = 0.0  # rows tell no more
-        return self.held
+        return None if self.decoded is None else torch.where(self.decoded, 0.05, 1.0)
 
     def _residual(self, x: Tensor) -> Tensor:
         """Return the mean residual of the fingerprints in the images' features."""
@@ -198,45 +139,17 @@ class Decoded(Trajectory):
         in the rows is about the one that its label implies. An image that imitates a
         blend of others has another part.
         """
-        self.weights_at = self._trained(x)
-        fits: list[tuple[Tensor, Tensor]] = []
-        for step, index in self._steps():
-            inputs, outputs, logits = self._traced(step, x[index])
-            self._weight_rows(step, inputs)
-            fits.append(self._misfit(step, inputs, outputs, logits))
-            if self.by_step:
-                self._assign_labels(index, *fits[-1])
-        images = torch.cat([index for _, index in self._steps()])
-        misfit, size = (torch.cat(parts) for parts in zip(*fits, strict=True))
-        if not self.by_step:
-            self._assign_labels(images, misfit, size)
-        own = misfit.gather(1, self.labels[images, None])[:, 0]
-        self.accepted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.accepted[images] = own < _ACCEPTED * size
-
-    def _trained(self, x: Tensor) -> list[Weights]:
-        """Return the weights before each local step, by training on `x` and by where it ends.
-
-        If it ends near w1, all images are right. Otherwise a step is simulated as far as its
-        rows are fitted by its images, and as far as they are not, the weights go on straight
-        to w1, where the client's training ends.
-        """
-        before, last = self._steps_of(x, blended=False)
-        if not self.read:
-            return before
-        rest = [w1 - last[name] for name, w1 in self.w1.items()]
-        moved = [w1 - self.w0[name] for name, w1 in self.w1.items()]
-        if norm(rest) < _ENDS_NEAR * norm(moved):
-            return before
-        return self._steps_of(x, blended=True)[0]
-
-    def _steps_of(self, x: Tensor, *, blended: bool) -> tuple[list[Weights], Weights]:
-        """Return the weights before each step of a simulation, and those after the last."""
         weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
         optimizer = create_optimizer(weights.values(), self.training)
-        before: list[Weights] = []
-        for step, index in enumerate(self.indices):
-            before.append({name: w.detach().clone() for name, w in weights.items()})
+        fits: list[tuple[Tensor, Tensor]] = []
+        for step, index in enumerate(self.indices[: max(self.prints) + 1]):
+            if step in self.prints:
+                self.weights_at[step] = {name: w.detach().clone() for name, w in weights.items()}
+                inputs, outputs, logits = self._traced(step, x[index])
+                self._weight_rows(step, inputs)
+                fits.append(self._misfit(step, inputs, outputs, logits))
+                if self.by_step:
+                    self._assign_labels(index, *fits[-1])
             optimizer.zero_grad()
             with given_noise(self.model, self._noise(step, x[index])):
                 logits = functional_call(self.model, {**weights}, (x[index],))
@@ -244,29 +157,13 @@ class Decoded(Trajectory):
             if self.training.max_grad_norm:
                 nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
             optimizer.step()
-            if not blended:
-                continue
-            trust = self._trust(step, before[-1], x)
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    at = before[-1][name]
-                    straight = torch.lerp(at, self.w1[name], 1 / (len(self.indices) - step))
-                    weight.copy_(torch.lerp(straight, weight, trust))
-        return before, {name: w.detach() for name, w in weights.items()}
-
-    def _trust(self, step: int, weights: Weights, x: Tensor) -> Tensor:
-        """Return how far a step's images fit its rows, in [0, 1], shape ()."""
-        if step not in self.read:
-            return x.new_zeros(())
-        return (1 - self._misfits(step, weights, x) / _TRUSTED).clamp(0, 1).mean()
-
-    @torch.no_grad()
-    def _misfits(self, step: int, weights: Weights, x: Tensor) -> Tensor:
-        """Return how badly a step's image fits the features that its rows hold, shape (1,)."""
-        images, rows = self.read[step]
-        given = traced(self.model, weights, x[images], (rows.name,))[0][rows.name]
-        wanted, weight = rows.scaled(given)
-        return (weight * (given - wanted).square()).sum(1) / (weight * wanted.square()).sum(1)
+        images = torch.cat([index for _, index in self._steps()])
+        misfit, size = (torch.cat(parts) for parts in zip(*fits, strict=True))
+        if not self.by_step:
+            self._assign_labels(images, misfit, size)
+        own = misfit.gather(1, self.labels[images, None])[:, 0]
+        self.accepted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.accepted[images] = own < _ACCEPTED * size
 
     def _traced(self, step: int, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Return `traced` of a step's images (B, C, H, W), with its rows' units active."""
@@ -525,4 +422,4 @@ def usable_fingerprints(
 def _known_only(seen: Fingerprint, sized: Tensor) -> Fingerprint:
     """Return a fingerprint of which only the coordinates marked in `sized` (R, D) are known."""
     spread = torch.where(sized, seen.spread, torch.inf)
-    return replace(seen, spread=spread, weight=seen.weight * sized, least=seen.least * sized)
+    return replace(seen, spread=spread, weight=seen.weight * sized)

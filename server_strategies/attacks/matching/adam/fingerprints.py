@@ -44,9 +44,6 @@ class Fingerprint:
         gradient's square. Infinite where the gradient is not known.
     weight : Tensor, shape (R, D)
         How much a coordinate counts when rows are fitted, in [0, 1].
-    least : Tensor, shape (R, D)
-        The gradient that is just too large to be known, with the update's sign, where it is
-        not known; 0 elsewhere.
     """
 
     step: int
@@ -55,7 +52,6 @@ class Fingerprint:
     gradient: Tensor
     spread: Tensor
     weight: Tensor
-    least: Tensor
 
     @property
     def known(self) -> Tensor:
@@ -176,20 +172,7 @@ def find_fingerprints(
             size, spread = inverted(updates[rows].abs(), a.to(updates), b.to(updates), error)
             gradient = (size * updates[rows].sign()).to(before.dtype)
             weight = spread.isfinite().to(before.dtype)
-            # Up to z = 3 error / slope the update can't be told from that of any larger one.
-            largest = EPS * (a / b.square()).sum() / (3 * error)
-            least = torch.where(spread.isfinite(), 0, largest * updates[rows].sign())
-            found.append(
-                Fingerprint(
-                    step,
-                    name,
-                    rows,
-                    gradient,
-                    spread.to(before.dtype),
-                    weight,
-                    least.to(before.dtype),
-                )
-            )
+            found.append(Fingerprint(step, name, rows, gradient, spread.to(before.dtype), weight))
     return found
 
 

@@ -138,8 +138,7 @@ def _of_steps(
     for layer in bounded_layers(model, w0, knowledge):
         if layer.high is not None:
             continue
-        parts = [f"{layer.name}.{part}" for part in ("weight", "bias")]
-        before, after = (tuple(w[name] for name in parts) for w in (w0, w1))
+        before, after = ((w[f"{layer.name}.weight"], w[f"{layer.name}.bias"]) for w in (w0, w1))
         factors = step_factors(before, after, training, len(batches))
         if factors is None:
             why = f"the steps of {layer.name} don't show"

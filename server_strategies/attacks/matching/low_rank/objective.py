@@ -65,7 +65,6 @@ class LowRank(Trajectory):
     name = "low_rank"
     decoding_steps = 120
     joint_steps = 120
-    cycles = 2
 
     def __init__(self, setting: Setting, exact: ExactFeatures) -> None:
         super().__init__(setting)
@@ -83,7 +82,9 @@ class LowRank(Trajectory):
         )
         self.steps = self.groups()
         first = self.first.to(device)
-        self.exact, self.spread = (part.to(device)[first] for part in (exact.features, exact.spread))
+        self.exact, self.spread = (
+            part.to(device)[first] for part in (exact.features, exact.spread)
+        )
         self.by_adam = self.training.optimizer != "sgd"
         self.lengths = torch.ones_like(self.exact[:, :1])
         if self.by_adam:
@@ -149,14 +150,9 @@ class LowRank(Trajectory):
         least = _FINEST * exact.square().mean(1, keepdim=True)
         return exact, (1 + spread.square() / torch.maximum(misfit, least)).reciprocal()
 
-    def settle(self, x: Tensor) -> Tensor:
-        """See `Decodable`: all images that were found."""
-        self.renew(x)
-        return self.found
-
     @cached_property
     def convolution(self) -> Convolution | None:
-        """See `Linked`; with SGD, where every image was found, and is trained on once."""
+        """See `Decodable`; with SGD, where every image was found, and is trained on once."""
         places = sum(len(batch) for batch in self.batches)
         if self.by_adam or not bool(self.found.all()) or places != len(self.found):
             return None
@@ -179,7 +175,7 @@ class LowRank(Trajectory):
         return slopes[self.first.to(slopes.device)]
 
     def reached(self, step: int, x: Tensor) -> Reached:
-        """See `Linked`."""
+        """See `Decodable`."""
         return reached(self.model, nhwc(self.weights_at[step]), x, self.layer.name)
 
     def _features(self, weights: Weights, x: Tensor) -> Tensor:

@@ -109,9 +109,7 @@ def step_factors(
     if not bool(signs.any(1).all()) or not bool(there[:, :-1].any(1).all()):
         return None
     live, wide = signs.any(0), there.any(0)
-    seen = _Seen(
-        update[live][:, wide], error[live][:, wide], signs[:, live], there[:, wide], decay
-    )
+    seen = _Seen(update[live][:, wide], error[live][:, wide], signs[:, live], there[:, wide], decay)
     inputs, units, spread = _fitted(seen)
     known = seen.there & (spread < _PRECISE)
     if not bool(known.any(1).all()):
@@ -203,7 +201,9 @@ def _log_probability(kind: Tensor, count: Tensor, which: Tensor) -> Tensor:
     at_rest, at_length = kind == 0, (kind > 0) & (kind < _MIXED)
     if_one = torch.where(kind == which, 0.0, torch.where(at_rest, _NEVER, _RARELY))
     if_more = torch.where(at_rest, _NEVER, torch.where(at_length, _RARELY, 0.0))
-    return torch.where(count == 0, torch.where(at_rest, 0.0, _NEVER), torch.where(count == 1, if_one, if_more))
+    return torch.where(
+        count == 0, torch.where(at_rest, 0.0, _NEVER), torch.where(count == 1, if_one, if_more)
+    )
 
 
 @dataclass(frozen=True)
@@ -335,8 +335,8 @@ def _by_sizes(seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.zeros_like(inputs)
     for step in range(steps):
         own = alone & opened[step][:, None] & seen.there[step]
-        terms = (part.to(seen.update) for part in single_step_terms(step, steps, seen.decay))
-        size, spread = inverted(seen.update[own].abs(), *terms, seen.error[own])
+        a, b = (part.to(seen.update) for part in single_step_terms(step, steps, seen.decay))
+        size, spread = inverted(seen.update[own].abs(), a, b, seen.error[own])
         # Near the limit those pass that errors make small.
         known = (size > _SMALLEST * EPS) & (spread < _ANCHORED * size)
         off = torch.where(known, spread / size.clamp_min(1e-30), torch.inf)
@@ -531,9 +531,7 @@ def _narrowing(width: float) -> Iterator[float]:
     return (width * 10 ** max(0.0, 1 - n / (_STEPS - 3)) for n in range(_STEPS))
 
 
-def _normal(
-    residual: Tensor, slopes: Tensor, scale: Tensor, along: str
-) -> tuple[Tensor, Tensor]:
+def _normal(residual: Tensor, slopes: Tensor, scale: Tensor, along: str) -> tuple[Tensor, Tensor]:
     """Return the normal equations of least squares, with weights by the residuals.
 
     Parameters

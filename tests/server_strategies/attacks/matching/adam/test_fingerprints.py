@@ -62,9 +62,7 @@ def test_gradients_of_single_steps_follow_from_adams_updates(training: LocalTrai
 def test_rounded_coordinates_count_less_the_better_the_rest_is_fitted() -> None:
     gradient = torch.tensor([[1.0, -1, 1, 0, 0]])
     spread = torch.tensor([[0.0, 1e-2, 0.5, 0, torch.inf]])
-    seen = Fingerprint(
-        0, "w", torch.arange(1), gradient, spread, spread.isfinite().float(), 0 * gradient
-    )
+    seen = Fingerprint(0, "w", torch.arange(1), gradient, spread, spread.isfinite().float())
     early, late = (seen.weighted(torch.tensor([misfit])).weight for misfit in (1.0, 1e-4))
     torch.testing.assert_close(early, torch.tensor([[1, 1, 0.8**0.5, 1, 0]]), atol=1e-3, rtol=0)
     torch.testing.assert_close(late, torch.tensor([[1, 0.5**0.5, 0.02, 1, 0]]), atol=1e-3, rtol=0)
@@ -82,7 +80,7 @@ def test_rows_are_fitted_by_features_in_least_squares() -> None:
     features = torch.eye(3, 6)
     rows = torch.stack([2 * features[1], features[0] - features[2], torch.eye(6)[5]])
     exact, alike = torch.zeros(3, 6), torch.ones(3, 6)
-    seen = Fingerprint(0, "w", torch.arange(3), rows, exact, alike, exact)
+    seen = Fingerprint(0, "w", torch.arange(3), rows, exact, alike)
     alone, parts, together = fit_rows(features, seen)
     half = 0.5**0.5
     torch.testing.assert_close(
@@ -100,7 +98,7 @@ def test_a_copy_of_an_image_is_not_supported_beside_it() -> None:
     blend = 0.8 * image + 0.2 * torch.rand(50, generator=generator)
     rows = torch.stack([2 * image - blend, other, torch.randn(50, generator=generator)])
     exact, alike = torch.zeros(3, 50), torch.ones(3, 50)
-    seen = Fingerprint(0, "w", torch.arange(3), rows, exact, alike, exact)
+    seen = Fingerprint(0, "w", torch.arange(3), rows, exact, alike)
     features = torch.stack([blend, image, third, other])
     _, parts, _ = fit_rows(features, seen)
     assert parts[0, 0].abs() > 0.5
