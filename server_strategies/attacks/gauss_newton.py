@@ -65,8 +65,8 @@ class Decodable(Protocol):
         """Return local steps, and the images of each whose features are known."""
         ...
 
-    def features(self, step: int, x: Tensor) -> Tensor:
-        """Return the features of normalised images (B, C, H, W) at a step's weights, (B, D)."""
+    def features(self, step: int, images: Tensor, x: Tensor) -> Tensor:
+        """Return the features of some images, x (B, C, H, W), at a step's weights, (B, D)."""
         ...
 
     def wanted(self, step: int, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,13 +261,13 @@ def _stepped(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return misfit, images and damping after one step, of some images of one local step."""
     with torch.no_grad():
-        wanted, weight = matching.wanted(step, images, matching.features(step, x))
+        wanted, weight = matching.wanted(step, images, matching.features(step, images, x))
     root = weight.sqrt()
     wanted = root * wanted
     square = wanted.square().sum(1)
     unit = _each(square / x[0].numel(), x)  # of squared features, for a squared pixel
     with soft_gates(width):
-        given, along, back = _linear(lambda z: root * matching.features(step, z), x)
+        given, along, back = _linear(lambda z: root * matching.features(step, images, z), x)
     misfit = (given - wanted).square().sum(1) / square
     share = (pull * misfit).clamp(max=_MOST_PULL)
     downhill = back(wanted - given) - _each(share, x) * unit * (x - target)
@@ -278,7 +278,7 @@ def _stepped(
     moved = _solve(lambda v: free * back(along(v)) + ridge * v, free * downhill, solves)
     new = torch.minimum(torch.maximum(x + moved, box[0]), box[1])
     with torch.no_grad():
-        left = (root * matching.features(step, new) - wanted).square().sum(1) / square
+        left = (root * matching.features(step, images, new) - wanted).square().sum(1) / square
     before = misfit + share * (x - target).square().flatten(1).mean(1)
     after = left + share * (new - target).square().flatten(1).mean(1)
     taken = after < before

@@ -125,27 +125,27 @@ def _of_terms(
 def _of_steps(
     model: nn.Module, observation: Observation, knowledge: Knowledge
 ) -> ExactFeatures | str:
-    """Return `exact_features` of Adam with one image a step, see `step_factors`."""
+    """Return `exact_features` of Adam, see `step_factors`."""
     training = knowledge.client
     batches = training.batches(observation.num_examples)
-    if any(len(batch) > 1 for batch in batches):
-        return f"{training.optimizer}'s steps are of several images"
     hidden = hidden_size(list(observation.update.values()), knowledge.defense)
     if hidden:
         return hidden
+    sizes = [len(batch) for batch in batches]
+    places = sum(sizes)
     w0, w1 = _weights(model, observation)
     why = "no linear layer with one input an image, the output of a ReLU"
     for layer in bounded_layers(model, w0, knowledge):
         if layer.high is not None:
             continue
         before, after = ((w[f"{layer.name}.weight"], w[f"{layer.name}.bias"]) for w in (w0, w1))
-        factors = step_factors(before, after, training, len(batches))
+        factors = step_factors(before, after, training, sizes)
         if factors is None:
             why = f"the steps of {layer.name} don't show"
             continue
-        order, lengths = replay_steps(layer.head, w0, factors, training)
+        order, lengths = replay_steps(layer.head, w0, factors, training, sizes)
         found = order.misfit < _LABELLED
-        if int(found.sum()) < _LEAST * len(batches):
+        if int(found.sum()) < _LEAST * places:
             why = f"{layer.name} shows images, but the label of {int(found.sum())} alone"
             continue
         length = lengths[:, None]
@@ -153,7 +153,7 @@ def _of_steps(
         known = features.where(spread.isfinite(), 0).square().sum() / features.square().sum()
         reason = (
             f"the steps of {training.optimizer} in {layer.name}'s update: {known:.0%} of the "
-            f"features of {int(found.sum())} of {len(batches)} images"
+            f"features of {int(found.sum())} of {places} images"
         )
         return ExactFeatures(layer, features, spread, found, order, 1.0, reason)
     return why

@@ -122,7 +122,7 @@ class LowRank(Trajectory):
                 steps.append((step, torch.tensor(new, device=self.labels.device)))
         return steps
 
-    def features(self, step: int, x: Tensor) -> Tensor:
+    def features(self, step: int, images: Tensor, x: Tensor) -> Tensor:
         """See `Decodable`.
 
         Adam's update gives features away but for their length, so those that are known are
@@ -131,7 +131,7 @@ class LowRank(Trajectory):
         features = self._features(nhwc(self.weights_at[step]), x)
         if not self.by_adam:
             return features
-        known = self._known(features, self.spread[self.batches[step][0]])
+        known = self._known(features, self.spread[images])
         return known / known.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     @staticmethod
@@ -189,7 +189,7 @@ class LowRank(Trajectory):
         self.calls += 1
         misfits = []
         for step, images in self.steps:
-            off = self.features(step, x[images]) - self.exact[images]
+            off = self.features(step, images, x[images]) - self.exact[images]
             misfits.append(off.square().sum(1) / self.exact[images].square().sum(1))
         misfit = torch.cat(misfits).sum() / len(x)
         if bool(self.found.all()):
@@ -206,7 +206,7 @@ class LowRank(Trajectory):
         order = torch.arange(len(x), device=x.device)
         for step, images in self.steps:
             if len(images) > 1:
-                costs = torch.cdist(self.exact[images], self.features(step, x[images]))
+                costs = torch.cdist(self.exact[images], self.features(step, images, x[images]))
                 _, nearest = linear_sum_assignment(costs.cpu().numpy())
                 order[images] = images[torch.from_numpy(nearest).to(images.device)]
         return order

@@ -253,13 +253,12 @@ def update_scale(
 
 
 def replay_steps(
-    head: Head, w0: Weights, factors: StepFactors, training: LocalTraining
+    head: Head, w0: Weights, factors: StepFactors, training: LocalTraining, sizes: Sequence[int]
 ) -> tuple[Replay, Tensor]:
     """Find labels, and the length of the features, by replaying the head's training with Adam.
 
-    Each step has one image, whose features and slopes are known but for a factor that one
-    has and the other lacks. At the length and with the label that are right the head
-    gives exactly these slopes.
+    Features and slopes of each image are known but for a factor that one has and the other
+    lacks. At the length and with the label that are right the head gives exactly these slopes.
 
     Parameters
     ----------
@@ -268,46 +267,69 @@ def replay_steps(
         The head's weights before the training.
     factors : StepFactors
     training : LocalTraining
-        With Adam or AdamW and one image a step.
+        With Adam or AdamW.
+    sizes : sequence of int
+        Images by local step.
 
     Returns
     -------
     replay : Replay
-    lengths : Tensor, shape (K,)
+    lengths : Tensor, shape (N,)
         Of the features.
     """
     weights = {name: w0[name].detach() for name in head.names}
     like = next(iter(weights.values()))
+    features, slopes = (part.to(like) for part in (factors.features, factors.slopes))
     optimizer = Adam(training, smoothing=0.0)
-    low, high, spacing = _LENGTHS
-    coarse = torch.arange(low, high, spacing).to(like)
-    finer = torch.arange(-_FINER, _FINER + 1).to(like) * spacing / _FINER
-    labels: list[int] = []
-    misfits, lengths, inwards = [], [], []
-    for features, slopes in zip(factors.features.to(like), factors.slopes.to(like), strict=True):
-        tried = coarse
-        for further in (finer, None):
-            off, factor = _off(head, weights, features, slopes, tried.exp(), training)
-            best = int(off.argmin())
-            at, label = divmod(best, off.shape[1])
-            length = tried[at]
-            if further is not None:
-                tried = length + further
-        labels.append(label)
-        misfits.append(off[at, label])
-        lengths.append(length.exp())
-        target = torch.tensor([label], device=like.device)
-        gradient, back, _ = head.gradient(weights, length.exp() * features[None], target)
-        inwards.append(factor[at, label] * back[0])
+    count = len(features)
+    order, labels = [-1] * count, [-1] * count
+    misfit, lengths = torch.full((count,), torch.inf), like.new_ones(count)
+    inwards = torch.zeros_like(features)
+    first = 0
+    for size in sizes:
+        here = [n for n in range(first, first + size) if bool(factors.found[n])]
+        first += size
+        factor = 1.0
+        for n in here:
+            image = _labelled(head, weights, features[n], slopes[n] * size, training)
+            order[n], labels[n] = n, image.label
+            misfit[n], lengths[n], factor = image.misfit, image.length, image.factor
+        if not here:
+            continue
+        targets = torch.tensor([labels[n] for n in here], device=like.device)
+        gradient, back, _ = head.gradient(weights, lengths[here, None] * features[here], targets)
+        share = factor * len(here) / size  # the mean is over the whole step
+        inwards[here] = share * back
         stepped = optimizer.step(
             [weights[name] for name in head.names],
-            [factor[at, label] * gradient[name] for name in head.names],
+            [share * gradient[name] for name in head.names],
         )
         weights = dict(zip(head.names, stepped, strict=True))
-    found = Replay(
-        tuple(range(len(labels))), tuple(labels), torch.stack(misfits).cpu(), torch.stack(inwards)
-    )
-    return found, torch.stack(lengths)
+    return Replay(tuple(order), tuple(labels), misfit, inwards), lengths
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """An image's label, the length of its features, the misfit, and the factor of clipping."""
+
+    label: int
+    length: float
+    misfit: float
+    factor: float
+
+
+def _labelled(
+    head: Head, weights: Weights, features: Tensor, slopes: Tensor, training: LocalTraining
+) -> _Labelled:
+    """Return the label and the length with which the head gives an image's slopes (out,)."""
+    low, high, spacing = _LENGTHS
+    tried = torch.arange(low, high, spacing).to(features)
+    finer = torch.arange(-_FINER, _FINER + 1).to(features) * spacing / _FINER
+    off, factor = _off(head, weights, features, slopes, tried.exp(), training)
+    tried = tried[int(off.argmin()) // off.shape[1]] + finer
+    off, factor = _off(head, weights, features, slopes, tried.exp(), training)
+    at, label = divmod(int(off.argmin()), off.shape[1])
+    return _Labelled(label, tried[at].exp().item(), off[at, label].item(), factor[at, label].item())
 
 
 def _off(

@@ -19,8 +19,9 @@ squares over all coordinates at once the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from server_strategies.attacks.matching.adam.fingerprints import (
     single_step_terms,
     single_step_updates,
 )
+from server_strategies.attacks.matching.low_rank.components import opened_units
 from server_strategies.attacks.matching.trajectory import BETA1, BETA2, EPS
 
 _NEAR = 2e-3  # relative distance from a single step's length that epsilon may cause
@@ -41,46 +43,60 @@ _MIXED = 1 << 16  # kind of a coordinate that several steps moved
 _RARELY, _NEVER = -3.0, -8.0  # logarithms of the probabilities of kinds that are not expected
 _SURE = 1.0  # gain in logarithmic probability from which a unit or an input is flipped
 _TURNS = 20
+_SWEEPS = 50  # of non-negative least squares
 _FLOOR = 1e-2  # relative error of a size, at the least
 _ANCHORED = 0.1  # relative error up to which a size, or a factor, is known
+_CLEAR = 0.05  # relative error of sizes that images are told apart by
 _SMALLEST = 20.0  # epsilons that a gradient is at least: smaller ones are mostly no single step's
 _STRAYS = 3.0  # standard deviations from which a size counts less
 _LARGE = 0.9  # quantile of an image's features that one of unknown size is taken for
 _FITS = 60  # alternations of the fit to sizes
-_RATIOS = (6.0, 0.05)  # range and spacing of the logarithms of ratios that are tried
+_TRIED = (-6.0, 4.0, 0.2)  # logarithms of features that are tried, from the median's, and spacing
+_PEELS = 6  # rounds in which features follow from those that are known
+_WITNESSES = 2  # coordinates that agree with a feature, at the least
+_MOST = 0.6  # share of an input's coordinates that agree
+_ALIKE = 1e-3  # difference of updates up to which they agree
 _WIDTHS = (1e-3, 1e-4)  # residuals from which coordinates count less, first and last
 _FITS_TO = 5e-4  # residual up to which a coordinate fits
+_ROUNDS = 2  # in which inputs follow from each other, and are fitted
+_GONE = 9.0  # by which a feature's logarithm is below the median, if there is none
 _STEPS = 6  # least-squares steps for the inputs, a round
 _ROWS = 3  # for the units
 _SAMPLE = 1000  # inputs by which the units are fitted
 _WIDE = 3.0  # standard deviation of a feature's logarithm, before anything is known
 _CHUNK = 512  # inputs at a time, whose coordinates fit a CPU's cache
 _PRECISE = 0.3  # relative error of a feature up to which it counts as known
-_OUTLIERS = 0.1  # share of an input's coordinates that may not fit
+_OUTLIERS = 0.1  # share of an input's coordinates, in the units of an image, that may not fit
 
 
 @dataclass(frozen=True)
 class StepFactors:
-    """What goes into a linear layer, and the slopes at its output, by local step.
+    """What goes into a linear layer, and the slopes at its output, by image in training order.
 
     Attributes
     ----------
-    features : Tensor of float64, shape (K, in)
-        Of the image of each step, scaled to length 1.
-    spread : Tensor of float64, shape (K, in)
+    features : Tensor of float64, shape (N, in)
+        Scaled to length 1; 0 of images that don't show.
+    spread : Tensor of float64, shape (N, in)
         Their standard deviation; infinite where they are hardly known, 0 where they are 0.
-    slopes : Tensor of float64, shape (K, out)
-        Of the loss at the layer's output, times the length of the features. A product of
-        both is known, not which part of it is whose.
+    slopes : Tensor of float64, shape (N, out)
+        Of the step's loss at the layer's output, times the length of the features. A product
+        of both is known, not which part of it is whose.
+    found : Tensor of bool, shape (N,)
+        Which images show. The order of a step's images is arbitrary.
     """
 
     features: Tensor
     spread: Tensor
     slopes: Tensor
+    found: Tensor
 
 
 def step_factors(
-    w0: tuple[Tensor, Tensor], w1: tuple[Tensor, Tensor], training: LocalTraining, num_steps: int
+    w0: tuple[Tensor, Tensor],
+    w1: tuple[Tensor, Tensor],
+    training: LocalTraining,
+    sizes: Sequence[int],
 ) -> StepFactors | None:
     """Return the factors of the gradients of a linear layer; None: they don't show.
 
@@ -89,79 +105,134 @@ def step_factors(
     w0, w1 : tuple of Tensor (out, in) and Tensor (out,)
         The layer's weight and bias before and after; its inputs are not negative.
     training : LocalTraining
-        With Adam or AdamW and one image a step; Adam's weight decay changes every
-        coordinate in every step, so that nothing shows.
-    num_steps : int
-        K.
+        With Adam or AdamW; Adam's weight decay changes every coordinate in every step, so
+        that nothing shows.
+    sizes : sequence of int
+        Images by local step; together N.
     """
     if training.optimizer == "adam" and training.weight_decay:
         return None
+    steps = len(sizes)
     before, after = (torch.cat([w.double(), b.double()[:, None]], 1) for w, b in (w0, w1))
     decay = training.lr * training.weight_decay
-    update = (before * (1 - decay) ** num_steps - after) / training.lr
+    update = (before * (1 - decay) ** steps - after) / training.lr
     unit = torch.finfo(w0[0].dtype).eps / 2
-    rounding = unit * before.abs() * num_steps**0.5 / training.lr
+    rounding = unit * before.abs() * steps**0.5 / training.lr
     update = torch.where(update.abs() > rounding, update, 0)
-    lengths = single_step_updates(num_steps, decay).to(update)
+    lengths = single_step_updates(steps, decay).to(update)
     # Adam's own arithmetic adds an error of about five units.
     error = rounding + 5 * unit * lengths.max()
-    signs, there = _open(update, lengths)
-    if not bool(signs.any(1).all()) or not bool(there[:, :-1].any(1).all()):
+    of = torch.repeat_interleave(torch.arange(steps), torch.tensor(list(sizes))).to(update.device)
+    live, wide = update.any(1), update.any(0)
+    layer = _Seen(update[live][:, wide], error[live][:, wide], of, steps, decay)
+    kind = _kinds(layer.update, lengths)
+    first = _first_units(layer, kind, sizes)
+    signs, there = _open(layer.update, kind, first, of)
+    # An image that shows has units of its own, and inputs.
+    found = signs.any(1) & there[:, :-1].any(1)
+    if not bool(found.any()):
         return None
-    live, wide = signs.any(0), there.any(0)
-    seen = _Seen(update[live][:, wide], error[live][:, wide], signs[:, live], there[:, wide], decay)
-    inputs, units, spread = _fitted(seen)
-    known = seen.there & (spread < _PRECISE)
+    seen = replace(layer, of=of[found], signs=signs[found], there=there[found])
+    fit = _fitted(seen)
+    known = fit.there & (fit.spread < _PRECISE)
     if not bool(known.any(1).all()):
         return None
-    features, deviation = (update.new_zeros(num_steps, before.shape[1]) for _ in range(2))
     # Features of unknown size are large, but not larger than the others.
-    most = [row[of].quantile(_LARGE) for row, of in zip(inputs, known, strict=True)]
-    inputs = torch.where(known, inputs, torch.minimum(inputs, torch.stack(most)[:, None]))
-    features[:, wide] = inputs.exp()
+    most = [row[of].quantile(_LARGE) for row, of in zip(fit.inputs, known, strict=True)]
+    inputs = torch.where(known, fit.inputs, torch.minimum(fit.inputs, torch.stack(most)[:, None]))
+    features, deviation = (update.new_zeros(len(of), before.shape[1]) for _ in range(2))
+    slopes = update.new_zeros(len(of), len(update))
+    features[found.nonzero(), wide.nonzero()[:, 0]] = inputs.exp()
+    off = torch.where(fit.there, torch.where(known, fit.spread, torch.inf), 0)
+    deviation[found.nonzero(), wide.nonzero()[:, 0]] = off
+    slopes[found.nonzero(), live.nonzero()[:, 0]] = seen.signs * fit.units.exp()
     features = features[:, :-1]
-    deviation[:, wide] = torch.where(known, spread, torch.inf)
-    deviation[:, wide] = torch.where(seen.there, deviation[:, wide], 0)
-    slopes = update.new_zeros(num_steps, len(update))
-    slopes[:, live] = seen.signs * units.exp()
-    length = features.norm(dim=1, keepdim=True)
+    length = features.norm(dim=1, keepdim=True).clamp_min(1e-300)
     features = features / length
     deviation = torch.where(features > 0, deviation[:, :-1] * features, 0)
-    return StepFactors(features, deviation, slopes * length)
+    return StepFactors(features, deviation, slopes * length, found)
 
 
-def _open(update: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which units and inputs have gradients, by local step.
+def _kinds(update: Tensor, lengths: Tensor) -> Tensor:
+    """Return the kind of each coordinate, shape (R, C) of int64, see `_flipped`."""
+    steps = torch.arange(1, len(lengths) + 1, device=update.device)
+    apart = ((update.abs()[..., None] / lengths) - 1).abs()
+    kind = torch.where(apart.amin(-1) < _NEAR, steps[apart.argmin(-1)], _MIXED)
+    return torch.where(update == 0, 0, kind)
+
+
+def _first_units(layer: _Seen, kind: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return which units each image is first taken to open, shape (N, R) of bool."""
+    steps = range(len(sizes))
+    if max(sizes) == 1:
+        counts = torch.stack([(kind == step + 1).sum(1) for step in steps])
+        typical = torch.stack([_filled(row.double(), row >= _LEAST) for row in counts])
+        # By chance a few ratios of two steps have the length of a third, of a few inputs.
+        return (counts >= _LEAST) & (counts > _TYPICAL * typical.median(1, keepdim=True).values)
+    parts = []
+    for step, count in enumerate(sizes):
+        size, spread, known = _sizes(layer, kind == step + 1, step)
+        known &= spread < _CLEAR * size
+        found = opened_units(
+            size.clamp_min(1e-300).log().cpu().numpy(),
+            layer.update.sign().cpu().numpy(),
+            known.cpu().numpy(),
+            count,
+        )
+        units = torch.zeros(count, len(kind), dtype=torch.bool, device=kind.device)
+        units[: len(found)] = torch.from_numpy(found).to(kind.device)
+        parts.append(units)
+    return torch.cat(parts)
+
+
+def _sizes(layer: _Seen, here: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sizes of a step's gradients, their spread, and where they are known, all (R, C).
+
+    Parameters
+    ----------
+    layer : _Seen
+    here : Tensor of bool, shape (R, C)
+        Where the step alone has a gradient.
+    step : int
+    """
+    a, b = (part.to(layer.update) for part in single_step_terms(step, layer.steps, layer.decay))
+    found = inverted(layer.update[here].abs(), a, b, layer.error[here])
+    size, spread = (torch.zeros_like(layer.update).masked_scatter(here, part) for part in found)
+    # Near the limit those pass that errors make small.
+    return size, spread, here & (size > _SMALLEST * EPS) & (spread < _ANCHORED * size)
+
+
+def _open(update: Tensor, kind: Tensor, units: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which units and inputs have gradients, by image.
 
     Coordinates are of three kinds: at rest, at the length of a single step, or neither.
     Units and inputs are taken by what they make of these most probably, in turns.
 
     Parameters
     ----------
-    update : Tensor, shape (out, in)
-    lengths : Tensor, shape (K,)
-        See `single_step_updates`.
+    update : Tensor, shape (R, C)
+    kind : Tensor of int64, shape (R, C)
+        See `_flipped`.
+    units : Tensor of bool, shape (N, R)
+        To begin with.
+    of : Tensor of int64, shape (N,)
+        The images' local steps.
 
     Returns
     -------
-    signs : Tensor, shape (K, out)
-        Of the slopes; 0: the step left the unit closed.
-    there : Tensor of bool, shape (K, in)
-        Which inputs the step's image had.
+    signs : Tensor, shape (N, R)
+        Of the slopes; 0: the image leaves the unit closed.
+    there : Tensor of bool, shape (N, C)
+        Which inputs the image has.
     """
-    steps = torch.arange(1, len(lengths) + 1, device=update.device)
-    apart = ((update.abs()[..., None] / lengths) - 1).abs()
-    kind = torch.where(apart.amin(-1) < _NEAR, steps[apart.argmin(-1)], _MIXED)
-    kind = torch.where(update == 0, 0, kind)
-    counts = torch.stack([(kind == step).sum(1) for step in steps])
-    typical = torch.stack([_filled(row.double(), row >= _LEAST) for row in counts])
-    # By chance a few ratios of two steps have the length of a third, of a few inputs.
-    units = (counts >= _LEAST) & (counts > _TYPICAL * typical.median(1, keepdim=True).values)
     inputs = (units.float() @ (kind == 0).float()) < _ZEROS
+    inputs &= units.any(1)[:, None]
+    # Units that were told apart by their products stay.
+    sure = units if len(of) > int(of.max()) + 1 else torch.zeros_like(units)
     for _ in range(_TURNS):
         before = units, inputs
-        units = _flipped(kind, units, inputs)
-        inputs = _flipped(kind.T, inputs, units)
+        units = _flipped(kind, units, inputs, of) | sure
+        inputs = _flipped(kind.T, inputs, units, of)
         if all(map(torch.equal, before, (units, inputs))):
             break
     alone = units.float().T @ inputs.float() == 1
@@ -172,28 +243,41 @@ def _open(update: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(signs), inputs
 
 
-def _flipped(kind: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return rows (K, R), each with the step flipped that makes its coordinates more probable.
+def _flipped(kind: Tensor, rows: Tensor, columns: Tensor, of: Tensor) -> Tensor:
+    """Return rows (N, R), each with the image flipped that makes its coordinates more probable.
 
     Parameters
     ----------
     kind : Tensor of int64, shape (R, C)
         0: at rest; k: at the length of step k, from 1; `_MIXED`: neither.
-    rows, columns : Tensor of bool, shapes (K, R), (K, C)
-        Which have a gradient in which step.
+    rows, columns : Tensor of bool, shapes (N, R), (N, C)
+        Which have a gradient by which image.
+    of : Tensor of int64, shape (N,)
+        The images' local steps.
     """
-    numbers = torch.arange(1, len(rows) + 1, device=kind.device)[:, None]
+    moved = torch.stack(
+        [
+            rows[of == step].float().T @ columns[of == step].float()
+            for step in range(int(of.max()) + 1)
+        ]
+    )
+    numbers = torch.arange(1, len(moved) + 1, device=kind.device).view(-1, 1, 1)
     # How many steps move a coordinate, and which, where it is one.
-    count = rows.float().T @ columns.float()
-    which = (rows * numbers).float().T @ columns.float()
-    now = _log_probability(kind, count, which).sum(1)
-    gains = []
-    for step, (own, there) in enumerate(zip(rows, columns, strict=True), 1):
-        change = torch.where(own, -1.0, 1.0)[:, None] * there
-        then = _log_probability(kind, count + change, which + step * change)
-        gains.append(then.sum(1) - now)
-    gain, best = torch.stack(gains).max(0)
-    return rows ^ ((gain > _SURE) & (numbers - 1 == best))
+    count, which = (moved > 0).sum(0), ((moved > 0) * numbers).sum(0)
+    gain = torch.zeros(rows.shape, device=kind.device)
+    for step, images in enumerate(moved):
+        own = (images > 0).long()
+        others, another = count - own, which - (step + 1) * own
+        # What it tells for the step, that it moves a coordinate or not.
+        more = _log_probability(kind, others + 1, another + step + 1)
+        more -= _log_probability(kind, others, another)
+        first, last = more * (images == 0), more * (images == 1)
+        for image in (of == step).nonzero()[:, 0].tolist():
+            there = columns[image].float()
+            gain[image] = torch.where(rows[image], -(last @ there), first @ there)
+    most, best = gain.max(0)
+    every = torch.arange(len(rows), device=kind.device)[:, None]
+    return rows ^ ((most > _SURE) & (every == best))
 
 
 def _log_probability(kind: Tensor, count: Tensor, which: Tensor) -> Tensor:
@@ -213,26 +297,32 @@ class _Seen:
     Attributes
     ----------
     update, error : Tensor, shape (R, C)
-    signs : Tensor, shape (K, R)
-    there : Tensor of bool, shape (K, C)
+    of : Tensor of int64, shape (N,)
+        The local steps of images.
+    steps : int
+        K.
     decay : float
         lr times AdamW's weight decay.
+    signs : Tensor, shape (N, R)
+    there : Tensor of bool, shape (N, C)
+        See `_open`.
     """
 
     update: Tensor
     error: Tensor
-    signs: Tensor
-    there: Tensor
+    of: Tensor
+    steps: int
     decay: float
+    signs: Tensor = field(default_factory=lambda: torch.empty(0))
+    there: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def part(self, inputs: Tensor) -> _Seen:
         """Return it of some inputs."""
-        return _Seen(
-            self.update[:, inputs],
-            self.error[:, inputs],
-            self.signs,
-            self.there[:, inputs],
-            self.decay,
+        return replace(
+            self,
+            update=self.update[:, inputs],
+            error=self.error[:, inputs],
+            there=self.there[:, inputs],
         )
 
     def residual(self, inputs: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,20 +330,21 @@ class _Seen:
 
         Parameters
         ----------
-        inputs : Tensor, shape (K, C)
+        inputs : Tensor, shape (N, C)
             Logarithms of features; minus infinity: 0.
-        units : Tensor, shape (K, R)
+        units : Tensor, shape (N, R)
             Of the slopes' sizes.
 
         Returns
         -------
         residual : Tensor, shape (R, C)
-        slopes : Tensor, shape (K, R, C)
-            Of the factors' update, in ``log |d_ki a_kj|``.
+        slopes : Tensor, shape (N, R, C)
+            Of the factors' update, in ``log |d_ni a_nj|``.
         """
-        gradient = self.signs[..., None] * (units[..., None] + inputs[:, None]).exp()
+        terms = self.signs[..., None] * (units[..., None] + inputs[:, None]).exp()
+        gradient = terms.new_zeros(self.steps, *self.update.shape).index_add_(0, self.of, terms)
         update, slopes = adam_update(gradient, self.decay)
-        return self.update - update, slopes.mul_(gradient)
+        return self.update - update, slopes[self.of] * terms
 
 
 def adam_update(gradient: Tensor, decay: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -296,23 +387,49 @@ def adam_update(gradient: Tensor, decay: float = 0.0) -> tuple[Tensor, Tensor]:
     return update, slopes
 
 
-def _fitted(seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logarithms of both factors, (K, C) and (K, R), and the inputs' spread."""
-    sized, units, weight = _by_sizes(seen)
+@dataclass(frozen=True)
+class _Fit:
+    """Both factors by their logarithms: those that are there, and how well they are known."""
+
+    inputs: Tensor
+    units: Tensor
+    spread: Tensor
+    there: Tensor
+
+
+def _fitted(seen: _Seen) -> _Fit:
+    """Fit both factors: by sizes first, then more and more inputs by those that are known."""
+    inputs, units, weight = _by_sizes(seen)
+    if len(seen.of) > seen.steps:
+        split, of_split = _split(seen, units)
+        better = of_split > weight
+        inputs, weight = torch.where(better, split, inputs), torch.where(better, of_split, weight)
     anchored = seen.there & (weight * _ANCHORED**2 > 1)
-    inputs = _by_ratios(seen, sized, units, anchored)
-    inputs = torch.where(seen.there, inputs, -torch.inf)
     # What sizes tell stands, whatever the residuals are.
-    prior = sized, torch.where(seen.there, weight + _WIDE**-2, 0)
-    inputs, _, fits = _inputs_fitted(seen, inputs, units, prior, _WIDTHS[0])
-    chosen = fits.nonzero()[:, 0].cpu()
-    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
-    chosen = chosen[order[:_SAMPLE]]
-    units = _units_fitted(seen.part(chosen), inputs[:, chosen], units, _WIDTHS[1])
-    inputs, spread, fits = _inputs_fitted(seen, inputs, units, prior, _WIDTHS[1])
+    sized, weight = inputs, torch.where(anchored, weight, 0) + _WIDE**-2
+    known, generator = anchored, torch.Generator().manual_seed(0)
+    for turn in range(_ROUNDS):
+        inputs, known, there = _peeled(seen, inputs, units, known)
+        seen = replace(seen, there=there)
+        inputs = torch.where(there, inputs, -torch.inf)
+        prior = torch.where(anchored, sized, inputs), torch.where(there, weight, 0)
+        new, spread, fits = _inputs_fitted(seen, inputs, units, prior, _WIDTHS[min(turn, 1)])
+        inputs = torch.where(fits, new, inputs)
+        last = turn == _ROUNDS - 1 or (turn > 0 and bool((fits | ~there).all()))
+        if last:
+            break
+        least = torch.stack([row[of].median() for row, of in zip(inputs, there, strict=True)])
+        # An input that a fit makes this small is none.
+        gone = there & fits & (inputs < least[:, None] - _GONE)
+        seen = replace(seen, there=there & ~gone)
+        known |= fits & (spread < _ANCHORED)
+        chosen = (fits | ~there).all(0).nonzero()[:, 0].cpu()
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:_SAMPLE]]
+        if len(chosen):
+            units = _units_fitted(seen.part(chosen), inputs[:, chosen], units, _WIDTHS[1])
     # Of an input without any size, ratios between the steps are known alone.
-    known = fits & anchored.any(0)
-    return inputs, units, torch.where(known, spread, torch.inf)
+    sure = fits & (anchored & there).any(0)
+    return _Fit(inputs, units, torch.where(sure, spread, torch.inf), there)
 
 
 def _by_sizes(seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,33 +445,86 @@ def _by_sizes(seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
     weight : Tensor, shape (K, C)
         Inverse variance of the inputs' logarithms.
     """
-    steps = len(seen.signs)
     opened = seen.signs != 0
     alone = opened.double().T @ seen.there.double() == 1
     inputs, units = torch.zeros_like(seen.there, dtype=torch.float64), seen.signs.clone()
     weights = torch.zeros_like(inputs)
-    for step in range(steps):
-        own = alone & opened[step][:, None] & seen.there[step]
-        a, b = (part.to(seen.update) for part in single_step_terms(step, steps, seen.decay))
-        size, spread = inverted(seen.update[own].abs(), a, b, seen.error[own])
-        # Near the limit those pass that errors make small.
-        known = (size > _SMALLEST * EPS) & (spread < _ANCHORED * size)
-        off = torch.where(known, spread / size.clamp_min(1e-30), torch.inf)
-        weight, value = (torch.zeros_like(seen.update) for _ in range(2))
-        weight[own] = (off.square() + _FLOOR**2).reciprocal()
-        value[own] = torch.where(known, size.clamp_min(1e-30).log(), 0)
-        u, trusted = torch.zeros_like(weight[0]), weight
-        for turn in range(_FITS):
-            v = (trusted * (value - u)).sum(1) / trusted.sum(1).clamp_min(1e-12)
-            u = (trusted * (value - v[:, None])).sum(0) / trusted.sum(0).clamp_min(1e-12)
-            # A coordinate that another step moved, too, has a size that is none.
-            if turn >= _FITS // 2:
-                off = (value - v[:, None] - u).square()
-                trusted = weight / (1 + weight * off / _STRAYS**2)
-        inputs[step] = _filled(u, trusted.sum(0) > 1, _LARGE)
-        units[step] = _filled(v, trusted.sum(1) > 1)
-        weights[step] = trusted.sum(0)
+    for image, step in enumerate(seen.of.tolist()):
+        rows, columns = opened[image], seen.there[image]
+        size, spread, known = (
+            part[rows][:, columns] for part in _sizes(seen, alone & rows[:, None] & columns, step)
+        )
+        off = (spread / size.clamp_min(1e-300)).square() + _FLOOR**2
+        weight = torch.where(known, off.reciprocal(), 0)
+        value = torch.where(known, size.clamp_min(1e-300).log(), 0)
+        u, v, trusted = _summed(value, weight)
+        inputs[image, columns] = _filled(u, trusted.sum(0) > 1, _LARGE)
+        units[image, rows] = _filled(v, trusted.sum(1) > 1)
+        weights[image, columns] = trusted.sum(0)
     return inputs, units, weights
+
+
+def _summed(value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return u (C,) and v (R,) of least squares ``v_i + u_j``, and the weights without strays."""
+    u, v, trusted = torch.zeros_like(weight[0]), torch.zeros_like(weight[:, 0]), weight
+    for turn in range(_FITS):
+        v = (trusted * (value - u)).sum(1) / trusted.sum(1).clamp_min(1e-12)
+        u = (trusted * (value - v[:, None])).sum(0) / trusted.sum(0).clamp_min(1e-12)
+        # A coordinate that another step moved, too, has a size that is none.
+        if turn >= _FITS // 2:
+            off = (value - v[:, None] - u).square()
+            trusted = weight / (1 + weight * off / _STRAYS**2)
+    return u, v, trusted
+
+
+def _split(seen: _Seen, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features of several images a step by the gradients whose size is known.
+
+    ``sum_n d_ni a_nj`` over a step's images, by non-negative least squares.
+
+    Parameters
+    ----------
+    seen : _Seen
+    units : Tensor, shape (N, R)
+        Logarithms of the slopes' sizes.
+
+    Returns
+    -------
+    inputs : Tensor, shape (N, C)
+        Logarithms; minus infinity: 0.
+    weight : Tensor, shape (N, C)
+        Their inverse variance.
+    """
+    there, opened = seen.there.double(), (seen.signs != 0).double()
+    moved = torch.stack(
+        [opened[seen.of == k].T @ there[seen.of == k] > 0 for k in range(seen.steps)]
+    )
+    inputs, weights = torch.full_like(there, -torch.inf), torch.zeros_like(there)
+    for step in range(seen.steps):
+        images = seen.of == step
+        size, spread, known = _sizes(seen, moved[step] & (moved.sum(0) == 1), step)
+        value = size * seen.update.sign()
+        floor = _FLOOR * size
+        weight = torch.where(known, (spread.square() + floor.square()).reciprocal(), 0)
+        slopes = seen.signs[images] * units[images].exp()
+        # Scaled, so that the products are of about the same size.
+        normal = torch.einsum("ar,br,rc->cab", slopes, slopes, weight)
+        right = torch.einsum("ar,rc->ca", slopes, weight * value)
+        present = seen.there[images].T
+        size_of = torch.diagonal(normal, dim1=1, dim2=2).clamp_min(1e-300)
+        found = torch.zeros_like(right)
+        for _ in range(_SWEEPS):
+            for image in range(found.shape[1]):
+                rest = right[:, image] - (normal[:, image] * found).sum(1)
+                new = found[:, image] + rest / size_of[:, image]
+                found[:, image] = torch.where(present[:, image], new.clamp_min(0), 0)
+        scale = size_of.sqrt()
+        correlated = normal / (scale[:, :, None] * scale[:, None, :])
+        ridge = 1e-9 * torch.eye(found.shape[1]).to(normal)
+        spread_of = torch.linalg.inv(correlated + ridge).diagonal(dim1=1, dim2=2).sqrt() / scale
+        inputs[images] = found.log().T
+        weights[images] = (found / spread_of).square().T
+    return inputs, weights
 
 
 def _filled(values: Tensor, known: Tensor, share: float = 0.5) -> Tensor:
@@ -362,85 +532,106 @@ def _filled(values: Tensor, known: Tensor, share: float = 0.5) -> Tensor:
     return torch.where(known, values, values[known].quantile(share) if bool(known.any()) else 0.0)
 
 
-def _by_ratios(seen: _Seen, inputs: Tensor, units: Tensor, known: Tensor) -> Tensor:
-    """Return the inputs' logarithms (K, C), with those that are not known, by ratios.
+def _peeled(
+    seen: _Seen, inputs: Tensor, units: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the inputs' logarithms, with those that follow from ones that are known.
 
-    Each coordinate with gradients in two steps agrees with one or a few ratios of the
-    input's features in them. The ratio that most of the input's coordinates agree with is
-    taken, from a step where the input is known to one where it is not.
-    """
-    steps = len(seen.signs)
-    low, spacing = _RATIOS
-    tried = torch.arange(-low, low + spacing / 2, spacing).to(seen.update)
-    wanted = (seen.there & ~known).any(0)
-    both = ((seen.signs != 0).double().T @ seen.there.double() == 2) & wanted
-    best = torch.zeros(steps, steps, inputs.shape[1]).to(inputs)
-    votes = torch.zeros_like(best)
-    for first in range(steps):
-        for second in range(first + 1, steps):
-            pair = [first, second]
-            here = both & (seen.signs[pair] != 0).all(0)[:, None] & seen.there[pair].all(0)
-            row, column = here.nonzero(as_tuple=True)
-            if not len(row):
-                continue
-            agreed = _agreeing(seen, units, pair, row, column, tried)
-            most, at = agreed.max(1)
-            best[first, second], best[second, first] = tried[at], -tried[at]
-            votes[first, second] = votes[second, first] = most
-    inputs, known, large = inputs.clone(), known.clone(), inputs
-    none = ~known.any(0)
-    known[seen.there.double().argmax(0)[none], none.nonzero()[:, 0]] = True
-    for _ in range(steps):
-        reach = votes * known[:, None] * (seen.there & ~known)
-        most, start = reach.max(0)
-        new = most > 0
-        moved = inputs.gather(0, start) + best.gather(0, start[None])[0]
-        inputs = torch.where(new, moved, inputs)
-        known |= new
-    # Of an input that is known in no step, ratios alone show: it is large in one.
-    above = torch.where(seen.there, inputs - large, -torch.inf).amax(0)
-    return torch.where(none, inputs - above, inputs)
-
-
-def _agreeing(
-    seen: _Seen, units: Tensor, pair: list[int], row: Tensor, column: Tensor, tried: Tensor
-) -> Tensor:
-    """Return how many coordinates of each input agree with a ratio, shape (C, ratios).
+    An image's feature is all that is not known of the coordinates in which other images are
+    known, or absent. Each of them agrees with one value of it or a few: that which most agree
+    with is taken, or 0. Then others follow, and so on.
 
     Parameters
     ----------
     seen : _Seen
-    units : Tensor, shape (K, R)
-    pair : list of two int
-        The local steps that the ratios are of.
-    row, column : Tensor of int64, shape (n,)
-        The coordinates, which have a gradient in these two steps alone.
-    tried : Tensor
-        Logarithms of ratios.
+    inputs, units : Tensor, shapes (N, C), (N, R)
+        Logarithms.
+    known : Tensor of bool, shape (N, C)
+
+    Returns
+    -------
+    inputs : Tensor, shape (N, C)
+    known : Tensor of bool, shape (N, C)
+        More of them.
+    there : Tensor of bool, shape (N, C)
+        Fewer of them.
     """
-    first, second = pair
-    spacing = float(tried[1] - tried[0])
-    widest = float(tried[-1]) + float((units[second] - units[first]).abs().max())
-    grid = torch.arange(-widest - spacing, widest + 2 * spacing, spacing / 4).to(tried)
-    curves = []
-    for sign in (-1.0, 1.0):
-        gradient = torch.zeros(len(seen.signs), len(grid)).to(tried)
-        # Far above epsilon, where an update depends on ratios alone.
-        gradient[first], gradient[second] = (-grid / 2).exp(), sign * (grid / 2).exp()
-        curves.append(adam_update(gradient, seen.decay)[0])
-    curve = torch.stack(curves)
-    same = (seen.signs[first, row] * seen.signs[second, row] > 0).long()
-    wanted = seen.update[row, column] * seen.signs[first, row]
-    offset = units[second, row] - units[first, row]
-    agreed = torch.zeros(seen.there.shape[1], len(tried)).to(tried)
-    for chunk in torch.arange(len(row), device=row.device).split(20_000):
-        place = (tried + offset[chunk, None] - grid[0]) / (grid[1] - grid[0])
-        at = place.long()
-        at_curve = curve[same[chunk]]
-        below, above = at_curve.gather(1, at), at_curve.gather(1, at + 1)
-        slope = (above - below).abs() * 4
-        off = wanted[chunk, None] - torch.lerp(below, above, place - at)
-        agreed.index_add_(0, column[chunk], (-(off / (_NEAR + slope)).square()).exp())
+    opened, there, known = (seen.signs != 0).double(), seen.there.clone(), known.clone()
+    low, high, spacing = _TRIED
+    # An input that is known in no image is guessed in one: ratios alone show.
+    none = there.any(0) & ~(known & there).any(0)
+    known[there.double().argmax(0)[none], none.nonzero()[:, 0]] = True
+    middle = torch.stack([_filled(row, of).median() for row, of in zip(inputs, known, strict=True)])
+    for _ in range(_PEELS):
+        before = int((there & ~known).sum())
+        for image in range(len(there)):
+            wanted = there[image] & ~known[image]
+            if not bool(wanted.any()):
+                continue
+            unknown = (there & ~known).double()
+            unknown[image] = 0
+            here = (opened.T @ unknown == 0) & (seen.signs[image] != 0)[:, None] & wanted
+            here &= here.sum(0) >= _WITNESSES
+            row, column = here.nonzero(as_tuple=True)
+            if not len(row):
+                continue
+            tried = torch.arange(low, high, spacing).to(inputs) + middle[image]
+            tried = torch.cat([tried.new_full((1,), -torch.inf), tried])
+            agreed = _agreeing(seen, inputs, units, there & known, image, row, column, tried)
+            most, best = agreed.max(1)
+            sure = wanted & (most >= _WITNESSES / 2) & (most > _MOST * here.sum(0))
+            value = tried[best]
+            inputs[image] = torch.where(sure, value, inputs[image])
+            there[image] &= ~(sure & (best == 0))
+            known[image] |= sure
+        if int((there & ~known).sum()) == before:
+            break
+    # Of an input that is known in no image, ratios alone show: it is large in one.
+    above = torch.where(there & known, inputs - middle[:, None] - 1, -torch.inf).amax(0)
+    return torch.where(none & there, inputs - above, inputs), known, there
+
+
+def _agreeing(
+    seen: _Seen,
+    inputs: Tensor,
+    units: Tensor,
+    others: Tensor,
+    image: int,
+    row: Tensor,
+    column: Tensor,
+    tried: Tensor,
+) -> Tensor:
+    """Return how many coordinates agree with values of an image's features, shape (C, values).
+
+    Parameters
+    ----------
+    seen : _Seen
+    inputs, units : Tensor, shapes (N, C), (N, R)
+        Logarithms.
+    others : Tensor of bool, shape (N, C)
+        Features that are known.
+    image : int
+    row, column : Tensor of int64, shape (n,)
+        The coordinates.
+    tried : Tensor
+        Logarithms of features.
+    """
+    agreed = torch.zeros(seen.there.shape[1], len(tried)).to(inputs)
+    spacing = float(tried[-1] - tried[-2])
+    for chunk in torch.arange(len(row), device=row.device).split(_CHUNK * 32):
+        i, j = row[chunk], column[chunk]
+        terms = seen.signs[:, i] * (units[:, i] + inputs[:, j]).exp() * others[:, j]
+        terms[image] = 0
+        base = terms.new_zeros(seen.steps, len(i)).index_add_(0, seen.of, terms)
+        own = seen.signs[image, i] * units[image, i].exp()
+        wanted, error, step = seen.update[i, j], seen.error[i, j], seen.of[image]
+        for number, value in enumerate(tried.tolist()):
+            gradient = base.clone()
+            gradient[step] += own * math.exp(value)
+            update, slopes = adam_update(gradient, seen.decay)
+            slope = (slopes[step] * own).abs() * math.exp(value) * spacing
+            off = (wanted - update) / (_ALIKE + 5 * error + slope)
+            agreed[:, number].index_add_(0, j, (-off.square()).exp())
     return agreed
 
 
@@ -466,8 +657,8 @@ def _inputs_fitted(
     inputs : Tensor, shape (K, C)
     spread : Tensor, shape (K, C)
         Standard deviation of the logarithms.
-    fits : Tensor of bool, shape (C,)
-        Whether the input's coordinates fit.
+    fits : Tensor of bool, shape (N, C)
+        Whether the input's coordinates fit in the units that the image opens.
     """
     parts = [
         _fitted_chunk(
@@ -480,7 +671,7 @@ def _inputs_fitted(
         for chunk in torch.arange(inputs.shape[1], device=inputs.device).split(_CHUNK)
     ]
     found, spread, fits = zip(*parts, strict=True)
-    return torch.cat(found, 1), torch.cat(spread, 1), torch.cat(fits)
+    return torch.cat(found, 1), torch.cat(spread, 1), torch.cat(fits, 1)
 
 
 def _fitted_chunk(
@@ -509,8 +700,9 @@ def _fitted_chunk(
         residual = torch.where(taken, new, residual)
         slopes = torch.where(taken, new_slopes, slopes)
     spread = torch.linalg.inv(normal).diagonal(dim1=1, dim2=2).T.sqrt()
-    off = (residual.abs() > 5 * seen.error + _FITS_TO).double().mean(0)
-    return inputs, spread, off < _OUTLIERS
+    opened = (seen.signs != 0).double()
+    off = opened @ (residual.abs() > 5 * seen.error + _FITS_TO).double()
+    return inputs, spread, off < _OUTLIERS * opened.sum(1, keepdim=True)
 
 
 def _units_fitted(seen: _Seen, inputs: Tensor, units: Tensor, width: float) -> Tensor:
