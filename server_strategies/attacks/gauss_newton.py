@@ -36,9 +36,9 @@ _EASED, _RAISED = 1 / 3, 4.0  # factors of the damping after a step that was tak
 _MATCHED = 0.1  # matching loss up to which the images of a search are taken
 _WEIGHT = 100.0  # of the convolution's equations in a joint step, in misfits
 _JOINT_DAMPING = 1e-6  # their first damping
-_WORSE = 1.1  # factor of the least residual from which a joint step is taken back
+_WORSE = 1.2  # factor of the least cost from which a joint step is taken back
 _JOINT_PULL = 1e-4  # of the prior's image there
-_EXACT = 1e-7  # misfit at which the search ends
+_EXACT = 1e-6  # misfit at which the search ends
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -320,12 +320,12 @@ def _refined(
             matching.renew(best)
         with run.counted(progress):
             target = _prior_image(parts, x, scale, progress)
-            new, misfit, residual = _joint_step(matching, x, target, damping, box)
+            new, misfit, cost = _joint_step(matching, x, target, damping, box)
         run.note(misfit.mean())
-        if residual < least:
-            best, least = x, residual
+        if cost < least:
+            best, least = x, cost
             damping = max(damping * _EASED, _DAMPING[1])
-        if residual < _WORSE * least:
+        if cost < _WORSE * least:
             x = new
         else:
             x, damping = best, min(damping * _RAISED, _DAMPING[2])
@@ -346,8 +346,8 @@ def _joint_step(
     -------
     images : Tensor, shape (N, C, H, W)
     misfit : Tensor, shape (N,)
-    residual : float
-        ``sqrt(r' P r) / |T|``.
+    cost : float
+        The first two terms of what is minimised, before the step.
     """
     equations = matching.convolution
     assert equations is not None
@@ -394,8 +394,9 @@ def _joint_step(
     # To `_solve` all images are one.
     moved = _solve(lambda v: (back(*along(v[0])) + ridge * v[0])[None], downhill[None], _SOLVES)[0]
     new = torch.minimum(torch.maximum(x + moved, box[0]), box[1])
-    left = (residual * weighting(residual)).sum() / equations.square
-    return new, misfit, left.sqrt().item()
+    # With many unsure gates P leaves little of the residual: misfits have to count as well.
+    cost = misfit.sum() + share * (residual * weighting(residual)).sum()
+    return new, misfit, cost.item()
 
 
 def _solve(product: Linear, right: Tensor, solves: int) -> Tensor:

@@ -30,9 +30,9 @@ from server_strategies.attacks.matching.low_rank.vertices import separate_bounde
 
 _PRECISE = 0.02  # relative noise of features up to which an image is decoded from them
 _LEAST = 0.5  # share of the client's images that have to be found
-_DRAWS = 4  # tries to separate the terms
+_DRAWS = 6  # tries to separate the terms
 _ZERO = 6.0  # deviations of the noise within which a slope is zero
-_CLOSED = 0.1  # share of live units that every image leaves closed
+_CLOSED = 0.3  # share of live units that every image leaves closed, or further draws are tried
 _LABELLED = 0.5  # the same, where features are known but for their length and a few
 _ORDERED = 0.1  # misfit of a term's slopes up to which its local step is taken as found
 
