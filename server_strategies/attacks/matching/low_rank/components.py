@@ -118,4 +118,4 @@ def _mode(values: Floats) -> tuple[float, int]:
     ends = np.searchsorted(ordered, ordered + 2 * _AGREE, "right")
     counts = ends - np.arange(len(ordered))
     start = int(counts.argmax())
-    return float(np.median(ordered[start : ends[start]])), int(counts[start])
+    return float(ordered[(start + ends[start] - 1) // 2]), int(counts[start])

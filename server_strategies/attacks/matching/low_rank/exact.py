@@ -33,7 +33,7 @@ _LEAST = 0.5  # share of the client's images that have to be found
 _DRAWS = 6  # tries to separate the terms
 _ZERO = 6.0  # deviations of the noise within which a slope is zero
 _CLOSED = 0.3  # share of live units that every image leaves closed, or further draws are tried
-_LABELLED = 0.5  # the same, where features are known but for their length and a few
+_LABELLED = 0.9  # the same, where features are known but for their length, and not all of them
 _ORDERED = 0.1  # misfit of a term's slopes up to which its local step is taken as found
 
 

@@ -59,6 +59,7 @@ _ALIKE = 1e-3  # difference of updates up to which they agree
 _WIDTHS = (1e-3, 1e-4)  # residuals from which coordinates count less, first and last
 _FITS_TO = 5e-4  # residual up to which a coordinate fits
 _ROUNDS = 2  # in which inputs follow from each other, and are fitted
+_FEW = 0.3  # share of the units that images usually open, below which one does not show
 _GONE = 9.0  # by which a feature's logarithm is below the median, if there is none
 _STEPS = 6  # least-squares steps for the inputs, a round
 _ROWS = 3  # for the units
@@ -135,10 +136,8 @@ def step_factors(
     seen = replace(layer, of=of[found], signs=signs[found], there=there[found])
     fit = _fitted(seen)
     known = fit.there & (fit.spread < _PRECISE)
-    if not bool(known.any(1).all()):
-        return None
     # Features of unknown size are large, but not larger than the others.
-    most = [row[of].quantile(_LARGE) for row, of in zip(fit.inputs, known, strict=True)]
+    most = [_quantile(row, of, _LARGE) for row, of in zip(fit.inputs, known, strict=True)]
     inputs = torch.where(known, fit.inputs, torch.minimum(fit.inputs, torch.stack(most)[:, None]))
     features, deviation = (update.new_zeros(len(of), before.shape[1]) for _ in range(2))
     slopes = update.new_zeros(len(of), len(update))
@@ -150,6 +149,10 @@ def step_factors(
     length = features.norm(dim=1, keepdim=True).clamp_min(1e-300)
     features = features / length
     deviation = torch.where(features > 0, deviation[:, :-1] * features, 0)
+    # An image of few units is one that the others leave over.
+    count = (slopes != 0).sum(1)
+    found[found.clone()] &= known[:, :-1].any(1)
+    found &= count > _FEW * count[found].double().median()
     return StepFactors(features, deviation, slopes * length, found)
 
 
@@ -529,7 +532,12 @@ def _split(seen: _Seen, units: Tensor) -> tuple[Tensor, Tensor]:
 
 def _filled(values: Tensor, known: Tensor, share: float = 0.5) -> Tensor:
     """Return values with a quantile of those that are known where they are not."""
-    return torch.where(known, values, values[known].quantile(share) if bool(known.any()) else 0.0)
+    return torch.where(known, values, _quantile(values, known, share))
+
+
+def _quantile(values: Tensor, known: Tensor, share: float) -> Tensor:
+    """Return a quantile of the values that are known, 0 if none is, shape ()."""
+    return values[known].quantile(share) if bool(known.any()) else values.new_zeros(())
 
 
 def _peeled(
