@@ -23,6 +23,9 @@ from server_strategies.attacks.options import Option
 from server_strategies.priors.flow import load_flow
 
 
+_LEFT = 0.1  # share of the seconds that the search has in any case
+
+
 @dataclass(frozen=True)
 class Task:
     """What an attack is given for one update.
@@ -152,6 +155,10 @@ class Attack(ABC):
             prior = load_flow("compact", budget.device)
         known = infer(seen, self.assume(known), budget.device, self.labels)
         parts = self.parts(Task(seen, known, prior, budget))
+        if budget.seconds:
+            # What went before the search, such as finding exact features, counts as well.
+            left = budget.seconds - (time.monotonic() - began)
+            budget = replace(budget, seconds=max(left, _LEFT * budget.seconds))
         found = _search(parts)(parts, seen, budget, report)
         return replace(
             found,
