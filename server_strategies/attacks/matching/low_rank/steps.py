@@ -96,12 +96,16 @@ def step_factors(
     """
     if training.optimizer == "adam" and training.weight_decay:
         return None
-    before, after = (torch.cat([w.double(), b.double()[:, None]], 1) for w, b in (w0, w1))
+    before, after = (torch.cat([w, b[:, None]], 1) for w, b in (w0, w1))
     decay = training.lr * training.weight_decay
-    update = (before * (1 - decay) ** num_steps - after) / training.lr
-    unit = torch.finfo(w0[0].dtype).eps / 2
-    rounding = unit * before.abs() * num_steps**0.5 / training.lr
-    update = torch.where(update.abs() > rounding, update, 0)
+    # The client multiplies by a factor of the weights' type, and rounds after every step.
+    left, rested = torch.tensor(1 - decay).to(before), before
+    for _ in range(num_steps):
+        rested = rested * left
+    update = (before.double() * left.double() ** num_steps - after) / training.lr
+    unit = torch.finfo(before.dtype).eps / 2
+    rounding = unit * before.double().abs() * num_steps**0.5 / training.lr
+    update = torch.where((rested - after).abs() > rounding * training.lr, update, 0)
     lengths = single_step_updates(num_steps, decay).to(update)
     # Adam's own arithmetic adds an error of about five units.
     error = rounding + 5 * unit * lengths.max()

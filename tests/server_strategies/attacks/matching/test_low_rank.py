@@ -11,11 +11,12 @@ from helpers.clients import CLIENTS, MEAN, STD, client
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from client_app.defenses import defended_weights, noise_generator
 from fl_app.models import clients_model, create_model
 from fl_app.protocol import Budget, Defense, LocalTraining, Observation
 from server_strategies.attacks.flow_matching import FlowMatching
 from server_strategies.attacks.gauss_newton import _joint_step
-from server_strategies.attacks.matching import matching_objective
+from server_strategies.attacks.matching import choose, matching_objective
 from server_strategies.attacks.matching.low_rank.exact import (
     ExactFeatures,
     exact_features,
@@ -28,6 +29,8 @@ from server_strategies.attacks.matching.low_rank.vertices import separate_bounde
 from server_strategies.attacks.matching.relu_smoothing import smooth_relu, soft_gates
 
 SGD = LocalTraining("sgd", lr=0.01, batch_size=2, local_steps=3)
+SGD_ALONE = LocalTraining("sgd", lr=0.01, batch_size=1, local_steps=5)
+ADAM_ALONE = LocalTraining("adam", lr=1e-3, batch_size=1, local_steps=4)
 
 
 def terms(count: int, alike: bool = False) -> tuple[Tensor, Tensor]:
@@ -167,7 +170,7 @@ def test_auto_takes_exact_features_where_there_are_any() -> None:
     assert "exact features of 6 of 6 images" in objective.reason
     adam = client(CLIENTS["adam"])
     assert not isinstance(matching_objective("auto", *adam[:2]), LowRank)
-    with pytest.raises(ValueError, match="no sum of gradients"):
+    with pytest.raises(ValueError, match="adam's steps are of several images"):
         matching_objective("low_rank", *adam[:2])
     generator = torch.Generator().manual_seed(0)
     noisy = {
@@ -176,6 +179,32 @@ def test_auto_takes_exact_features_where_there_are_any() -> None:
     }
     drowned = replace(observation, w1=noisy)
     assert not isinstance(matching_objective("auto", drowned, knowledge), LowRank)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize(
+    "defense",
+    [
+        Defense(noise="gaussian", sigma=1.0, relative=True),
+        Defense(quantize="bf16"),
+        Defense(quantize="int8"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [SGD_ALONE, ADAM_ALONE], ids=["sgd", "adam"])
+def test_under_a_defence_auto_is_as_without_exact_features(
+    training: LocalTraining, defense: Defense, known: bool
+) -> None:
+    observation, knowledge, _ = client(training, count=training.local_steps, smooth=True)
+    assert isinstance(matching_objective("auto", observation, knowledge), LowRank)
+    sent = defended_weights(
+        observation.w0, observation.w1, defense, noise_generator(seed=0, partition=0, round_=1)
+    )
+    observation = replace(observation, w1=sent)
+    knowledge = replace(knowledge, defense=defense if known else Defense())
+    chosen, _ = choose(clients_model(knowledge, sent), observation, knowledge)
+    assert matching_objective("auto", observation, knowledge).name == chosen
+    assert chosen == "trajectory"
 
 
 def test_the_loss_is_zero_at_the_ground_truth() -> None:
