@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from client_app.defenses import defended_weights, noise_generator
 from fl_app.models import clients_model, create_model
-from fl_app.protocol import Budget, Defense, LocalTraining, Observation
+from fl_app.protocol import Budget, Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks.flow_matching import FlowMatching
 from server_strategies.attacks.gauss_newton import _joint_step
 from server_strategies.attacks.matching import choose, matching_objective
@@ -24,6 +24,7 @@ from server_strategies.attacks.matching.low_rank.exact import (
 )
 from server_strategies.attacks.matching.low_rank.head import Head
 from server_strategies.attacks.matching.low_rank.objective import LowRank
+from server_strategies.attacks.matching.low_rank.sparse import separate_sparse
 from server_strategies.attacks.matching.low_rank.spectrum import known_part, spectrum
 from server_strategies.attacks.matching.low_rank.vertices import separate_bounded
 from server_strategies.attacks.matching.relu_smoothing import smooth_relu, soft_gates
@@ -76,6 +77,31 @@ def test_two_terms_that_are_nearly_one_are_told_apart() -> None:
     found = torch.from_numpy(separate_bounded(seen, 0.0) @ seen.right.T)
     near = torch.cdist(features, found) / features.norm(dim=1, keepdim=True)
     assert near.min(1).values.max() < 1e-3
+
+
+def test_images_whose_units_close_together_are_not_blended() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(10, 400, generator=generator).double()
+    # What images have in common, such as a background, opens the same units in all of them.
+    common = torch.rand(200, generator=generator) < 0.5
+    own = torch.rand(10, 200, generator=generator) < 0.3
+    slopes = torch.randn(10, 200, generator=generator).double() * (common ^ own)
+    seen = spectrum(*layer_update(slopes, features), 10)
+    assert seen is not None
+    for seed in range(4):
+        found = torch.from_numpy(separate_sparse(seen, seed) @ seen.right.T)
+        near = torch.cdist(features, found) / features.norm(dim=1, keepdim=True)
+        assert near.min(1).values.max() < 1e-4
+
+
+def test_rounding_that_one_direction_has_more_of_is_no_term() -> None:
+    slopes, features = terms(5)
+    weight, bias = layer_update(slopes, features, noise=1e-7)
+    # Alike inputs, such as a background, round alike: a direction of its own.
+    unit = torch.ones(60, 400).double() / (60 * 400) ** 0.5
+    noise = torch.linalg.matrix_norm(weight - slopes.T @ features, 2)
+    assert spectrum(weight + 2 * noise * unit, bias, 5) is not None
+    assert spectrum(weight + 20 * noise * unit, bias, 5) is None
 
 
 def test_an_update_without_a_gap_is_refused() -> None:
@@ -181,30 +207,50 @@ def test_auto_takes_exact_features_where_there_are_any() -> None:
     assert not isinstance(matching_objective("auto", drowned, knowledge), LowRank)
 
 
+def _defended(
+    training: LocalTraining, defense: Defense, known: bool
+) -> tuple[Observation, Knowledge, Tensor]:
+    """Return a client that shows exact features but for its defence, which may be known."""
+    observation, knowledge, x = client(training, count=training.local_steps, smooth=True)
+    assert isinstance(matching_objective("auto", observation, knowledge), LowRank)
+    noise = noise_generator(seed=0, partition=0, round_=1)
+    sent = defended_weights(observation.w0, observation.w1, defense, noise)
+    told = replace(knowledge, defense=defense if known else Defense())
+    return replace(observation, w1=sent), told, x
+
+
+NOISE = Defense(noise="gaussian", sigma=1.0, relative=True)
+BF16, INT8 = Defense(quantize="bf16"), Defense(quantize="int8")
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 @pytest.mark.parametrize(
-    "defense",
-    [
-        Defense(noise="gaussian", sigma=1.0, relative=True),
-        Defense(quantize="bf16"),
-        Defense(quantize="int8"),
-    ],
-    ids=str,
+    ("training", "defense"),
+    [(SGD_ALONE, NOISE), (ADAM_ALONE, NOISE), (ADAM_ALONE, BF16), (ADAM_ALONE, INT8)],
+    ids=["sgd-noise", "adam-noise", "adam-bf16", "adam-int8"],
 )
-@pytest.mark.parametrize("training", [SGD_ALONE, ADAM_ALONE], ids=["sgd", "adam"])
-def test_under_a_defence_auto_is_as_without_exact_features(
+def test_what_a_defence_hides_is_left_to_the_other_objectives(
     training: LocalTraining, defense: Defense, known: bool
 ) -> None:
-    observation, knowledge, _ = client(training, count=training.local_steps, smooth=True)
-    assert isinstance(matching_objective("auto", observation, knowledge), LowRank)
-    sent = defended_weights(
-        observation.w0, observation.w1, defense, noise_generator(seed=0, partition=0, round_=1)
-    )
-    observation = replace(observation, w1=sent)
-    knowledge = replace(knowledge, defense=defense if known else Defense())
-    chosen, _ = choose(clients_model(knowledge, sent), observation, knowledge)
+    observation, knowledge, _ = _defended(training, defense, known)
+    model = clients_model(knowledge, observation.w0)
+    assert isinstance(exact_features(model, observation, knowledge), str)
+    chosen, _ = choose(model, observation, knowledge)
     assert matching_objective("auto", observation, knowledge).name == chosen
-    assert chosen == "trajectory"
+
+
+@pytest.mark.parametrize("defense", [BF16, INT8], ids=["bf16", "int8"])
+def test_rounding_leaves_the_features_of_few_images(defense: Defense) -> None:
+    observation, knowledge, x = _defended(SGD_ALONE, defense, known=True)
+    blind = replace(knowledge, labels=None)
+    # Five terms are far above the noise of rounding: what auto takes is there, and right. Their
+    # order is not: the weights move less than they are rounded.
+    exact = exact_features(clients_model(blind, observation.w0), observation, blind)
+    assert isinstance(exact, ExactFeatures) and exact.found.all()
+    assert sorted(exact.replay.labels) == sorted(knowledge.labels or ())
+    true = _features(observation, x)
+    apart = torch.cdist(true, exact.features) / true.norm(dim=1, keepdim=True)
+    assert apart.min(1).values.max() < 0.03
 
 
 def test_the_loss_is_zero_at_the_ground_truth() -> None:
