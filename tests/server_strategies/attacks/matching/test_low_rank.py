@@ -239,8 +239,8 @@ def test_what_a_defence_hides_is_left_to_the_other_objectives(
     assert matching_objective("auto", observation, knowledge).name == chosen
 
 
-@pytest.mark.parametrize("defense", [BF16, INT8], ids=["bf16", "int8"])
-def test_rounding_leaves_the_features_of_few_images(defense: Defense) -> None:
+@pytest.mark.parametrize(("defense", "bound"), [(BF16, 0.03), (INT8, 0.15)], ids=["bf16", "int8"])
+def test_rounding_leaves_the_features_of_few_images(defense: Defense, bound: float) -> None:
     observation, knowledge, x = _defended(SGD_ALONE, defense, known=True)
     blind = replace(knowledge, labels=None)
     # Five terms are far above the noise of rounding: what auto takes is there, and right. Their
@@ -250,7 +250,7 @@ def test_rounding_leaves_the_features_of_few_images(defense: Defense) -> None:
     assert sorted(exact.replay.labels) == sorted(knowledge.labels or ())
     true = _features(observation, x)
     apart = torch.cdist(true, exact.features) / true.norm(dim=1, keepdim=True)
-    assert apart.min(1).values.max() < 0.03
+    assert apart.min(1).values.max() < bound
 
 
 def test_the_loss_is_zero_at_the_ground_truth() -> None:
