@@ -98,7 +98,9 @@ def test_rounding_that_one_direction_has_more_of_is_no_term() -> None:
     slopes, features = terms(5)
     weight, bias = layer_update(slopes, features, noise=1e-7)
     # Alike inputs, such as a background, round alike: a direction of its own.
-    unit = torch.ones(60, 400).double() / (60 * 400) ** 0.5
+    generator = torch.Generator().manual_seed(2)
+    left, right = (torch.randn(size, generator=generator).double() for size in (60, 400))
+    unit = torch.outer(left / left.norm(), right / right.norm())
     noise = torch.linalg.matrix_norm(weight - slopes.T @ features, 2)
     assert spectrum(weight + 2 * noise * unit, bias, 5) is not None
     assert spectrum(weight + 20 * noise * unit, bias, 5) is None
