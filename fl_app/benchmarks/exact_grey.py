@@ -30,5 +30,6 @@ def _cases() -> tuple[Case, ...]:
 SUITE = AttackSuite(_cases())
 """What exact features give away of grey images of 28x28, labels and their order unknown.
 
-Take `--dataset mnist` or `fashion_mnist`, or a folder of such images.
+Take `--dataset mnist` or `fashion_mnist`, or a folder of parquet files that is named so: images
+in class folders are read as colour.
 """
