@@ -282,6 +282,7 @@ BENCHMARKS = Registry(
         "quick": "fl_app.benchmarks.quick:SUITE",
         "matching": "fl_app.benchmarks.matching:SUITE",
         "exact": "fl_app.benchmarks.exact:SUITE",
+        "exact-grey": "fl_app.benchmarks.exact_grey:SUITE",
         "ablation": "fl_app.benchmarks.ablation:SUITE",
         "tv-weights": "fl_app.benchmarks.tv_weights:SUITE",
         "prior-strength": "fl_app.benchmarks.prior_strength:SUITE",

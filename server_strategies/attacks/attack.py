@@ -18,10 +18,10 @@ from server_strategies.attacks.infer import infer
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.base import MatchingObjective
 from server_strategies.attacks.matching.batch_norm import BatchStatistics, statistics_of
+from server_strategies.attacks.matching.restarts import Restarts
 from server_strategies.attacks.optimise import Parts, Report, optimise
 from server_strategies.attacks.options import Option
 from server_strategies.priors.flow import load_flow
-
 
 _LEFT = 0.1  # share of the seconds that the search has in any case
 
@@ -50,6 +50,17 @@ class Task:
     def matching(self, kind: str, **options: Any) -> MatchingObjective:
         """Return the update's matching objective; parameters as `matching_objective`."""
         return matching_objective(kind, self.seen, self.known, self.budget.device, **options)
+
+    def restarts(self, count: int, kind: str, **options: Any) -> MatchingObjective:
+        """Return the objective of so many restarts, see `Restarts`.
+
+        Images of known features are decoded from the mean colour: there is no start to vary.
+        """
+        first = self.matching(kind, **options)
+        if isinstance(first, Decodable):
+            return first
+        others = (self.matching(kind, **options) for _ in range(count - 1))
+        return Restarts([first, *others])
 
     def statistics(self, weight: float) -> list[BatchStatistics]:
         """Return the matching of BatchNorm's statistics, where the update holds them."""

@@ -49,11 +49,13 @@ class GradInversion(Attack):
     def parts(self, task: Task) -> Parts:
         """See `Attack`."""
         mean, std = task.known.mean, task.known.std
+        matching = task.restarts(self.restarts, self.matching, distance=self.distance)
+        restarts = self.restarts if isinstance(matching, Restarts) else 1
         return Parts(
-            Restarts(lambda: task.matching(self.matching, distance=self.distance), self.restarts),
+            matching,
             [
                 TotalVariation(self.tv, std),
-                GroupConsistency(self.group, self.restarts),
+                GroupConsistency(self.group, restarts),
                 SquaredNorm(self.l2, mean, std),
             ],
             lr=self.lr,

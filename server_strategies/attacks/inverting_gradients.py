@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from server_strategies.attacks.attack import Attack, Parts, Task
-from server_strategies.attacks.matching.restarts import Restarts
 from server_strategies.attacks.optimise import step_schedule
 from server_strategies.attacks.options import MATCHING, STEPPED_LR, TV, option
 from server_strategies.priors.total_variation import TotalVariation
@@ -33,7 +32,7 @@ class InvertingGradients(Attack):
     def parts(self, task: Task) -> Parts:
         """See `Attack`."""
         return Parts(
-            Restarts(lambda: task.matching(self.matching), self.restarts),
+            task.restarts(self.restarts, self.matching),
             [TotalVariation(self.tv, task.known.std)],
             lr=self.lr,
             schedule=step_schedule,

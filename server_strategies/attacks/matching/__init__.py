@@ -92,16 +92,16 @@ def matching_objective(
     """
     _check(kind, distance, observation, knowledge)
     model = clients_model(knowledge, observation.w0).to(device)
-    reason, exact = "asked for", None
-    if kind == LowRank.name or (kind == "auto" and not knowledge.defense.secagg):
+    reason, exact, auto = "asked for", None, kind == "auto"
+    if kind == LowRank.name or (auto and not knowledge.defense.secagg):
         exact = exact_features(model, observation, knowledge)
         if isinstance(exact, str) and kind == LowRank.name:
             raise ValueError(f"matching is {kind!r}, but {exact}")
     if isinstance(exact, ExactFeatures):
-        reason = f"{'auto, ' * (kind == 'auto')}{exact.reason}"
-        kind = LowRank.name
-    if kind == "auto":
+        kind, reason = LowRank.name, exact.reason
+    elif auto:
         kind, reason = choose(model, observation, knowledge)
+    if auto:
         if distance not in ("auto", "cosine") and _smooths(kind, knowledge):
             distance, reason = "cosine", f"{reason}; by the cosine, as Adam is smoothed"
         reason = f"auto, {reason}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +18,12 @@ class Restarts(MatchingObjective):
 
     Parameters
     ----------
-    make : callable
-        Makes the objective of one restart.
-    restarts : int
-        1 or more.
+    each : sequence of MatchingObjective
+        1 or more, of the same update.
     """
 
-    def __init__(self, make: Callable[[], MatchingObjective], restarts: int) -> None:
-        self.each = [make() for _ in range(restarts)]
+    def __init__(self, each: Sequence[MatchingObjective]) -> None:
+        self.each = each
         self.best = self.each[0]
         self.name, self.reason = self.best.name, self.best.reason
         self.knowledge = self.best.knowledge

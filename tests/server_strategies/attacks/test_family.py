@@ -158,7 +158,7 @@ def test_evolution_finds_the_least_of_a_sphere_and_returns_the_best_candidate() 
 def test_the_best_restart_is_the_one_of_least_loss() -> None:
     seen = client(SGD, count=2)
     losses = iter([0.3, 0.1, 0.2])
-    restarts = Restarts(lambda: Known(seen, next(losses)), 3)
+    restarts = Restarts([Known(seen, next(losses)) for _ in range(3)])
     # The first restart holds the ground truth; the second has the least loss.
     x = torch.cat([seen[2], seen[2] + 1, seen[2] + 2])
     assert restarts(x, 0.0).item() == pytest.approx(0.2)
@@ -237,7 +237,8 @@ def test_a_distance_of_its_own_is_not_replaced() -> None:
 
 
 def test_auto_compares_a_smoothed_adam_by_the_cosine() -> None:
-    training = replace(ADAM, local_steps=2)
+    # With weight decay inside the gradient no features show, and the steps are simulated.
+    training = replace(ADAM, local_steps=2, weight_decay=0.01)
     observation, knowledge, x = client(training, count=2)
     auto = matching_objective("auto", observation, knowledge, distance="squared")
     assert isinstance(auto, Trajectory) and isinstance(auto.distance, DISTANCES["cosine"])

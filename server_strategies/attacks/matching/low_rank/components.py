@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 _AGREE = 0.03  # difference of logarithms up to which they agree
 _PARTNERS = 40  # units that share most inputs with one, as pairs to start from
 _START = 8  # inputs that agree in a pair, at the least
-_TURNS = 8
+_TURNS = 5
 _UNIT, _UNIT_SHARE = 5, 0.35  # inputs that agree with an image's, for a unit of it
 _INPUT, _INPUT_SHARE = 2, 0.5  # units that agree, for an input
 _LEAST = 60  # coordinates of an image, at the least
@@ -81,6 +81,19 @@ def _grown(
     agree = known[first] & known[second] & (signs[first] * signs[second] == sign)
     agree &= np.abs(sizes[first] - sizes[second] - apart) < _AGREE
     inputs = np.where(agree, (sizes[first] + sizes[second] + apart) / 2, np.nan)
+    for _ in range(2):
+        opened, explained, inputs = _settled(sizes, signs, known, inputs)
+        # Two images may differ alike in the first two units, but not in a third one.
+        count = explained.sum(1)
+        count[[first, second]] = 0
+        inputs = np.where(explained[count.argmax()], inputs, np.nan)
+    return opened, explained
+
+
+def _settled(
+    sizes: Floats, signs: Floats, known: Mask, inputs: Floats
+) -> tuple[Mask, Mask, Floats]:
+    """Return units, what they explain, and inputs, by adding those that agree in turns."""
     units, of = np.full(len(sizes), np.nan), np.zeros(len(sizes))
     for _ in range(_TURNS):
         there = ~np.isnan(inputs)
@@ -102,7 +115,7 @@ def _grown(
     off = np.abs(sizes - units[:, None] - inputs)
     explained: Mask = known & (signs == of[:, None]) & (off < 2 * _AGREE)
     opened: Mask = ~np.isnan(units)
-    return opened, explained
+    return opened, explained, inputs
 
 
 def _modes(values: Floats, mask: Mask) -> tuple[Floats, Floats]:

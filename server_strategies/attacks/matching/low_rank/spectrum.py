@@ -22,7 +22,7 @@ from server_strategies.attacks.matching.trajectory import Sgd
 Matrix = NDArray[np.float64]
 
 _ABOVE_NOISE = 4.0  # singular value over that of noise, from which it is a term's
-_NOISE_FALLS = 1.5  # ratio up to which two singular values of noise may differ
+_NOISE_FALLS = 3.0  # ratio up to which two singular values of noise may differ
 
 
 @dataclass(frozen=True)

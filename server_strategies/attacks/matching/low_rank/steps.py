@@ -57,7 +57,6 @@ _WITNESSES = 2  # coordinates that agree with a feature, at the least
 _MOST = 0.6  # share of an input's coordinates that agree
 _ALIKE = 1e-3  # difference of updates up to which they agree
 _WIDTHS = (1e-3, 1e-4)  # residuals from which coordinates count less, first and last
-_FITS_TO = 5e-4  # residual up to which a coordinate fits
 _ROUNDS = 2  # in which inputs follow from each other, and are fitted
 _FEW = 0.3  # share of the units that images usually open, below which one does not show
 _GONE = 9.0  # by which a feature's logarithm is below the median, if there is none
@@ -114,12 +113,16 @@ def step_factors(
     if training.optimizer == "adam" and training.weight_decay:
         return None
     steps = len(sizes)
-    before, after = (torch.cat([w.double(), b.double()[:, None]], 1) for w, b in (w0, w1))
+    before, after = (torch.cat([w, b[:, None]], 1) for w, b in (w0, w1))
     decay = training.lr * training.weight_decay
-    update = (before * (1 - decay) ** steps - after) / training.lr
-    unit = torch.finfo(w0[0].dtype).eps / 2
-    rounding = unit * before.abs() * steps**0.5 / training.lr
-    update = torch.where(update.abs() > rounding, update, 0)
+    # The client multiplies by a factor of the weights' type, and rounds after every step.
+    left, rested = torch.tensor(1 - decay).to(before), before
+    for _ in range(steps):
+        rested = rested * left
+    update = (before.double() * left.double() ** steps - after) / training.lr
+    unit = torch.finfo(before.dtype).eps / 2
+    rounding = unit * before.double().abs() * steps**0.5 / training.lr
+    update = torch.where((rested - after).abs() > rounding * training.lr, update, 0)
     lengths = single_step_updates(steps, decay).to(update)
     # Adam's own arithmetic adds an error of about five units.
     error = rounding + 5 * unit * lengths.max()
@@ -139,7 +142,7 @@ def step_factors(
     # Features of unknown size are large, but not larger than the others.
     most = [_quantile(row, of, _LARGE) for row, of in zip(fit.inputs, known, strict=True)]
     inputs = torch.where(known, fit.inputs, torch.minimum(fit.inputs, torch.stack(most)[:, None]))
-    features, deviation = (update.new_zeros(len(of), before.shape[1]) for _ in range(2))
+    features, deviation = (update.new_zeros(len(of), update.shape[1]) for _ in range(2))
     slopes = update.new_zeros(len(of), len(update))
     features[found.nonzero(), wide.nonzero()[:, 0]] = inputs.exp()
     off = torch.where(fit.there, torch.where(known, fit.spread, torch.inf), 0)
@@ -153,6 +156,8 @@ def step_factors(
     count = (slopes != 0).sum(1)
     found[found.clone()] &= known[:, :-1].any(1)
     found &= count > _FEW * count[found].double().median()
+    if not bool(found.any()):
+        return None
     return StepFactors(features, deviation, slopes * length, found)
 
 
@@ -709,7 +714,7 @@ def _fitted_chunk(
         slopes = torch.where(taken, new_slopes, slopes)
     spread = torch.linalg.inv(normal).diagonal(dim1=1, dim2=2).T.sqrt()
     opened = (seen.signs != 0).double()
-    off = opened @ (residual.abs() > 5 * seen.error + _FITS_TO).double()
+    off = opened @ (residual.abs() > 5 * (seen.error + width)).double()
     return inputs, spread, off < _OUTLIERS * opened.sum(1, keepdim=True)
 
 

@@ -34,7 +34,8 @@ _SHADOW = 0.95  # share of the other's faces below which it is
 _SAME = 20.0  # deviations of the noise within which two vertices are one
 _SHRINK = 3.0  # factor by which the tolerance falls from one refinement to the next
 _HELD = 5.0  # deviations of the noise by which a vertex has to be held in each direction
-_ALONE = 0.9  # leverage from which a face holds the vertex alone in some direction
+ALONE = 0.9
+"""Leverage from which a face holds a vertex alone in some direction."""
 
 
 def separate_bounded(
@@ -183,13 +184,13 @@ class _Programme:
         if (squares[1:] < _HELD**2 * moved).any():
             return None
         # A face's leverage is 1 where nothing else holds the vertex in some direction.
-        if _leverage(on, vertex) > _ALONE:
+        if leverage(on, vertex) > ALONE:
             return None
         noise = float(np.linalg.norm(self.noise * vertex)) * self.width**0.5
         return _Vertex(vertex, len(on), noise)
 
 
-def _leverage(faces: Matrix, vertex: Matrix) -> float:
+def leverage(faces: Matrix, vertex: Matrix) -> float:
     """Return the greatest leverage of a face, in [0, 1], in the directions away from a vertex."""
     away = np.linalg.svd(vertex[None])[2][1:]
     _, directions = np.linalg.eigh(away @ faces.T @ faces @ away.T)

@@ -11,11 +11,12 @@ from helpers.clients import CLIENTS, MEAN, STD, client
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from client_app.defenses import defended_weights, noise_generator
 from fl_app.models import clients_model, create_model
-from fl_app.protocol import Budget, Defense, LocalTraining, Observation
+from fl_app.protocol import Budget, Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks.flow_matching import FlowMatching
 from server_strategies.attacks.gauss_newton import _joint_step
-from server_strategies.attacks.matching import matching_objective
+from server_strategies.attacks.matching import choose, matching_objective
 from server_strategies.attacks.matching.low_rank.exact import (
     ExactFeatures,
     exact_features,
@@ -23,11 +24,14 @@ from server_strategies.attacks.matching.low_rank.exact import (
 )
 from server_strategies.attacks.matching.low_rank.head import Head
 from server_strategies.attacks.matching.low_rank.objective import LowRank
+from server_strategies.attacks.matching.low_rank.sparse import separate_sparse
 from server_strategies.attacks.matching.low_rank.spectrum import known_part, spectrum
 from server_strategies.attacks.matching.low_rank.vertices import separate_bounded
 from server_strategies.attacks.matching.relu_smoothing import smooth_relu, soft_gates
 
 SGD = LocalTraining("sgd", lr=0.01, batch_size=2, local_steps=3)
+SGD_ALONE = LocalTraining("sgd", lr=0.01, batch_size=1, local_steps=5)
+ADAM_ALONE = LocalTraining("adam", lr=1e-3, batch_size=1, local_steps=4)
 
 
 def terms(count: int, alike: bool = False) -> tuple[Tensor, Tensor]:
@@ -73,6 +77,33 @@ def test_two_terms_that_are_nearly_one_are_told_apart() -> None:
     found = torch.from_numpy(separate_bounded(seen, 0.0) @ seen.right.T)
     near = torch.cdist(features, found) / features.norm(dim=1, keepdim=True)
     assert near.min(1).values.max() < 1e-3
+
+
+def test_images_whose_units_close_together_are_not_blended() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(10, 400, generator=generator).double()
+    # What images have in common, such as a background, opens the same units in all of them.
+    common = torch.rand(200, generator=generator) < 0.5
+    own = torch.rand(10, 200, generator=generator) < 0.3
+    slopes = torch.randn(10, 200, generator=generator).double() * (common ^ own)
+    seen = spectrum(*layer_update(slopes, features), 10)
+    assert seen is not None
+    for seed in range(4):
+        found = torch.from_numpy(separate_sparse(seen, seed) @ seen.right.T)
+        near = torch.cdist(features, found) / features.norm(dim=1, keepdim=True)
+        assert near.min(1).values.max() < 1e-4
+
+
+def test_rounding_that_one_direction_has_more_of_is_no_term() -> None:
+    slopes, features = terms(5)
+    weight, bias = layer_update(slopes, features, noise=1e-7)
+    # Alike inputs, such as a background, round alike: a direction of its own.
+    generator = torch.Generator().manual_seed(2)
+    left, right = (torch.randn(size, generator=generator).double() for size in (60, 400))
+    unit = torch.outer(left / left.norm(), right / right.norm())
+    noise = torch.linalg.matrix_norm(weight - slopes.T @ features, 2)
+    assert spectrum(weight + 2 * noise * unit, bias, 5) is not None
+    assert spectrum(weight + 20 * noise * unit, bias, 5) is None
 
 
 def test_an_update_without_a_gap_is_refused() -> None:
@@ -167,7 +198,7 @@ def test_auto_takes_exact_features_where_there_are_any() -> None:
     assert "exact features of 6 of 6 images" in objective.reason
     adam = client(CLIENTS["adam"])
     assert not isinstance(matching_objective("auto", *adam[:2]), LowRank)
-    with pytest.raises(ValueError, match="no sum of gradients"):
+    with pytest.raises(ValueError, match="don't show"):
         matching_objective("low_rank", *adam[:2])
     generator = torch.Generator().manual_seed(0)
     noisy = {
@@ -176,6 +207,52 @@ def test_auto_takes_exact_features_where_there_are_any() -> None:
     }
     drowned = replace(observation, w1=noisy)
     assert not isinstance(matching_objective("auto", drowned, knowledge), LowRank)
+
+
+def _defended(
+    training: LocalTraining, defense: Defense, known: bool
+) -> tuple[Observation, Knowledge, Tensor]:
+    """Return a client that shows exact features but for its defence, which may be known."""
+    observation, knowledge, x = client(training, count=training.local_steps, smooth=True)
+    assert isinstance(matching_objective("auto", observation, knowledge), LowRank)
+    noise = noise_generator(seed=0, partition=0, round_=1)
+    sent = defended_weights(observation.w0, observation.w1, defense, noise)
+    told = replace(knowledge, defense=defense if known else Defense())
+    return replace(observation, w1=sent), told, x
+
+
+NOISE = Defense(noise="gaussian", sigma=1.0, relative=True)
+BF16, INT8 = Defense(quantize="bf16"), Defense(quantize="int8")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize(
+    ("training", "defense"),
+    [(SGD_ALONE, NOISE), (ADAM_ALONE, NOISE), (ADAM_ALONE, BF16), (ADAM_ALONE, INT8)],
+    ids=["sgd-noise", "adam-noise", "adam-bf16", "adam-int8"],
+)
+def test_what_a_defence_hides_is_left_to_the_other_objectives(
+    training: LocalTraining, defense: Defense, known: bool
+) -> None:
+    observation, knowledge, _ = _defended(training, defense, known)
+    model = clients_model(knowledge, observation.w0)
+    assert isinstance(exact_features(model, observation, knowledge), str)
+    chosen, _ = choose(model, observation, knowledge)
+    assert matching_objective("auto", observation, knowledge).name == chosen
+
+
+@pytest.mark.parametrize(("defense", "bound"), [(BF16, 0.03), (INT8, 0.15)], ids=["bf16", "int8"])
+def test_rounding_leaves_the_features_of_few_images(defense: Defense, bound: float) -> None:
+    observation, knowledge, x = _defended(SGD_ALONE, defense, known=True)
+    blind = replace(knowledge, labels=None)
+    # Five terms are far above the noise of rounding: what auto takes is there, and right. Their
+    # order is not: the weights move less than they are rounded.
+    exact = exact_features(clients_model(blind, observation.w0), observation, blind)
+    assert isinstance(exact, ExactFeatures) and exact.found.all()
+    assert sorted(exact.replay.labels) == sorted(knowledge.labels or ())
+    true = _features(observation, x)
+    apart = torch.cdist(true, exact.features) / true.norm(dim=1, keepdim=True)
+    assert apart.min(1).values.max() < bound
 
 
 def test_the_loss_is_zero_at_the_ground_truth() -> None:
