@@ -1,11 +1,11 @@
-"""The features of single images, by the update that Adam makes of their gradients.
+"""The features of images by the update that Adam makes of their gradients.
 
-In a step of one image a linear layer's gradient is ``d_k [a_k, 1]'``: the slopes of the
-loss at the layer's output times its inputs. Adam makes of K such gradients one update,
-coordinate by coordinate: what unit i and input j move depends on the K numbers
-``d_ki a_kj`` alone. So the update holds far more numbers than the K pairs of factors that
-it was made from, and these follow from it, whatever the labels are. Behind a ReLU most
-factors are zero, and which are shows at once:
+In a local step a linear layer's gradient is ``sum_n d_n [a_n, 1]'`` over its images: the
+slopes of the loss at the layer's output times its inputs. Adam makes of K such gradients
+one update, coordinate by coordinate: what unit i and input j move depends on the K
+numbers ``sum_n d_ni a_nj`` alone. So the update holds far more numbers than the pairs of
+factors that it was made from, and these follow from it, whatever the labels are. Behind
+a ReLU most factors are zero, and which are shows at once:
 
 - a coordinate that did not move had no gradient in any step;
 - one with a gradient in a single step moves by that step's own length, see
@@ -13,8 +13,9 @@ factors are zero, and which are shows at once:
   gradient is known (see `adam.fingerprints`);
 - one with gradients in two steps or more moves by a function of their ratios.
 
-Sizes give a first pair of factors for each step, ratios what they leave open, and least
-squares over all coordinates at once the rest.
+`components` tells the images of a batch apart. Sizes give a first pair of factors for
+each, others follow from those that are known, and least squares over all coordinates at
+once refines them.
 """
 
 from __future__ import annotations
@@ -33,16 +34,11 @@ from server_strategies.attacks.matching.adam.fingerprints import (
     single_step_updates,
 )
 from server_strategies.attacks.matching.low_rank.components import opened_units
+from server_strategies.attacks.matching.low_rank.gates import kinds, opened_and_there
 from server_strategies.attacks.matching.trajectory import BETA1, BETA2, EPS
 
-_NEAR = 2e-3  # relative distance from a single step's length that epsilon may cause
 _LEAST = 8  # inputs at a step's length, by which its unit counts as open at first
 _TYPICAL = 0.2  # of the inputs that a step's units usually have at its length
-_ZEROS = 3  # units that a step opens and an input leaves at rest, by which it is zero at first
-_MIXED = 1 << 16  # kind of a coordinate that several steps moved
-_RARELY, _NEVER = -3.0, -8.0  # logarithms of the probabilities of kinds that are not expected
-_SURE = 1.0  # gain in logarithmic probability from which a unit or an input is flipped
-_TURNS = 20
 _SWEEPS = 50  # of non-negative least squares
 _FLOOR = 1e-2  # relative error of a size, at the least
 _ANCHORED = 0.1  # relative error up to which a size, or a factor, is known
@@ -129,9 +125,9 @@ def step_factors(
     of = torch.repeat_interleave(torch.arange(steps), torch.tensor(list(sizes))).to(update.device)
     live, wide = update.any(1), update.any(0)
     layer = _Seen(update[live][:, wide], error[live][:, wide], of, steps, decay)
-    kind = _kinds(layer.update, lengths)
+    kind = kinds(layer.update, lengths)
     first = _first_units(layer, kind, sizes)
-    signs, there = _open(layer.update, kind, first, of)
+    signs, there = opened_and_there(layer.update, kind, first, of)
     # An image that shows has units of its own, and inputs.
     found = signs.any(1) & there[:, :-1].any(1)
     if not bool(found.any()):
@@ -159,14 +155,6 @@ def step_factors(
     if not bool(found.any()):
         return None
     return StepFactors(features, deviation, slopes * length, found)
-
-
-def _kinds(update: Tensor, lengths: Tensor) -> Tensor:
-    """Return the kind of each coordinate, shape (R, C) of int64, see `_flipped`."""
-    steps = torch.arange(1, len(lengths) + 1, device=update.device)
-    apart = ((update.abs()[..., None] / lengths) - 1).abs()
-    kind = torch.where(apart.amin(-1) < _NEAR, steps[apart.argmin(-1)], _MIXED)
-    return torch.where(update == 0, 0, kind)
 
 
 def _first_units(layer: _Seen, kind: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -210,94 +198,6 @@ def _sizes(layer: _Seen, here: Tensor, step: int) -> tuple[Tensor, Tensor, Tenso
     return size, spread, here & (size > _SMALLEST * EPS) & (spread < _ANCHORED * size)
 
 
-def _open(update: Tensor, kind: Tensor, units: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which units and inputs have gradients, by image.
-
-    Coordinates are of three kinds: at rest, at the length of a single step, or neither.
-    Units and inputs are taken by what they make of these most probably, in turns.
-
-    Parameters
-    ----------
-    update : Tensor, shape (R, C)
-    kind : Tensor of int64, shape (R, C)
-        See `_flipped`.
-    units : Tensor of bool, shape (N, R)
-        To begin with.
-    of : Tensor of int64, shape (N,)
-        The images' local steps.
-
-    Returns
-    -------
-    signs : Tensor, shape (N, R)
-        Of the slopes; 0: the image leaves the unit closed.
-    there : Tensor of bool, shape (N, C)
-        Which inputs the image has.
-    """
-    inputs = (units.float() @ (kind == 0).float()) < _ZEROS
-    inputs &= units.any(1)[:, None]
-    # Units that were told apart by their products stay.
-    sure = units if len(of) > int(of.max()) + 1 else torch.zeros_like(units)
-    for _ in range(_TURNS):
-        before = units, inputs
-        units = _flipped(kind, units, inputs, of) | sure
-        inputs = _flipped(kind.T, inputs, units, of)
-        if all(map(torch.equal, before, (units, inputs))):
-            break
-    alone = units.float().T @ inputs.float() == 1
-    signs = [
-        torch.where(own, (update.sign() * (alone & there)).sum(1).sign(), 0)
-        for own, there in zip(units, inputs, strict=True)
-    ]
-    return torch.stack(signs), inputs
-
-
-def _flipped(kind: Tensor, rows: Tensor, columns: Tensor, of: Tensor) -> Tensor:
-    """Return rows (N, R), each with the image flipped that makes its coordinates more probable.
-
-    Parameters
-    ----------
-    kind : Tensor of int64, shape (R, C)
-        0: at rest; k: at the length of step k, from 1; `_MIXED`: neither.
-    rows, columns : Tensor of bool, shapes (N, R), (N, C)
-        Which have a gradient by which image.
-    of : Tensor of int64, shape (N,)
-        The images' local steps.
-    """
-    moved = torch.stack(
-        [
-            rows[of == step].float().T @ columns[of == step].float()
-            for step in range(int(of.max()) + 1)
-        ]
-    )
-    numbers = torch.arange(1, len(moved) + 1, device=kind.device).view(-1, 1, 1)
-    # How many steps move a coordinate, and which, where it is one.
-    count, which = (moved > 0).sum(0), ((moved > 0) * numbers).sum(0)
-    gain = torch.zeros(rows.shape, device=kind.device)
-    for step, images in enumerate(moved):
-        own = (images > 0).long()
-        others, another = count - own, which - (step + 1) * own
-        # What it tells for the step, that it moves a coordinate or not.
-        more = _log_probability(kind, others + 1, another + step + 1)
-        more -= _log_probability(kind, others, another)
-        first, last = more * (images == 0), more * (images == 1)
-        for image in (of == step).nonzero()[:, 0].tolist():
-            there = columns[image].float()
-            gain[image] = torch.where(rows[image], -(last @ there), first @ there)
-    most, best = gain.max(0)
-    every = torch.arange(len(rows), device=kind.device)[:, None]
-    return rows ^ ((most > _SURE) & (every == best))
-
-
-def _log_probability(kind: Tensor, count: Tensor, which: Tensor) -> Tensor:
-    """Return the logarithms of kinds' probabilities, where `count` steps move coordinates."""
-    at_rest, at_length = kind == 0, (kind > 0) & (kind < _MIXED)
-    if_one = torch.where(kind == which, 0.0, torch.where(at_rest, _NEVER, _RARELY))
-    if_more = torch.where(at_rest, _NEVER, torch.where(at_length, _RARELY, 0.0))
-    return torch.where(
-        count == 0, torch.where(at_rest, 0.0, _NEVER), torch.where(count == 1, if_one, if_more)
-    )
-
-
 @dataclass(frozen=True)
 class _Seen:
     """A layer's update in units of lr: R units and C inputs that have gradients.
@@ -313,7 +213,7 @@ class _Seen:
         lr times AdamW's weight decay.
     signs : Tensor, shape (N, R)
     there : Tensor of bool, shape (N, C)
-        See `_open`.
+        See `opened_and_there`.
     """
 
     update: Tensor
@@ -423,8 +323,7 @@ def _fitted(seen: _Seen) -> _Fit:
         prior = torch.where(anchored, sized, inputs), torch.where(there, weight, 0)
         new, spread, fits = _inputs_fitted(seen, inputs, units, prior, _WIDTHS[min(turn, 1)])
         inputs = torch.where(fits, new, inputs)
-        last = turn == _ROUNDS - 1 or (turn > 0 and bool((fits | ~there).all()))
-        if last:
+        if turn == _ROUNDS - 1 or (turn > 0 and bool((fits | ~there).all())):
             break
         least = torch.stack([row[of].median() for row, of in zip(inputs, there, strict=True)])
         # An input that a fit makes this small is none.
