@@ -16,20 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
+from fl_app.protocol import Budget, Observation, Reconstruction
 from server_strategies.attacks.diagnosis import diagnose
-from server_strategies.attacks.matching.base import MatchingObjective
+from server_strategies.attacks.matching.base import MatchingObjective, channel_scale
 
 Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
 
 _COUNTED = 8
-
-
-def channel_scale(knowledge: Knowledge, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Return the client's mean and standard deviation on a device, shape (C, 1, 1) each."""
-    mean, std = (torch.tensor(v, device=device) for v in (knowledge.mean, knowledge.std))
-    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
 class AttackError(RuntimeError):

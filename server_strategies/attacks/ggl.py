@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from server_strategies.attacks.accounting import channel_scale
 from server_strategies.attacks.attack import Attack, Parts, Task
+from server_strategies.attacks.matching.base import channel_scale
 from server_strategies.attacks.optimise import cosine_schedule
 from server_strategies.attacks.options import DISTANCE, MATCHING, option
 from server_strategies.priors.flow import generate

@@ -63,6 +63,12 @@ class Setting:
     distance: type[Distance] = CosineDistance
 
 
+def channel_scale(knowledge: Knowledge, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return the client's mean and standard deviation on a device, shape (C, 1, 1) each."""
+    mean, std = (torch.tensor(v, device=device) for v in (knowledge.mean, knowledge.std))
+    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+
+
 class MatchingObjective(ABC):
     """How far the update that candidate images cause is from the observed one.
 

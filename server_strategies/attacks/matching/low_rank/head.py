@@ -62,7 +62,7 @@ class Head:
         """Return the logits, shape (N, num_classes), of features (N, in)."""
         return self._run(weights, features)[1]
 
-    def slopes(self, weights: Mapping[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
+    def slopes(self, weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
         """Return every class's slope of the loss at the layer's output, by image.
 
         Parameters
@@ -73,9 +73,8 @@ class Head:
 
         Returns
         -------
-        slopes : Tensor, shape (N, num_classes, out)
+        Tensor, shape (N, num_classes, out)
             Of the cross-entropy of one image, were its label that class.
-        logits : Tensor, shape (N, num_classes)
         """
         with torch.enable_grad():
             output, logits = self._run(weights, features)
@@ -88,7 +87,7 @@ class Head:
             )
         p = logits.detach().softmax(1)
         mean = (p[:, :, None] * by_class).sum(1, keepdim=True)
-        return mean - by_class, logits.detach()
+        return mean - by_class
 
     def gradient(
         self, weights: Mapping[str, Tensor], features: Tensor, labels: Tensor

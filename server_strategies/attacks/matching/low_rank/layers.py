@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fl_app.models.extensions import random_layers
 from fl_app.protocol import Knowledge
 from server_strategies.attacks.matching.adam.decode import traced
+from server_strategies.attacks.matching.base import channel_scale
 from server_strategies.attacks.matching.low_rank.head import Head
 from server_strategies.attacks.matching.low_rank.spectrum import Matrix
 
@@ -63,10 +64,7 @@ def bounded_layers(
         return
     like = next(iter(weights.values()))
     shape = knowledge.image_shape
-    mean, std = (
-        torch.tensor(v, device=like.device, dtype=like.dtype).view(-1, 1, 1)
-        for v in (knowledge.mean, knowledge.std)
-    )
+    mean, std = (part.to(like) for part in channel_scale(knowledge, like.device))
     generator = torch.Generator().manual_seed(0)
     # Smooth noise activates units as images do; white noise hardly any in a deep model.
     coarse = torch.rand(_PROBES, shape[0], 4, 4, generator=generator).to(like)

@@ -145,7 +145,7 @@ def _grown(
     gone = path.order.count(-1)
     if not left:
         return [_extended(path, [], size)]
-    given, _ = head.slopes(path.weights, features[left])
+    given = head.slopes(path.weights, features[left])
     wanted = slopes[left] * (size / share)
     factor = torch.ones_like(given[..., 0])
     if clipped:  # each step's gradient was shortened, by an unknown factor
@@ -242,7 +242,7 @@ def update_scale(
     share : float
         What its gradient is worth in the update.
     """
-    given, _ = head.slopes({name: w0[name] for name in head.names}, features)
+    given = head.slopes({name: w0[name] for name in head.names}, features)
     wanted = slopes * (size / share)
     along = (given * wanted[:, None]).sum(2)
     squares = given.square().sum(2).clamp_min(1e-30)
@@ -344,7 +344,7 @@ def _off(
 
     Both of shape (lengths, num_classes).
     """
-    given, _ = head.slopes(weights, lengths[:, None] * features)
+    given = head.slopes(weights, lengths[:, None] * features)
     wanted = slopes / lengths[:, None]
     factor = torch.ones_like(given[..., 0])
     if training.max_grad_norm:

@@ -145,7 +145,7 @@ def test_the_head_has_the_models_own_gradient() -> None:
         if name in head.names:
             torch.testing.assert_close(gradient[name], parameter.grad)
     torch.testing.assert_close(outwards @ weights["fc1.weight"], inwards)
-    slopes, _ = head.slopes(weights, kept[0].detach())
+    slopes = head.slopes(weights, kept[0].detach())
     torch.testing.assert_close(slopes[torch.arange(3), y] / 3, outwards)
 
 
