@@ -33,6 +33,7 @@ _LEAST = 0.5  # share of the client's images that have to be found
 _DRAWS = 6  # tries to separate the terms
 _ZERO = 6.0  # deviations of the noise within which a slope is zero
 _CLOSED = 0.3  # share of live units that every image leaves closed, or further draws are tried
+_SHOWN = 0.05  # share of an image's square features that has to be known
 _LABELLED = 0.9  # the same, where features are known but for their length, and not all of them
 _ORDERED = 0.1  # misfit of a term's slopes up to which its local step is taken as found
 
@@ -133,6 +134,8 @@ def _of_steps(
         return hidden
     sizes = [len(batch) for batch in batches]
     places = sum(sizes)
+    if len(sizes) == 1 and places > 1:
+        return "one step's whole gradient follows from its epsilon"
     w0, w1 = _weights(model, observation)
     why = "no linear layer with one input an image, the output of a ReLU"
     for layer in bounded_layers(model, w0, knowledge):
@@ -144,15 +147,16 @@ def _of_steps(
             why = f"the steps of {layer.name} don't show"
             continue
         order, lengths = replay_steps(layer.head, w0, factors, training, sizes)
-        found = order.misfit < _LABELLED
+        known = factors.features.square() * factors.spread.isfinite()
+        found = (order.misfit < _LABELLED) & (known.sum(1) > _SHOWN).cpu()
         if int(found.sum()) < _LEAST * places:
             why = f"{layer.name} shows images, but the label of {int(found.sum())} alone"
             continue
         length = lengths[:, None]
         features, spread = (part.to(length) * length for part in (factors.features, factors.spread))
-        known = features.where(spread.isfinite(), 0).square().sum() / features.square().sum()
+        share = known.sum() / places
         reason = (
-            f"the steps of {training.optimizer} in {layer.name}'s update: {known:.0%} of the "
+            f"the steps of {training.optimizer} in {layer.name}'s update: {share:.0%} of the "
             f"features of {int(found.sum())} of {places} images"
         )
         return ExactFeatures(layer, features, spread, found, order, 1.0, reason)
