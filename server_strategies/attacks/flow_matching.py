@@ -65,23 +65,16 @@ class FlowMatching(Attack):
         matching = task.matching(
             self.matching, distance=self.distance, relu_smoothing=self.relu_smoothing
         )
-        kind = "sgd" if task.known.client.optimizer == "sgd" else "adam"
-        search = self._parts(task, matching, PRIOR_STRENGTH[kind], *_SEARCHED)
+        search = self._parts(task, matching, *_SEARCHED)
         if not (isinstance(matching, Decodable) and bool(matching.found.any())):
             return search
-        return replace(self._parts(task, matching, PRIOR_STRENGTH[kind], *_DECODED), others=search)
+        return replace(self._parts(task, matching, *_DECODED), others=search)
 
-    def _parts(
-        self,
-        task: Task,
-        matching: MatchingObjective,
-        strengths: tuple[float, float],
-        tv: float,
-        t_start: float,
-    ) -> Parts:
+    def _parts(self, task: Task, matching: MatchingObjective, tv: float, t_start: float) -> Parts:
         """Return the parts with defaults for what is not chosen."""
-        first = strengths[0] if self.prior_strength is None else self.prior_strength
-        last = strengths[1] if self.final_prior_strength is None else self.final_prior_strength
+        first, last = PRIOR_STRENGTH["sgd" if task.known.client.optimizer == "sgd" else "adam"]
+        first = first if self.prior_strength is None else self.prior_strength
+        last = last if self.final_prior_strength is None else self.final_prior_strength
         tv = tv if self.tv is None else self.tv
         t_start = t_start if self.t_start is None else self.t_start
         noise = noise_share(list(task.seen.update.values()), task.known.defense)

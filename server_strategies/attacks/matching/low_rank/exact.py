@@ -34,7 +34,7 @@ _DRAWS = 6  # tries to separate the terms
 _ZERO = 6.0  # deviations of the noise within which a slope is zero
 _CLOSED = 0.3  # share of live units that every image leaves closed, or further draws are tried
 _SHOWN = 0.05  # share of an image's square features that has to be known
-_LABELLED = 0.9  # the same, where features are known but for their length, and not all of them
+_LABELLED = 0.9  # misfit up to which a label is found, of features that are known in part
 _ORDERED = 0.1  # misfit of a term's slopes up to which its local step is taken as found
 
 
@@ -116,10 +116,9 @@ def _of_terms(
             why = f"{layer.name} shows {len(places)} of {terms} images"
             continue
         found = _in_order(layer, seen, places, w0, worth, observation, knowledge)
-        ordered = int((found.replay.misfit < _ORDERED).sum())
-        if ordered >= _LEAST * terms:
+        if found.ordered >= _LEAST * terms:
             return found
-        why = f"{layer.name} shows images, but the local step of {ordered} of {terms} alone"
+        why = f"{layer.name} shows images, but the local step of {found.ordered} of {terms} alone"
     return why
 
 

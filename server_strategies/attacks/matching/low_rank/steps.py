@@ -342,14 +342,14 @@ def _fitted(seen: _Seen) -> _Fit:
 def _by_sizes(seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logarithms of both factors by the gradients whose size is known.
 
-    Their logarithms are a sum ``log |d_ki| + log a_kj``, which is fitted by least squares,
+    Their logarithms are a sum ``log |d_ni| + log a_nj``, which is fitted by least squares,
     in turns.
 
     Returns
     -------
-    inputs, units : Tensor, shapes (K, C), (K, R)
+    inputs, units : Tensor, shapes (N, C), (N, R)
         Where nothing is known a median unit, and a large input: it hides its size.
-    weight : Tensor, shape (K, C)
+    weight : Tensor, shape (N, C)
         Inverse variance of the inputs' logarithms.
     """
     opened = seen.signs != 0
@@ -414,7 +414,6 @@ def _split(seen: _Seen, units: Tensor) -> tuple[Tensor, Tensor]:
         floor = _FLOOR * size
         weight = torch.where(known, (spread.square() + floor.square()).reciprocal(), 0)
         slopes = seen.signs[images] * units[images].exp()
-        # Scaled, so that the products are of about the same size.
         normal = torch.einsum("ar,br,rc->cab", slopes, slopes, weight)
         right = torch.einsum("ar,rc->ca", slopes, weight * value)
         present = seen.there[images].T
@@ -558,16 +557,16 @@ def _inputs_fitted(
     Parameters
     ----------
     seen : _Seen
-    inputs, units : Tensor, shapes (K, C), (K, R)
+    inputs, units : Tensor, shapes (N, C), (N, R)
         Logarithms.
-    prior : tuple of Tensor, shape (K, C) both
+    prior : tuple of Tensor, shape (N, C) both
         What is known of the inputs' logarithms, and its inverse variance.
     width : float
 
     Returns
     -------
-    inputs : Tensor, shape (K, C)
-    spread : Tensor, shape (K, C)
+    inputs : Tensor, shape (N, C)
+    spread : Tensor, shape (N, C)
         Standard deviation of the logarithms.
     fits : Tensor of bool, shape (N, C)
         Whether the input's coordinates fit in the units that the image opens.
@@ -618,7 +617,7 @@ def _fitted_chunk(
 
 
 def _units_fitted(seen: _Seen, inputs: Tensor, units: Tensor, width: float) -> Tensor:
-    """Return the logarithms of the slopes' sizes (K, R), fitted as inputs are."""
+    """Return the logarithms of the slopes' sizes (N, R), fitted as inputs are."""
     closed = torch.diag_embed((seen.signs == 0).T.double())
     for _ in range(_ROWS):
         residual, slopes = seen.residual(inputs, units)
@@ -641,14 +640,14 @@ def _normal(residual: Tensor, slopes: Tensor, scale: Tensor, along: str) -> tupl
     Parameters
     ----------
     residual, scale : Tensor, shape (R, C)
-    slopes : Tensor, shape (K, R, C)
+    slopes : Tensor, shape (N, R, C)
     along : {"r", "c"}
         Whether there is a system for each unit or for each input.
 
     Returns
     -------
-    normal : Tensor, shape (R or C, K, K)
-    right : Tensor, shape (R or C, K)
+    normal : Tensor, shape (R or C, N, N)
+    right : Tensor, shape (R or C, N)
     """
     weighted = slopes / (scale + residual.square())
     normal = torch.einsum(f"krc,lrc->{along}kl", weighted, slopes)
