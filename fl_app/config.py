@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from fl_app.protocol import DatasetInfo, Defense, Knowledge, LocalTraining
+from fl_app.protocol import LABEL_LEVELS, DatasetInfo, Defense, Knowledge, LocalTraining
 from fl_app.registry import DATASETS, OURS, REGISTRIES, Registry
 from fl_app.util.files import RUNS_DIR, project_file
 from fl_app.util.reading import BrokenFileError, read_text
@@ -169,17 +169,17 @@ class AuditConfig:
     """What the auditor may know and needs."""
 
     truth: bool | None = None
-    labels: str = "given"
+    labels: str = "counts"
     training: str = "given"
     defense: str = "given"
     lpips_weights: str = ""
 
     def __post_init__(self) -> None:
-        _one_of("labels", self.labels, ("given", "unknown"))
+        _one_of("labels", self.labels, LABEL_LEVELS)
         _one_of("training", self.training, ("given", "unknown"))
         _one_of("defense", self.defense, ("given", "unknown"))
-        if self.labels == "given" and self.truth is False:
-            raise ValueError("labels is 'given'; allowed without truth: unknown")
+        if self.labels != "unknown" and self.truth is False:
+            raise ValueError(f"labels is {self.labels!r}; allowed without truth: unknown")
 
 
 @dataclass(frozen=True)

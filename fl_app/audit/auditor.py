@@ -81,25 +81,26 @@ class Auditor:
     def grant(self, observation: Observation) -> Knowledge:
         """Return what an attack on this observation may know.
 
-        The labels are filled in, in training order, where ``audit.labels`` is
-        ``given``.
+        The labels are granted at the level ``audit.labels``, see `LABEL_LEVELS`.
 
         Raises
         ------
         ValueError
-            If labels are to be given but the client left no truth, or one that can't be
+            If labels are to be granted but the client left no truth, or one that can't be
             of this update, see `truth`.
         """
-        if self.config.audit.labels != "given":
+        level = self.config.audit.labels
+        if level == "unknown":
             return self.knowledge
         truth = self.truth(observation)
         if truth is None:
             path = truth_path(self.truth_dir, observation.round, observation.node)
             raise ValueError(
-                f"audit.labels is given, but client {observation.client} left no truth at {path}; "
-                "set audit.labels=unknown, or run the clients where they can write the run's folder"
+                f"audit.labels is {level}, but client {observation.client} left no truth at "
+                f"{path}; set audit.labels=unknown, or run the clients where they can write the "
+                "run's folder"
             )
-        return replace(self.knowledge, labels=truth.labels)
+        return self.knowledge.granting(level, truth.labels)
 
     def record(
         self, observation: Observation, reconstruction: Reconstruction, job: str | None = None

@@ -85,7 +85,8 @@ class LogLine:
         Share of the images whose label the attack counted, and what is expected
         without the update; None where the labels were given.
     labels_source : str or None
-        "given", or the method that recovered them; None where no attack succeeded.
+        "given", or the method that inferred them, or their order; None where no attack
+        succeeded.
     seconds, iterations_per_second : float
     iterations, peak_memory, flops : int
         Steps, bytes, floating-point operations.
@@ -97,7 +98,8 @@ class LogLine:
     protocol : mapping
         What the clients agreed to: their model, its norm, and every attribute of
         `LocalTraining`, BatchNorm's mode among them.
-    labels : {"given", "unknown"}
+    labels : {"by-step", "counts", "unknown"}
+        What the attacker was given of the labels, see `Knowledge`.
     truth : bool
         Whether the auditor holds the client's private batch.
     num_examples : int or None
@@ -272,6 +274,8 @@ def _line(raw: bytes) -> dict[str, Any]:
     if found.get("schema", SCHEMA) != SCHEMA:
         raise ValueError(f"its schema is {found['schema']!r:.20}; this version reads {SCHEMA}")
     line = _DEFAULTS | {name: found[name] for name in found if name in _NAMES}
+    if line.get("labels") == "given":  # as version 0.1 called it
+        line["labels"] = "by-step"
     if words := _problem(line):
         raise ValueError(words)
     return line

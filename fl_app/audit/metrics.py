@@ -237,8 +237,10 @@ def score(
     if None in by_step:
         why["psnr_by_step"] = "null where a step trains on no new image"
     accuracy = chance = None
-    if reconstruction.labels_source == "given":
-        why |= dict.fromkeys(("label_accuracy", "label_chance"), "labels were given")
+    if reconstruction.labels_level != "unknown":
+        why |= dict.fromkeys(
+            ("label_accuracy", "label_chance"), f"labels were given: {reconstruction.labels_level}"
+        )
     elif num_classes is None:
         why |= dict.fromkeys(("label_accuracy", "label_chance"), "number of classes not said")
     else:

@@ -117,11 +117,9 @@ def _alone(scores: Mapping[str, Any]) -> str:
 
 
 def _labels(line: Mapping[str, Any]) -> str:
-    """Say where a line's labels come from, and how many recovered ones are right."""
-    # Logs from before labels were recovered have no source: theirs were given.
-    source = line["labels_source"] or "given"
-    if line["label_accuracy"] is None or source == "given":
-        return f"labels {source}"
+    """Say what was given of a line's labels, and how many inferred ones are right."""
+    if line["label_accuracy"] is None:
+        return f"labels {line['labels']}"
     return f"labels {line['label_accuracy']:.0%}, chance {line['label_chance']:.0%}"
 
 

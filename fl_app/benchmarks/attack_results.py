@@ -14,13 +14,13 @@ from fl_app.util.intervals import mean_interval
 from fl_app.util.markdown import half_width, signed
 
 _COLUMNS = [
-    "client", "accuracy", "attack", "trials", "PSNR dB", "threshold", "mean colour dB",
+    "client", "labels", "accuracy", "attack", "trials", "PSNR dB", "threshold", "mean colour dB",
     "over 20 dB", "PSNR by local step",
     "SSIM", "LPIPS VGG", "vs first dB", "vs first LPIPS", "loss", "at truth", "s", "it/s", "MB",
 ]  # fmt: skip
 
 _ON_SCREEN = (
-    "client", "accuracy", "attack", "trials", "PSNR dB", "threshold", "mean colour dB",
+    "client", "labels", "accuracy", "attack", "trials", "PSNR dB", "threshold", "mean colour dB",
     "over 20 dB", "LPIPS VGG", "vs first dB", "s",
 )  # fmt: skip
 
@@ -116,8 +116,9 @@ class AttackResults(Results):
         beaten = psnr["mean"] > psnr["baseline"]
         return [
             case.client,
+            case.labels,
             f"{line['accuracy']:.0%}" if line["accuracy"] else "untrained",
-            case.name.split(", ", 1)[1],
+            case.name.split(", ", 2)[2],
             str(line["trials"]),
             f"{psnr['mean']:.2f}{half_width(psnr, 1)}"
             + ("" if beaten else " (no better than the mean colour)"),

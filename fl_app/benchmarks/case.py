@@ -33,8 +33,8 @@ class Case:
         See `create_model`.
     num_examples : int
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
-    labels_known : bool
-        Whether the attacker is given the labels; otherwise it infers their counts.
+    labels : {"by-step", "counts", "unknown"}
+        What the attacker is given of the labels, see `Knowledge`.
     rounds : int
         Global rounds that the model was trained for before, see `global_model`.
     state : str
@@ -59,7 +59,7 @@ class Case:
     first: bool = False
     model: str = "convnet"
     num_examples: int = 0
-    labels_known: bool = True
+    labels: str = "counts"
     norm: str = ""
     rounds: int = 0
     state: str = "init"
@@ -93,7 +93,6 @@ class Case:
             words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
         words += [f"after {self.rounds} rounds"] * bool(self.rounds)
         words += [f"at {self.state}"] * (self.state != "init")
-        words += ["labels unknown"] * (not self.labels_known)
         if self.defense != NO_DEFENSE:
             words += [f"{self.defense}", "known" if self.defense_known else "unknown"]
         return " ".join(words)
@@ -104,7 +103,7 @@ class Case:
         options = "".join(f" {key}={value}" for key, value in sorted(self.attack.options.items()))
         limit = f" {self.attack.seconds:g} s" if self.attack.seconds else ""
         limit = limit or f" x{self.attack.iterations}"
-        return f"{self.client}, {self.attack.name}{options}{limit}"
+        return f"{self.client}, labels {self.labels}, {self.attack.name}{options}{limit}"
 
     @property
     def arena(self) -> tuple[str, int, float]:

@@ -111,7 +111,7 @@ def draw_client(
     noise = noise_generator(seed, 0, round_)
     weights = defended_weights(earlier, model.state_dict(), case.defense, noise)
     observation = Observation(earlier, weights, case.count, round_, node=seed, client=seed)
-    knowledge = replace(agreed, labels=known, defense=case.defense.plain())
+    knowledge = replace(agreed, defense=case.defense.plain()).granting("by-step", known)
     return observation, knowledge, Truth(private, known, batches, round_, node=seed)
 
 

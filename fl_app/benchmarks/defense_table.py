@@ -18,8 +18,9 @@ METRICS = {"psnr": ("PSNR dB", 1), "ssim": ("SSIM", 3), "lpips_vgg": ("LPIPS VGG
 LOWER = ("lpips_vgg",)
 """Metrics of which an attacker wants less."""
 _COLUMNS = [
-    "client", "defence", "attack", "attacker knows", "trials", "PSNR dB", "mean colour dB", "SSIM",
-    "LPIPS VGG", "accuracy", "cost in points (seeds)", "update changed by", "bytes",
+    "client", "labels", "defence", "attack", "attacker knows", "trials", "PSNR dB",
+    "mean colour dB", "SSIM", "LPIPS VGG", "accuracy", "cost in points (seeds)",
+    "update changed by", "bytes",
 ]  # fmt: skip
 
 
@@ -42,6 +43,7 @@ def defense_cells(results: AttackResults, accuracies: Accuracies) -> list[list[s
         lines.append(
             [
                 undefended.client,
+                case.labels,
                 str(case.defense),
                 f"{case.attack.name} x{case.attack.iterations}",
                 knows,

@@ -36,7 +36,7 @@ def _cases() -> tuple[Case, ...]:
             client,
             timed(seconds, "flow_matching"),
             psnr,
-            labels_known=False,
+            labels="unknown",
             state=state,
             recognised=share,
         )

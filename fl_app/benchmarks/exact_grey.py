@@ -18,7 +18,7 @@ def _cases() -> tuple[Case, ...]:
             client,
             timed(120, "flow_matching"),
             model=model,
-            labels_known=False,
+            labels="unknown",
             state=state,
             recognised=1.0,
         )

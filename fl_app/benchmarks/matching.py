@@ -20,7 +20,7 @@ def _cases() -> tuple[Case, ...]:
         Case(replace(batch, local_steps=1), flow(150), threshold=28.0),
         Case(replace(ADAM, batch_size=1), flow(200), threshold=24.0),
         Case(batch, flow(300)),
-        Case(batch, flow(200), labels_known=False),
+        Case(batch, flow(200), labels="unknown"),
         Case(replace(ADAM, batch_size=8), flow(500), threshold=22.0),
         Case(replace(long, reshuffle=False), flow(300), threshold=24.0, num_examples=20),
         Case(long, flow(300), threshold=21.0, num_examples=20),

@@ -38,7 +38,7 @@ def attack_trial(
         See `load_lpips`.
     """
     observation, knowledge, truth = clients.draw(case, seed)
-    seen = knowledge if case.labels_known else replace(knowledge, labels=None)
+    seen = knowledge.granting(case.labels)
     seen = seen if case.defense_known else replace(seen, defense=NO_DEFENSE)
     found = run_attack(observation, seen, case.attack, prior, seed)
     attack = create_attack(case.attack)

@@ -5,12 +5,13 @@ nouns; Truth and Leakage belong to the auditor (`fl_app.audit`). Free of torch.
 """
 
 from fl_app.protocol.defense import Defense
-from fl_app.protocol.knowledge import DatasetInfo, Knowledge
+from fl_app.protocol.knowledge import LABEL_LEVELS, DatasetInfo, Knowledge
 from fl_app.protocol.observation import Observation, observation_id, round_and_node, trained_names
 from fl_app.protocol.reconstruction import Budget, Reconstruction
 from fl_app.protocol.training import LocalTraining
 
 __all__ = [
+    "LABEL_LEVELS",
     "Budget",
     "DatasetInfo",
     "Defense",

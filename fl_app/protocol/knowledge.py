@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fl_app.protocol.defense import Defense
 from fl_app.protocol.training import LocalTraining
+
+LABEL_LEVELS = ("by-step", "counts", "unknown")
+"""What an attack may be given of a client's labels: which label in which local step; how many
+of each class, as the published attacks assume (iDLG, GradInversion, SME); nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,13 @@ class Knowledge:
     training : LocalTraining or None
         None: unknown, an attack has to guess it.
     labels : tuple of int or None
-        The client's N labels in training order, where the auditor grants them
-        (as SME assumes) or an attack recovered them; None: unknown.
+        The client's N labels: granted by the auditor, or inferred by an attack; None:
+        neither. They are in training order at `labels_level` ``by-step``, or as far as an
+        attack found it.
+    labels_level : {"by-step", "counts", "unknown"}
+        What was granted of the labels, see `LABEL_LEVELS` and `granting`.
     labels_source : str
-        "given", or how an attack recovered them.
+        "given", or how an attack inferred the labels or their order.
     inferred : tuple of str
         What an attack inferred from the update itself, and how, in words.
     defense : Defense
@@ -67,12 +74,38 @@ class Knowledge:
     std: tuple[float, ...]
     training: LocalTraining | None
     labels: tuple[int, ...] | None = None
+    labels_level: str = "unknown"
     labels_source: str = "given"
     inferred: tuple[str, ...] = ()
     defense: Defense = field(default_factory=Defense)
     norm: str = ""
     precode: int = 0
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.labels_level not in LABEL_LEVELS:
+            raise ValueError(
+                f"labels_level is {self.labels_level!r}; allowed: {', '.join(LABEL_LEVELS)}"
+            )
+        if self.labels is None and self.labels_level != "unknown":
+            raise ValueError(f"labels_level is {self.labels_level!r}, but there are no labels")
+
+    def granting(self, level: str, labels: tuple[int, ...] | None = None) -> Knowledge:
+        """Return this knowledge with the client's labels granted at a level, and no higher.
+
+        Parameters
+        ----------
+        level : {"by-step", "counts", "unknown"}
+        labels : tuple of int, optional
+            The client's N labels in training order; by default those of this knowledge.
+            At ``counts`` they are sorted: nothing of their order is left.
+        """
+        labels = self.labels if labels is None else labels
+        if level == "unknown" or labels is None:
+            labels = None
+        elif level == "counts":
+            labels = tuple(sorted(labels))
+        return replace(self, labels=labels, labels_level=level, labels_source="given")
 
     @property
     def client(self) -> LocalTraining:

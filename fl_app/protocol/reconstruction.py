@@ -70,7 +70,10 @@ class Reconstruction:
     diagnosis : tuple of str
         Sentences on what is likely wrong with the update or its matching.
     labels_source : str
-        "given" by the auditor, or the method that recovered them from the update.
+        "given" by the auditor, or the method that inferred them, or their order, from the
+        update.
+    labels_level : {"by-step", "counts", "unknown"}
+        What the attack was given of the labels, see `Knowledge`.
     """
 
     matching: str
@@ -86,3 +89,4 @@ class Reconstruction:
     options: Mapping[str, float | int | str] = field(default_factory=dict)
     diagnosis: tuple[str, ...] = ()
     labels_source: str = "given"
+    labels_level: str = "by-step"

@@ -278,5 +278,6 @@ def _score_line(auditor: Auditor, store: ObservationStore, line: Mapping[str, An
     kept = {name: line[name] for name in _KEPT}
     # Losses that were not finite are null in the log.
     kept["losses"] = tuple(math.nan if loss is None else loss for loss in line["losses"])
+    kept["labels_level"] = line["labels"]
     found = Reconstruction(images=stored.images, labels=stored.labels, **kept)
     auditor.record(observation, found, line["job"])

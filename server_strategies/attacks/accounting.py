@@ -125,6 +125,7 @@ class Run:
             images=(images * self.std + self.mean).clamp(0, 1).cpu(),
             labels=objective.found_labels(),
             labels_source=knowledge.labels_source,
+            labels_level=knowledge.labels_level,
             losses=history,
             iterations=self._done,
             seconds=time.monotonic() - self._began,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fl_app.models import classifier, known_model
 from fl_app.protocol import Knowledge, Observation
-from server_strategies.attacks.labels import infer_labels
+from server_strategies.attacks.labels import infer_labels, order_labels
 from server_strategies.attacks.matching.guess import guess_training
 
 
@@ -16,8 +16,10 @@ def infer(
     """Return the knowledge with the client's training and labels inferred from its update.
 
     What is known stays as it is. The training is guessed by `guess_training`, the
-    labels are inferred by `infer_labels`. Where that is impossible they stay unknown,
-    and the matching objective fits them jointly with the images.
+    labels are inferred by `infer_labels`, or their order where their counts are known, by
+    `order_labels`. Where labels can't be inferred they stay unknown, and the matching
+    objective fits them jointly with the images; where their order can't, it starts
+    ascending.
 
     Parameters
     ----------
@@ -52,4 +54,21 @@ def infer(
         else:
             inferred.append(f"labels inferred by {estimate.reason}")
             knowledge = replace(knowledge, labels=estimate.labels, labels_source=estimate.method)
+    if _lacks_order(observation, knowledge):
+        try:
+            estimate = order_labels(observation, knowledge, device)
+        except ValueError as error:
+            inferred.append(f"labels in ascending order at first: {error}")
+        else:
+            inferred.append(f"labels assigned to the local steps by {estimate.reason}")
+            knowledge = replace(knowledge, labels=estimate.labels)
     return replace(knowledge, inferred=tuple(inferred))
+
+
+def _lacks_order(observation: Observation, knowledge: Knowledge) -> bool:
+    """Return whether the labels are known, but nothing yet of their local steps."""
+    if knowledge.labels is None or knowledge.labels_level == "by-step":
+        return False
+    if knowledge.labels_source == "simulate" or knowledge.defense.secagg:
+        return False
+    return len(set(knowledge.client.batches(observation.num_examples))) > 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -100,13 +101,40 @@ def infer_labels(
         method, reason = choose_method(knowledge.client, observation.num_examples)
     head = _Head(observation, knowledge, torch.device(device))
     if method == "simulate":
-        by_step = _Search(head, observation, knowledge).run()
-        labels = [c for counts in by_step for c in _labels(counts)]
-        counts = by_step.sum(0)
-    else:
-        counts = {"idlg": _idlg, "llg": _llg, "dlf": _dlf}[method](head)
-        labels = _labels(counts)
-    return LabelEstimate(counts.cpu(), tuple(labels), method, f"{method}: {reason}")
+        return _by_step(_Search(head, observation, knowledge).run(), f"{method}: {reason}")
+    counts = {"idlg": _idlg, "llg": _llg, "dlf": _dlf}[method](head)
+    return LabelEstimate(counts.cpu(), tuple(_labels(counts)), method, f"{method}: {reason}")
+
+
+def order_labels(
+    observation: Observation, knowledge: Knowledge, device: str = "cpu"
+) -> LabelEstimate:
+    """Infer which of a client's labels belong to which local step, by the method `simulate`.
+
+    Parameters
+    ----------
+    observation : Observation
+    knowledge : Knowledge
+        Its labels are right but for their order.
+    device : str
+        The torch device to work on.
+
+    Raises
+    ------
+    ValueError
+        As `infer_labels`, or if the knowledge has no labels.
+    """
+    if knowledge.labels is None:
+        raise ValueError("the client's labels have no order without labels")
+    head = _Head(observation, knowledge, torch.device(device))
+    given = torch.tensor(knowledge.labels).bincount(minlength=knowledge.num_classes)
+    found = _Search(head, observation, knowledge, given).run()
+    return _by_step(found, "simulate: their counts are given")
+
+
+def _by_step(found: Tensor, reason: str) -> LabelEstimate:
+    labels = tuple(c for counts in found for c in _labels(counts))
+    return LabelEstimate(found.sum(0).cpu(), labels, "simulate", reason)
 
 
 def choose_method(training: LocalTraining, num_examples: int) -> tuple[str, str]:
@@ -326,11 +354,27 @@ class _Search:
     of its counts over the steps, on batches of random images in place of the private
     ones. They give every coordinate a distribution, and the sequence a likelihood of the
     observed displacement. Sequences of all classes, whose counts sum to B in each step,
-    are searched by annealing: one change gives one image of one step another label.
+    are searched by annealing: one change gives one image of one step another label, or,
+    where the counts over all steps are given, lets two images swap their labels. Either
+    is a move of one class's counts over the batches and its reverse of another class's.
     Between sweeps p is simulated again with the labels found.
+
+    Parameters
+    ----------
+    head : _Head
+    observation : Observation
+    knowledge : Knowledge
+    given : Tensor of int64, shape (C,), optional
+        The counts of each class over all steps, where they are known.
     """
 
-    def __init__(self, head: _Head, observation: Observation, knowledge: Knowledge) -> None:
+    def __init__(
+        self,
+        head: _Head,
+        observation: Observation,
+        knowledge: Knowledge,
+        given: Tensor | None = None,
+    ) -> None:
         training, count = knowledge.client, observation.num_examples
         batches = training.batches(count)
         distinct = list(dict.fromkeys(batches))
@@ -342,6 +386,15 @@ class _Search:
         self.head, self.training, self.generator = head, training, head.generator
         self.sizes = [len(batch) for batch in distinct]
         self.batch_of = [distinct.index(batch) for batch in batches]
+        one = torch.eye(len(distinct), dtype=torch.long)
+        if given is None:
+            self.labels, self.classes = None, torch.arange(len(head.before))
+            self.moves = torch.cat([-one, one])
+        else:
+            self.labels, self.classes = torch.tensor(_labels(given)), given.nonzero().flatten()
+            places = range(len(distinct))
+            self.moves = torch.stack([one[b] - one[a] for a, b in permutations(places, 2)])
+        self.reverse = (self.moves[:, None] == -self.moves).all(2).int().argmax(1)
         self.bias = head.layer.bias is not None
         self.features = self._features()
         self.seen = head.after - head.before
@@ -360,37 +413,44 @@ class _Search:
 
     def _anneal(self) -> tuple[float, Tensor]:
         """Return the log likelihood of the counts found from random labels, and the counts."""
-        classes = len(self.seen)
-        counts = torch.stack([self._random_labels(size) for size in self.sizes])
+        counts = self._random_counts()
         for sweep in range(_SWEEPS):
             self.p = self._softmax(counts)
             drift = (self.p / self.p[0]).log().square().mean(1).sqrt()
             self.spread = _P_ERROR + _P_DRIFT * drift
             self.likelihoods = {}
-            gains = torch.stack([self._gains(counts, c) for c in range(classes)])
+            gains = torch.stack([self._gains(counts, c) for c in self.classes.tolist()])
             temperature = _HOT * (1 - sweep / (_SWEEPS - 1))
             for _ in range(_CHANGES):
-                # Class a loses an image of a batch to class b: (a, b, batch).
-                changes = gains[:, None, :, 0] + gains[None, :, :, 1]
-                changes[range(classes), range(classes)] = 0.0  # no change
+                # Class a makes a move, class b its reverse: (a, b, move).
+                changes = gains[:, None] + gains[:, self.reverse]
+                changes[range(len(gains)), range(len(gains))] = 0.0  # no change
                 if temperature:
                     chances = (changes.flatten() / temperature).softmax(0)
                     change = int(torch.multinomial(chances, 1, generator=self.generator))
                 else:
                     change = int(changes.argmax())
                 index = torch.unravel_index(torch.tensor(change), changes.shape)
-                a, b, batch = (int(i) for i in index)
+                a, b, chosen = (int(i) for i in index)
                 if a == b:
                     if temperature:
                         continue
                     break
-                counts[batch, a] -= 1
-                counts[batch, b] += 1
-                for c in (a, b):
-                    gains[c] = self._gains(counts, c)
-        sequences = [tuple(sequence) for sequence in counts.T.tolist()]
-        total = sum(self.likelihoods[c, sequence] for c, sequence in enumerate(sequences))
+                move = self.moves[chosen]
+                for place, moved in ((a, move), (b, -move)):
+                    c = int(self.classes[place])
+                    counts[:, c] += moved
+                    gains[place] = self._gains(counts, c)
+        total = sum(self.likelihoods[c, (*counts[:, c].tolist(),)] for c in self.classes.tolist())
         return total, counts
+
+    def _random_counts(self) -> Tensor:
+        """Return counts by batch and class at random, shape (batches, C)."""
+        if self.labels is None:
+            return torch.stack([self._random_labels(size) for size in self.sizes])
+        order = torch.randperm(len(self.labels), generator=self.generator)
+        parts, classes = self.labels[order].split(self.sizes), len(self.seen)
+        return torch.stack([part.bincount(minlength=classes) for part in parts])
 
     def _random_labels(self, size: int) -> Tensor:
         labels = torch.randint(len(self.head.before), (size,), generator=self.generator)
@@ -460,25 +520,17 @@ class _Search:
         return torch.stack(means)
 
     def _gains(self, counts: Tensor, c: int) -> Tensor:
-        """Return the change of a class's log likelihood by one image less or more.
+        """Return the change of a class's log likelihood by each move, shape (moves,).
 
-        Shape (batches, 2); -inf where the count would be below 0 or above B.
+        It is -inf where a count would be below 0 or above B.
         """
-        sequence = counts[:, c].tolist()
-        changed: list[tuple[int, ...]] = [tuple(sequence)]
-        places = []
-        for batch, size in enumerate(self.sizes):
-            for place, change in enumerate((-1, 1)):
-                if 0 <= sequence[batch] + change <= size:
-                    other = [*sequence]
-                    other[batch] += change
-                    changed.append(tuple(other))
-                    places.append((batch, place))
-        self._extend(c, [one for one in changed if (c, one) not in self.likelihoods])
-        values = [self.likelihoods[c, one] for one in changed]
-        gains = torch.full((len(self.sizes), 2), -math.inf)
-        for (batch, place), value in zip(places, values[1:], strict=True):
-            gains[batch, place] = value - values[0]
+        moved = counts[:, c] + self.moves
+        allowed = ((moved >= 0) & (moved <= torch.tensor(self.sizes))).all(1)
+        every = [tuple(row) for row in (counts[:, c].tolist(), *moved[allowed].tolist())]
+        self._extend(c, [one for one in every if (c, one) not in self.likelihoods])
+        values = torch.tensor([self.likelihoods[c, one] for one in every])
+        gains = torch.full((len(self.moves),), -math.inf)
+        gains[allowed] = values[1:] - values[0]
         return gains
 
     def _extend(self, c: int, sequences: list[tuple[int, ...]]) -> None:

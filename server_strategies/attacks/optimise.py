@@ -195,6 +195,8 @@ def _better_order(
 ) -> Tensor:
     """Return the order of images x, with a pair swapped if that matches the update as well.
 
+    The objective's labels are swapped with them.
+
     The other images have adapted to where the pair is, so that the right order may look a little
     worse at first; a wrong one does not last. How much worse falls to 0 by the end. The choice is
     made on the device, so that nothing waits for it.
@@ -204,7 +206,11 @@ def _better_order(
     other[list(pair)] = order[list(reversed(pair))]
     order, other = order.to(x.device), other.to(x.device)
     as_good = (1 + _AS_GOOD * (1 - progress)) * matching
-    return torch.where(objective(x[other], progress) < as_good, other, order)
+    labels = objective.labels
+    objective.labels = labels[other]
+    order = torch.where(objective(x[other], progress) < as_good, other, order)
+    objective.labels = labels[order]
+    return order
 
 
 def _since_restart(progress: float, restart: float) -> float:

@@ -187,7 +187,8 @@ class MatchingObjective(ABC):
     def reassignments(self) -> list[tuple[int, int]]:
         """Return the pairs of images that the search may have assigned to each other's local step.
 
-        Swapped, they match the update nearly as well, and no small step undoes the swap.
+        Swapped with their labels, they match the update nearly as well, and no small step
+        undoes the swap.
         """
         return []
 

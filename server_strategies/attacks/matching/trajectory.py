@@ -330,9 +330,13 @@ class Trajectory(MatchingObjective):
         return self.distance(self.displacement(x, progress))
 
     def reassignments(self) -> list[tuple[int, int]]:
-        """See `MatchingObjective`: pairs of images of one class in different local steps."""
+        """See `MatchingObjective`: pairs of images in different local steps.
+
+        Of one class each, where it is known which label belongs to which step.
+        """
         if self.labels.requires_grad:
             return []
+        by_step = self.knowledge.labels_level == "by-step"
         classes, places = self.labels.tolist(), range(len(self.labels))
         steps = [
             [step for step, batch in enumerate(self.batches) if place in batch] for place in places
@@ -340,7 +344,7 @@ class Trajectory(MatchingObjective):
         return [
             (a, b)
             for a, b in combinations(places, 2)
-            if classes[a] == classes[b] and steps[a] != steps[b]
+            if steps[a] != steps[b] and (classes[a] == classes[b] or not by_step)
         ]
 
     def displacement(self, x: Tensor, progress: float) -> list[Tensor]:

@@ -235,7 +235,7 @@ def test_statistics_that_were_not_sent_tell_nothing() -> None:
 def test_an_attack_chooses_for_itself(name: str) -> None:
     observation, knowledge, x = client(name, replace(SGD, batch_size=1))
     assert diagnose(observation, knowledge, [0.6, 0.05], None) == ()
-    blind = replace(knowledge, labels=None)  # counted from the classifier
+    blind = knowledge.granting("unknown")  # counted from the classifier
     adam, known, _ = client(name, replace(ADAM, batch_size=1))
     for seen, told in ((observation, blind), (adam, known)):
         attack = AttackConfig("flow_matching", 1, options={"flow": 0})

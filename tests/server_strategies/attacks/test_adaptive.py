@@ -312,7 +312,7 @@ def test_a_sum_is_matched_by_all_clients_images() -> None:
     assert float(objective(x, 1.0)) < 1e-9
     swapped = x[torch.tensor([11, *range(1, 11), 0])]
     assert float(objective(swapped, 1.0)) > 1e-3
-    unknown = replace(knowledge, labels=None)
+    unknown = knowledge.granting("unknown")
     objective = objective_of(Summed, observation, unknown)
     assert len(objective.found_labels()) == 12
     with pytest.raises(ValueError, match=r"examples are \(\); allowed"):
@@ -323,7 +323,7 @@ def test_a_sum_is_attacked_by_name_alone() -> None:
     seen = summed(SGD, (2, 1))
     options = {"matching": "auto", "tv": 0.01}
     found = run_attack(
-        seen[0], replace(seen[1], labels=None),
+        seen[0], seen[1].granting("unknown"),
         AttackConfig("sme", 3, options=options), PriorConfig(), seed=0,
     )  # fmt: skip
     assert found.images.shape == (3, *SHAPE)

@@ -84,8 +84,7 @@ def test_images_of_a_class_in_each_others_step_are_reassigned() -> None:
     objective = matching_objective("trajectory", seen, one_class)
     assert objective.reassignments() == [(0, 2)]  # of the first and the second local step
     assert (
-        matching_objective("trajectory", seen, replace(one_class, labels=None)).reassignments()
-        == []
+        matching_objective("trajectory", seen, one_class.granting("unknown")).reassignments() == []
     )
     objective.start = x[[2, 1, 0, 3, 4, 5]]
     found = loop(objective, seen, Budget(4), lr=1e-3)
@@ -192,7 +191,7 @@ def test_the_peak_memory_of_a_second_attack_is_its_own() -> None:
 @pytest.mark.parametrize("training", ["adam", None])
 def test_what_the_server_does_not_know_is_inferred(training: str | None) -> None:
     observation, knowledge, _ = client(CLIENTS["adam"])
-    less = replace(knowledge, labels=None, training=CLIENTS["adam"] if training else None)
+    less = replace(knowledge.granting("unknown"), training=CLIENTS["adam"] if training else None)
     found = FlowMatching()(observation, less, budget=Budget(2))
     assert found.labels_source != "given"
     assert "labels inferred by" in found.matching

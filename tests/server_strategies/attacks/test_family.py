@@ -100,7 +100,7 @@ def test_ggl_searches_its_latent_without_gradients_too() -> None:
     with pytest.raises(ValueError, match="population is 1; allowed: a whole number, 2 or more"):
         attack("ggl", 1, seen, search="cma", population=1)
     unknown = matching_objective(
-        "gradient", seen[0], replace(seen[1], labels=None), distance="squared"
+        "gradient", seen[0], seen[1].granting("unknown"), distance="squared"
     )
     with pytest.raises(ValueError, match="can't fit what gradient leaves open"):
         evolve(Parts(unknown, decode=lambda z: z, population=2), seen[0], Budget(1))

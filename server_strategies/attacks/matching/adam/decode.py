@@ -82,7 +82,9 @@ class Decoded(Trajectory):
         if not self.prints:
             raise ValueError("matching is 'fingerprints', but the update holds none")
         self.names = {part.name for found in self.prints.values() for part in found}
-        self.by_step = knowledge.labels_source == "given"  # otherwise inferred over all steps
+        # Otherwise they are known, or inferred, over all steps together.
+        self.by_step = knowledge.labels_level == "by-step"
+        self.counted = knowledge.labels_level == "counts"
         self.known_labels = self.labels.clone()
         self.calls = 0
         self.weights_at: dict[int, dict[str, Tensor]] = {}
@@ -190,7 +192,7 @@ class Decoded(Trajectory):
         labels = self.known_labels[index]
         # Images without support keep their labels.
         costs = misfit[:, labels] + _REASSIGNED * (labels != self.labels[index, None])
-        if not self.by_step:
+        if not (self.by_step or self.counted):
             least, own = misfit.min(1)
             free = torch.where(size > 0, least + _NOT_INFERRED * size, torch.inf)
             others = torch.full_like(costs, torch.inf)

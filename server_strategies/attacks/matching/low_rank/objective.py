@@ -75,10 +75,11 @@ class LowRank(Trajectory):
         self.found = exact.found[self.first].to(device)
         self.labels = self._labels(count).to(device)
         self.unknowns = [unknown for unknown in self.unknowns if unknown.value.dim() != 2]
+        by_step = self.knowledge.labels_level == "by-step"
         self.knowledge = replace(
             self.knowledge,
             labels=tuple(self.labels.tolist()),
-            labels_source="given" if self.knowledge.labels_source == "given" else "replay",
+            labels_source=self.knowledge.labels_source if by_step else "replay",
         )
         self.steps = self.groups()
         first = self.first.to(device)

@@ -164,7 +164,7 @@ def _features(observation: Observation, x: Tensor) -> Tensor:
 def test_features_steps_and_labels_of_a_real_client_are_exact(name: str) -> None:
     training = replace(CLIENTS[name], lr=0.01)
     observation, knowledge, x = client(training)
-    blind = replace(knowledge, labels=None)
+    blind = knowledge.granting("unknown")
     exact = exact_features(clients_model(blind, observation.w0), observation, blind)
     assert isinstance(exact, ExactFeatures)
     assert exact.found.all()
@@ -184,7 +184,7 @@ def test_a_clipped_update_shows_its_own_scale() -> None:
     defense = Defense(clip=length / 3, clip_by="norm")
     w1 = {name: w + update[name].float() / 3 for name, w in observation.w0.items()}
     clipped = replace(observation, w1=w1)
-    known = replace(knowledge, labels=None, defense=defense)
+    known = replace(knowledge.granting("unknown"), defense=defense)
     exact = exact_features(clients_model(known, clipped.w0), clipped, known)
     assert isinstance(exact, ExactFeatures)
     assert exact.scale == pytest.approx(1 / 3, rel=1e-3)
@@ -193,7 +193,7 @@ def test_a_clipped_update_shows_its_own_scale() -> None:
 
 def test_auto_takes_exact_features_where_there_are_any() -> None:
     observation, knowledge, _ = client(SGD)
-    objective = matching_objective("auto", observation, replace(knowledge, labels=None))
+    objective = matching_objective("auto", observation, knowledge.granting("unknown"))
     assert isinstance(objective, LowRank)
     assert "exact features of 6 of 6 images" in objective.reason
     adam = client(CLIENTS["adam"])
@@ -244,7 +244,7 @@ def test_what_a_defence_hides_is_left_to_the_other_objectives(
 @pytest.mark.parametrize(("defense", "bound"), [(BF16, 0.03), (INT8, 0.15)], ids=["bf16", "int8"])
 def test_rounding_leaves_the_features_of_few_images(defense: Defense, bound: float) -> None:
     observation, knowledge, x = _defended(SGD_ALONE, defense, known=True)
-    blind = replace(knowledge, labels=None)
+    blind = knowledge.granting("unknown")
     # Five terms are far above the noise of rounding: what auto takes is there, and right. Their
     # order is not: the weights move less than they are rounded.
     exact = exact_features(clients_model(blind, observation.w0), observation, blind)
@@ -266,7 +266,7 @@ def test_the_loss_is_zero_at_the_ground_truth() -> None:
 @pytest.mark.parametrize("architecture", ["convnet", "mlp"])
 def test_images_are_decoded_from_their_features(architecture: str) -> None:
     observation, knowledge, x = client(SGD, architecture=architecture, smooth=True)
-    blind = replace(knowledge, labels=None)
+    blind = knowledge.granting("unknown")
     found = FlowMatching(matching="low_rank", flow=0.0)(
         observation, blind, budget=Budget(iterations=30)
     )

@@ -184,7 +184,7 @@ def test_a_surrogate_starts_where_the_gradients_were_taken() -> None:
 
 def test_unknown_labels_are_fitted() -> None:
     observation, knowledge, x = client(replace(CLIENTS["sgd"], batch_size=6, local_steps=1))
-    objective = matching_objective("gradient", observation, replace(knowledge, labels=None))
+    objective = matching_objective("gradient", observation, knowledge.granting("unknown"))
     (unknown,) = objective.unknowns
     optimizer = torch.optim.Adam([unknown.value], unknown.lr)
     for _ in range(60):

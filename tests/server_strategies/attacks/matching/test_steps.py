@@ -162,7 +162,7 @@ def test_the_images_of_a_batch_are_told_apart() -> None:
 @pytest.mark.parametrize("training", [ADAM, ADAMW], ids=["adam", "adamw"])
 def test_labels_and_loss_of_a_real_client(training: LocalTraining) -> None:
     observation, knowledge, x = client(training, count=4, smooth=True)
-    blind = replace(knowledge, labels=None)
+    blind = knowledge.granting("unknown")
     exact = exact_features(clients_model(blind, observation.w0), observation, blind)
     assert isinstance(exact, ExactFeatures)
     assert exact.found.all()

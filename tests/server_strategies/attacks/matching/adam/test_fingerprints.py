@@ -181,7 +181,7 @@ def test_without_fingerprints_the_reason_is_given() -> None:
     with pytest.raises(ValueError, match="holds none"):
         matching_objective("fingerprints", observation, knowledge)
     with pytest.raises(ValueError, match="needs labels"):
-        matching_objective("fingerprints", observation, replace(knowledge, labels=None))
+        matching_objective("fingerprints", observation, knowledge.granting("unknown"))
     # Of two passes the first is used.
     training = replace(ADAM, local_steps=6)
     observation, knowledge, _ = client(training)
