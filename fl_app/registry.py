@@ -281,6 +281,8 @@ BENCHMARKS = Registry(
     {
         "quick": "fl_app.benchmarks.quick:SUITE",
         "matching": "fl_app.benchmarks.matching:SUITE",
+        "honest": "fl_app.benchmarks.honest:SUITE",
+        "states": "fl_app.benchmarks.training_states:SUITE",
         "exact": "fl_app.benchmarks.exact:SUITE",
         "exact-grey": "fl_app.benchmarks.exact_grey:SUITE",
         "ablation": "fl_app.benchmarks.ablation:SUITE",

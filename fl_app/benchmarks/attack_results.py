@@ -159,6 +159,10 @@ class AttackResults(Results):
         if case.recognised is not None and over < case.recognised * of:
             words = f"{over} of {of} images over {RECOGNISED:g} dB"
             yield f"{words}, the threshold is {case.recognised:.0%}"
+        if case.within is not None and line["gain"]["psnr"]:
+            gain = line["gain"]["psnr"]["mean"]
+            if gain < -case.within:
+                yield f"{gain:+.2f} dB to its first, the threshold is {-case.within:+g} dB"
         for other in self.cases if case.first else ():
             rival = self.summary(other).get("psnr") if other.arena == case.arena else None
             if rival and rival["mean"] > psnr:
@@ -179,6 +183,7 @@ def _threshold(case: Case) -> str:
         words.append(f"mean colour {case.above_mean_colour:+g}")
     if case.recognised is not None:
         words.append(f"{case.recognised:.0%} over {RECOGNISED:g} dB")
+    words += [] if case.within is None else [f"first {-case.within:+g} dB"]
     words += [] if case.gain is None else [f"{case.gain:+g} dB, LPIPS lower"]
     words += ["first"] * case.first
     return "; ".join(words)

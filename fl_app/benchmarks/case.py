@@ -27,6 +27,8 @@ class Case:
     gain : float or None
         Mean PSNR in dB by which it has to beat the case that it is compared with
         (`AttackResults.reference`); its LPIPS VGG has to be the lower one, too.
+    within : float or None
+        Mean PSNR in dB by which it may be below the case that it is compared with.
     first : bool
         Whether no other case of its client and its budget may have a higher mean PSNR.
     model, norm : str
@@ -56,6 +58,7 @@ class Case:
     attack: AttackConfig
     threshold: float | None = None
     gain: float | None = None
+    within: float | None = None
     first: bool = False
     model: str = "convnet"
     num_examples: int = 0
