@@ -14,14 +14,14 @@ def _cases() -> tuple[Case, ...]:
     one = Case(replace(SGD, batch_size=1), flow(100))
     clients = (
         one,
-        replace(one, rounds=2),
+        replace(one, state="epoch-3"),
         replace(one, training=PAIR[0]),
         replace(one, training=replace(one.training, momentum=0.9)),
         replace(one, training=replace(PAIR[0], local_steps=1)),
     )
     cosine = flow(100, distance="cosine")
     cases = [each for case in clients for each in (case, replace(case, attack=cosine))]
-    mixer = replace(one, rounds=2, model="mlp_mixer")
+    mixer = replace(one, state="epoch-3", model="mlp_mixer")
     two_steps = replace(one.training, local_steps=2)
     for case, iterations in ((replace(mixer, training=two_steps), 300), (mixer, 500)):
         cases += [

@@ -11,7 +11,7 @@ from fl_app.benchmarks.suite import AttackSuite
 
 def _cases() -> tuple[Case, ...]:
     sgd, adam = PAIR
-    one = Case(replace(sgd, batch_size=1), flow(200), rounds=2)
+    one = Case(replace(sgd, batch_size=1), flow(200), state="epoch-3")
     tried: tuple[tuple[Case, tuple[Options, ...]], ...] = (
         (Case(sgd, flow(200)), ({"lr": 2.0}, {"lr": 4.0})),
         (one, ({"lr": 2.0}, {"lr": 4.0})),

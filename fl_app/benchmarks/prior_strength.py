@@ -16,7 +16,7 @@ def _cases() -> tuple[Case, ...]:
     with both, as `prior` runs them.
     """
     batch = Case(PAIR[0], flow(200))
-    one = replace(batch, training=replace(SGD, batch_size=1), rounds=2)
+    one = replace(batch, training=replace(SGD, batch_size=1), state="epoch-3")
     tried: list[tuple[Case, Options]] = [
         (batch, {}),
         (batch, {"flow": 0}),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,14 +28,13 @@ from fl_app.benchmarks.results import Results
 from fl_app.benchmarks.rows import Row
 from fl_app.benchmarks.states import trained_state
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
-from fl_app.data import ImageSet, dataset_info, draw_images, fingerprint, load_split
+from fl_app.data import ImageSet, dataset_info, fingerprint, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
 from fl_app.registry import PRIORS
 from fl_app.runs.folder import git_commit
 from server_strategies.priors.flow import find_weights
 
 _Kept = TypeVar("_Kept", bound=Results)
-_TRAIN_IMAGES = 2000  # that earlier rounds draw from
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,23 @@ class Setting:
             )
         return load_split(self.private, self.split)
 
-    def clients(self, cases: Sequence[Case]) -> Clients:
-        """Return what clients are drawn from; training images and states if a case needs them."""
-        train_images = None
-        if any(case.rounds for case in cases):
-            train_images = draw_images(self.data, "train", _TRAIN_IMAGES, self.seed)
+    def clients(
+        self, cases: Sequence[Case], tell: Callable[[str], None] = lambda line: None
+    ) -> Clients:
+        """Return what clients are drawn from, with the states that cases start from.
+
+        Parameters
+        ----------
+        cases : sequence of Case
+        tell : callable, optional
+            Takes a line for each epoch of a state that is not in the cache and is trained now.
+        """
         wanted = {(case.model, case.norm, case.state) for case in cases if case.state != "init"}
         states = {
-            (model, norm, state): trained_state(self.data, model, norm, state)
+            (model, norm, state): trained_state(self.data, model, norm, state, tell)
             for model, norm, state in sorted(wanted)
         }
-        return Clients(self.images, self.info, train_images, states)
+        return Clients(self.images, self.info, states)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -208,7 +213,7 @@ class Suite(ABC, Generic[_Kept]):
         seeds = range(setting.seed, setting.seed + setting.trials)
         missing = results.missing(setting.only, seeds)
         if missing:
-            shared = self, setting.clients([case for case, _ in missing]), setting
+            shared = self, setting.clients([case for case, _ in missing], console.print), setting
             for rows in in_processes(_trial, shared, missing, setting.workers, name, console):
                 results.add(rows, setting.workers)
         return results

@@ -13,7 +13,7 @@ def _cases() -> tuple[Case, ...]:
     clients = ((replace(SGD, batch_size=1), 5.0), (replace(ADAM, batch_size=1), None))
     tried: tuple[Options, ...] = ({}, {"tiles": True})
     return tuple(
-        Case(client, flow(500, **options), rounds=2, above_mean_colour=above)
+        Case(client, flow(500, **options), state="epoch-3", above_mean_colour=above)
         for client, above in clients
         for options in tried
     )
