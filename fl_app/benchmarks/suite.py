@@ -24,8 +24,9 @@ from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import Clients
 from fl_app.benchmarks.processes import in_processes
+from fl_app.benchmarks.provenance import code_hash, version
 from fl_app.benchmarks.results import Results
-from fl_app.benchmarks.rows import Row
+from fl_app.benchmarks.rows import SUFFIXES, Row
 from fl_app.benchmarks.states import trained_state
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
 from fl_app.data import ImageSet, dataset_info, fingerprint, load_split
@@ -52,7 +53,8 @@ class Setting:
     seed : int
         Of the first trial; see `draw_client`.
     path : Path or None
-        JSON file of all rows; an existing one is continued. None: nothing is kept.
+        JSON file of all rows, compressed where it ends in ``.xz``; an existing one is
+        continued. None: nothing is kept.
     workers : int
         See `in_processes`.
     only : str
@@ -83,6 +85,9 @@ class Setting:
             raise ConfigError(
                 f"trials is {self.trials}; allowed: 1 or more, or 0 where --out holds results"
             )
+        if self.path and not self.path.name.endswith(SUFFIXES):
+            allowed = " or ".join(f"NAME{suffix}" for suffix in SUFFIXES)
+            raise ConfigError(f"out is {str(self.path)!r}; allowed: {allowed}")
         check_seed("seed", self.seed)
         if self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; allowed: 1 or more")
@@ -135,11 +140,12 @@ class Setting:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What results depend on beside the cases."""
+        """What results depend on beside the cases, and what makes them."""
         facts = {"dataset": self.data.name, "split": self.split, "first_seed": self.seed}
         prior = {"prior": self._prior_name} if self._prior_name else {}
         private = {"private": fingerprint(self.private)} if self.private else {}
-        return {**facts, **prior, **private, "commit": git_commit()}
+        made = {"commit": git_commit(), "version": version(), "code": code_hash()}
+        return {**facts, **prior, **private, **made}
 
     @property
     def _prior_name(self) -> str:
@@ -281,8 +287,10 @@ class ReadingSuite(Suite["ReadingResults"]):
 
     def trial(self, case: Case, seed: int, clients: Clients, setting: Setting) -> list[Row]:
         """See `Suite`."""
-        rows = self.read(*clients.draw(case, seed))
-        return [{"client": case.client, "seed": seed, **row} for row in rows]
+        state = clients.state_of(case)
+        shared = {"client": case.client, "seed": seed, "prior": ""}
+        shared["model_accuracy"] = state.accuracy if state else None
+        return [{**shared, **row} for row in self.read(*clients.draw(case, seed))]
 
 
 @dataclass

@@ -39,8 +39,8 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file of all rows, with the table beside it (.md); one that exists is "
-            "continued."
+            help="JSON file of all rows, NAME.json or, compressed, NAME.json.xz, with the table "
+            "beside it (.md); one that exists is continued."
         ),
     ] = None,
     lpips_weights: Annotated[
@@ -76,6 +76,7 @@ def bench(
     ] = False,
 ) -> None:
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
+    from fl_app.benchmarks.rows import file_beside
     from fl_app.benchmarks.suite import Setting
     from fl_app.commands.output import screen
     from fl_app.config import ConfigError, PriorConfig
@@ -102,7 +103,7 @@ def bench(
     for line in results.notes:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if out:
-        table = out.with_suffix(".md")
+        table = file_beside(out, ".md")
         write_text(table, results.markdown(setting.command(name, trials or results.trials)))
         console.print(f"Rows: {out}, table: {table}", soft_wrap=True)
     missed = results.shortfalls()
