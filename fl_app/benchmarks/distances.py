@@ -31,8 +31,8 @@ def _cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
-SUITE = AttackSuite(_cases())
+SUITE = AttackSuite(_cases(), split="tuning")
 """SGD's updates compared with their length or without: what `distance=auto` rests on.
 
-`--seed 1000 --trials 2`, 12 minutes of one thread for the ConvNet, 25 for the MLP-Mixer.
+With 2 trials, 12 minutes of one thread for the ConvNet, 25 for the MLP-Mixer.
 """

@@ -25,8 +25,8 @@ def _cases() -> tuple[Case, ...]:
     )
 
 
-SUITE = AttackSuite(_cases())
+SUITE = AttackSuite(_cases(), split="tuning")
 """The learning rate of flow_matching's search, the default first.
 
-`--seed 1000 --trials 4`, 70 minutes of one thread, half of them the MLP-Mixer's.
+With 4 trials, 70 minutes of one thread, half of them the MLP-Mixer's.
 """

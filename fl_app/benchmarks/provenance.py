@@ -21,6 +21,7 @@ DECIDING = (
     "client_app/defenses.py",
     "client_app/training.py",
     "fl_app/benchmarks/alignment.py",
+    "fl_app/benchmarks/assumptions.py",
     "fl_app/benchmarks/case.py",
     "fl_app/benchmarks/clients.py",
     "fl_app/benchmarks/federation.py",

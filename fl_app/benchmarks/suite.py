@@ -174,9 +174,13 @@ class Suite(ABC, Generic[_Kept]):
     ----------
     cases : tuple of Case
         In the order of the table.
+    split : str
+        Of the images that clients draw from, where none is asked for (`Setting.split`):
+        ``tuning`` of a benchmark by which constants are chosen.
     """
 
     cases: tuple[Case, ...]
+    split: str = field(default="test", kw_only=True)
 
     @abstractmethod
     def results(self, name: str, setting: Setting) -> _Kept:
