@@ -5,12 +5,14 @@ The data set that a run was on may have changed since, or lie on another machine
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fl_app.audit.auditor import Auditor
 from fl_app.config import Config, ConfigError, DatasetConfig, from_settings, read_settings
@@ -44,6 +46,25 @@ def run_facts(config: Config, knowledge: Knowledge, simulated: bool) -> dict[str
         _DATA: {**data, "fingerprint": fingerprint(config.dataset) if simulated else None},
         "prior_sha256": weights_digest(config.prior.weights),
     }
+
+
+def prior_saw(network: nn.Module, dataset: DatasetConfig) -> bool:
+    """Say whether a prior was trained on the split that clients hold, as far as its card tells.
+
+    Parameters
+    ----------
+    network : nn.Module
+        See `load_flow`; a plug-in's may say nothing.
+    dataset : DatasetConfig
+    """
+    facts: Mapping[str, str] = getattr(network, "facts", {})
+    # "... images, disjoint from ..." names what was left out.
+    trained_on = _letters(facts.get("data", "").partition("disjoint")[0])
+    return dataset.split == "train" and _letters(dataset.name) in trained_on
+
+
+def _letters(words: str) -> str:
+    return re.sub(r"[\W_]", "", words.lower())
 
 
 def open_auditor(
