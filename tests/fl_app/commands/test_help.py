@@ -38,8 +38,8 @@ from flowleak.__main__ import main
 main()
 """
 QUICK = (
-    "--help", "--version", "lan --help", "bench --help", "bench status --help", "prior train --help",
-    "list attacks", "list models --json", "runs", "show x", "rounds x",
+    "--help", "--version", "lan --help", "bench --help", "bench status --help",
+    "prior train --help", "list attacks", "list models --json", "runs", "show x", "rounds x",
 )  # fmt: skip
 MOST = 0.7  # seconds of CPU
 
