@@ -26,7 +26,7 @@ from client_app.defenses import defended
 from client_app.training import choose_batches, evaluate, in_training_order, local_seed, train
 from fl_app.audit.truth import Truth, write_truth
 from fl_app.config import Config, ConfigError, load_config
-from fl_app.data import ImageSet, dataset_info, load_partition, load_split
+from fl_app.data import ImageSet, dataset_info, load_evaluation, load_partition
 from fl_app.models import known_model
 from fl_app.protocol import DatasetInfo
 from fl_app.util.origin import origin
@@ -195,7 +195,7 @@ def evaluate_globally(msg: Message, context: Context) -> Message:
     assert isinstance(settings, ConfigRecord)
     info = _agreed(dataset_info(config.dataset), settings)
     partition, num_partitions = _partition(context, config)
-    test = load_split(config.dataset, "test")
+    test = load_evaluation(config.dataset)
     share = ImageSet(test.images[partition::num_partitions], test.labels[partition::num_partitions])
     model = _received_model(msg, config, info, _device())
     loss, accuracy = evaluate(model, share, info.mean, info.std)

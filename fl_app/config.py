@@ -68,15 +68,20 @@ def check_seed(name: str, value: int) -> None:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which images the clients hold, and how they are split among them."""
+    """Which images the clients hold, and how they are split among them.
+
+    `split` is ``train``, or ``test``: half of the test images, and the others evaluate.
+    """
 
     name: str = "photos"
     source: str = ""
+    split: str = "train"
     partitioner: str = "iid"
     dirichlet_alpha: float = 0.5
 
     def __post_init__(self) -> None:
         _one_of("name", self.name, tuple(DATASETS))
+        _one_of("split", self.split, ("train", "test"))
         _one_of("partitioner", self.partitioner, ("iid", "dirichlet"))
         if not 0 < self.dirichlet_alpha < math.inf:
             raise ValueError(f"dirichlet_alpha is {self.dirichlet_alpha}; allowed: more than 0")

@@ -26,7 +26,7 @@ from fl_app.models import known_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
 from fl_app.runs.attacking import AttackProcess, open_pool
-from fl_app.runs.facts import run_facts
+from fl_app.runs.facts import prior_saw, run_facts
 from fl_app.runs.folder import anchored, create_run
 from fl_app.runs.lock import only_one
 from fl_app.runs.states import ModelStore, find_state, load_state
@@ -150,12 +150,24 @@ def _notices(config: Config, run_id: int, simulated: bool) -> list[str]:
     """Return what is to be known of a run when it starts."""
     doubt = origin().doubt
     uncertain = doubt and not (origin().runs and config.runs_dir == RUNS_DIR)
-    notices = []
+    notices = [notice] if (notice := _prior_notice(config)) else []
     if uncertain and not Path(config.runs_dir).expanduser().is_absolute():
         notices.append(f"{doubt}. To be sure: --stream, {RUNS}, or runs_dir with its whole path")
     stop = f"flwr stop {run_id} {'local-simulation' if simulated else '<as in flwr run>'}"
     notices.append(f"Ctrl-C of flwr run does not end the audit; this does: {stop}")
     return notices
+
+
+def _prior_notice(config: Config) -> str:
+    """Return that the prior saw images like the clients'; "": it did not, or is not used."""
+    if not create_attack(config.attack).needs_prior:
+        return ""
+    if not prior_saw(load_flow(config.prior.weights), config.dataset):
+        return ""
+    return (
+        f"The prior {config.prior.weights} was trained on images of {config.dataset.name}'s train "
+        "split, which clients hold: figures are optimistic. dataset.split=test audits others"
+    )
 
 
 def _truth_notice(config: Config, run_dir: Path, run_id: int) -> str:

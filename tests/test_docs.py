@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import flowleak
 
 from fl_app.registry import ATTACKS, OURS
 
@@ -63,6 +64,24 @@ def test_links_between_documents_resolve(document: Path) -> None:
     assert not broken
 
 
+def block(document: str, name: str) -> str:
+    """Return what a command put between the markers of a document."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {name}: .*? -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
+    assert found
+    return found[1].strip()
+
+
+def test_the_list_of_tables_is_that_of_the_files() -> None:
+    shown = flowleak("bench", "status", str(ROOT / "docs" / "results"), "--markdown")
+    assert block("docs/results/README.md", "tables") == shown.strip()
+
+
+def test_rows_in_the_repository_are_small() -> None:
+    rows = (ROOT / "docs" / "results").glob("*.json*")
+    assert sum(file.stat().st_size for file in rows) < 1_000_000
+
+
 def options() -> list[tuple[str, ...]]:
     """Return our attacks' constants: attack, option, default, allowed, meaning."""
     ours = [name for name, entry in ATTACKS.entries.items() if entry.package == OURS]
@@ -79,9 +98,6 @@ def plain(value: object) -> str:
 
 
 def test_the_table_of_options_is_that_of_the_fields() -> None:
-    text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
-    table = re.search(r"<!-- options: .*? -->\n(.*?)<!-- /options -->", text, re.DOTALL)
-    assert table
-    lines = table[1].strip().splitlines()[2:]
+    lines = block("docs/attacks.md", "options").splitlines()[2:]
     rows = [re.split(r"(?<!\\) \| ", line.strip("| ").replace("`", "")) for line in lines]
     assert [tuple(cell.replace(r"\|", "|") for cell in row) for row in rows] == options()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +13,17 @@ from client_app.training import NO_DEFENSE, evaluate
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.federation import Federation, global_models
 from fl_app.benchmarks.processes import in_processes
-from fl_app.benchmarks.rows import Row, commits, kept_results, with_commit
+from fl_app.benchmarks.rows import (
+    Row,
+    file_beside,
+    keep_results,
+    kept_results,
+    made_by,
+    with_facts,
+)
 from fl_app.benchmarks.suite import Setting
 from fl_app.data import ImageSet, load_split
 from fl_app.protocol import DatasetInfo
-from fl_app.util.files import write_text
 
 
 def federated_accuracy(
@@ -91,7 +96,7 @@ def measure_accuracies(cases: Iterable[Case], setting: Setting, console: Console
     ValueError
         If the file holds results of other facts.
     """
-    path = setting.path.with_suffix(".accuracy.json") if setting.path else None
+    path = file_beside(setting.path, ".accuracy.json") if setting.path else None
     if not setting.trials:
         return _accuracies(_kept_rows(path, setting.facts, beside=("images",)))
     train_set = load_split(setting.data, "train")
@@ -106,10 +111,9 @@ def measure_accuracies(cases: Iterable[Case], setting: Setting, console: Console
     if todo:
         data = train_set, setting.images, setting.info
         for row in in_processes(_measure, data, todo, setting.workers, "accuracy", console):
-            rows.append(with_commit(row, facts))
+            rows.append(with_facts(row, facts))
             if path:
-                content = {"facts": {**facts, "commit": commits(rows)}, "rows": rows}
-                write_text(path, json.dumps(content, indent=1) + "\n")
+                keep_results(path, {"facts": {**facts, **made_by(rows)}, "rows": rows})
     return _accuracies(rows)
 
 

@@ -37,11 +37,9 @@ class Case:
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
     labels : {"by-step", "counts", "unknown"}
         What the attacker is given of the labels, see `Knowledge`.
-    rounds : int
-        Global rounds that the model was trained for before, see `global_model`.
     state : str
-        Trained model that the client is sent instead, see `trained_state`: ``init``,
-        ``epoch-N`` or ``converged``.
+        Model that the client is sent: ``init``, drawn by the trial's seed, or ``epoch-N`` or
+        ``converged``, see `trained_state`.
     recognised : float or None
         Share of all images that have to be over `RECOGNISED` dB.
     above_mean_colour : float or None
@@ -64,7 +62,6 @@ class Case:
     num_examples: int = 0
     labels: str = "counts"
     norm: str = ""
-    rounds: int = 0
     state: str = "init"
     recognised: float | None = None
     above_mean_colour: float | None = None
@@ -94,7 +91,6 @@ class Case:
         if t.passes(self.count) > 1:
             order = "reshuffled" if t.reshuffle else "in order"
             words.append(f"N={self.count} {t.passes(self.count)} passes {order}")
-        words += [f"after {self.rounds} rounds"] * bool(self.rounds)
         words += [f"at {self.state}"] * (self.state != "init")
         if self.defense != NO_DEFENSE:
             words += [f"{self.defense}", "known" if self.defense_known else "unknown"]

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from client_app.defenses import defended_weights, noise_generator
-from client_app.training import NO_DEFENSE, choose_batches, in_training_order, train
+from client_app.training import choose_batches, in_training_order, train
 from fl_app.audit.truth import Truth
 from fl_app.benchmarks.case import Case
-from fl_app.benchmarks.states import State
+from fl_app.benchmarks.states import State, epochs_of
 from fl_app.data import ImageSet
 from fl_app.models import known_model
 from fl_app.protocol import DatasetInfo, Defense, Knowledge, Observation
-from server_strategies.updates import weighted_mean
-
-_CLIENTS = 4  # of earlier rounds
 
 
 @dataclass(frozen=True)
@@ -31,21 +27,17 @@ class Clients:
     images : ImageSet
         Their own.
     info : DatasetInfo
-    train_images : ImageSet or None
-        What earlier rounds train on; None where no case has any.
     states : mapping
         Trained models by model, norm and name of the state.
     """
 
     images: ImageSet
     info: DatasetInfo
-    train_images: ImageSet | None = None
     states: Mapping[tuple[str, str, str], State] = field(default_factory=dict)
 
     def draw(self, case: Case, seed: int) -> tuple[Observation, Knowledge, Truth]:
         """See `draw_client`."""
-        state = self.state_of(case)
-        return draw_client(case, self.images, self.info, seed, self.train_images, state)
+        return draw_client(case, self.images, self.info, seed, self.state_of(case))
 
     def state_of(self, case: Case) -> State | None:
         """Return the trained model that a case starts from; None: it is initialised."""
@@ -57,7 +49,6 @@ def draw_client(
     images: ImageSet,
     info: DatasetInfo,
     seed: int,
-    train_images: ImageSet | None = None,
     state: State | None = None,
 ) -> tuple[Observation, Knowledge, Truth]:
     """Train one client from a freshly drawn model, or a trained one, on freshly drawn images.
@@ -71,10 +62,8 @@ def draw_client(
     seed : int
         Decides the images and the model; the same for every case, so that cases
         with as many images are compared on the same ones.
-    train_images : ImageSet, optional
-        What earlier rounds train on; needed where the case has some.
     state : State, optional
-        The trained model that the client is sent; None: see `global_model`.
+        The trained model that the client is sent; None: a freshly initialised one.
 
     Raises
     ------
@@ -95,74 +84,32 @@ def draw_client(
         precode=case.defense.precode,
         dropout=case.defense.dropout,
     )
-    earlier = (
-        state.weights
-        if state
-        else global_model(agreed, case.count, case.rounds, seed, train_images)
-    )
     model = known_model(agreed, seed)
-    model.load_state_dict(dict(earlier))
+    if state:
+        model.load_state_dict(state.weights)
+    sent = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.random.fork_rng():  # a defence may draw noise of its own in every step
         torch.manual_seed(seed)
         private, labels, batches = _train_on_drawn(
             model, agreed, case.count, images, generator, case.defense
         )
-    known, round_ = tuple(labels.tolist()), case.rounds + 1
+    known, round_ = tuple(labels.tolist()), epochs_of(case.state) + 1
     noise = noise_generator(seed, 0, round_)
-    weights = defended_weights(earlier, model.state_dict(), case.defense, noise)
-    observation = Observation(earlier, weights, case.count, round_, node=seed, client=seed)
+    weights = defended_weights(sent, model.state_dict(), case.defense, noise)
+    observation = Observation(sent, weights, case.count, round_, node=seed, client=seed)
     knowledge = replace(agreed, defense=case.defense.plain()).granting("by-step", known)
     return observation, knowledge, Truth(private, known, batches, round_, node=seed)
-
-
-@lru_cache(maxsize=8)
-def global_model(
-    agreed: Knowledge, count: int, rounds: int, seed: int, images: ImageSet | None
-) -> Mapping[str, Tensor]:
-    """Return a model's weights after rounds of federated averaging over four clients.
-
-    Parameters
-    ----------
-    agreed : Knowledge
-        The model and the training of every client; none defends its update.
-    count : int
-        Images of a client, fresh ones in every round.
-    rounds : int
-        0: as it is initialised.
-    seed : int
-        Decides the initial model and the images.
-    images : ImageSet or None
-        To draw from; not needed for no rounds.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than `count` images.
-    """
-    network = known_model(agreed, seed)
-    weights = {name: value.clone() for name, value in network.state_dict().items()}
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(rounds):
-        returned = []
-        for _ in range(_CLIENTS):
-            network.load_state_dict(weights)
-            _train_on_drawn(network, agreed, count, images, generator)
-            returned.append({name: w.clone() for name, w in network.state_dict().items()})
-        weights = weighted_mean(returned, [count] * _CLIENTS)
-    return weights
 
 
 def _train_on_drawn(
     model: nn.Module,
     agreed: Knowledge,
     count: int,
-    images: ImageSet | None,
+    images: ImageSet,
     generator: torch.Generator,
-    defense: Defense = NO_DEFENSE,
+    defense: Defense,
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
     """Train a model as a client with drawn images; return these, their labels and the batches."""
-    if images is None:
-        raise ValueError("rounds of training before the attack need training images")
     if count > len(images):
         raise ValueError(f"a client needs {count} images, the split holds {len(images)}")
     picks = torch.randperm(len(images), generator=generator)[:count]

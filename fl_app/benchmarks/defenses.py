@@ -11,6 +11,7 @@ from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.common import ADAM, SGD, flow
 from fl_app.benchmarks.family import IN_SHORT
+from fl_app.benchmarks.rows import file_beside
 from fl_app.benchmarks.suite import AttackSuite, Setting
 from fl_app.config import AttackConfig
 from fl_app.protocol import Defense
@@ -79,7 +80,7 @@ class _Defenses(AttackSuite):
 
         accuracies = measure_accuracies(results.chosen(setting.only), setting, console)
         if setting.path:
-            save_defense_plot(setting.path.with_suffix(".png"), results, accuracies)
+            save_defense_plot(file_beside(setting.path, ".png"), results, accuracies)
         table = markdown_table(defense_cells(results, accuracies))
         return [*table, "", *compare_with_sme(results)]
 

@@ -14,14 +14,14 @@ def _cases() -> tuple[Case, ...]:
     one = Case(replace(SGD, batch_size=1), flow(100))
     clients = (
         one,
-        replace(one, rounds=2),
+        replace(one, state="epoch-3"),
         replace(one, training=PAIR[0]),
         replace(one, training=replace(one.training, momentum=0.9)),
         replace(one, training=replace(PAIR[0], local_steps=1)),
     )
     cosine = flow(100, distance="cosine")
     cases = [each for case in clients for each in (case, replace(case, attack=cosine))]
-    mixer = replace(one, rounds=2, model="mlp_mixer")
+    mixer = replace(one, state="epoch-3", model="mlp_mixer")
     two_steps = replace(one.training, local_steps=2)
     for case, iterations in ((replace(mixer, training=two_steps), 300), (mixer, 500)):
         cases += [
@@ -31,8 +31,8 @@ def _cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
-SUITE = AttackSuite(_cases())
+SUITE = AttackSuite(_cases(), split="tuning")
 """SGD's updates compared with their length or without: what `distance=auto` rests on.
 
-`--seed 1000 --trials 2`, 12 minutes of one thread for the ConvNet, 25 for the MLP-Mixer.
+With 2 trials, 12 minutes of one thread for the ConvNet, 25 for the MLP-Mixer.
 """

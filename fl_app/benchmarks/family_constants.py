@@ -31,8 +31,8 @@ def _cases() -> tuple[Case, ...]:
     )
 
 
-SUITE = AttackSuite(_cases())
+SUITE = AttackSuite(_cases(), split="tuning")
 """The authors' constants beside those of `family`, and GGL's two searches.
 
-On trials that `family` does not use: `--seed 1000 --trials 2`, about 27 minutes of one thread.
+On images that `family` does not use. With 2 trials, about 27 minutes of one thread.
 """

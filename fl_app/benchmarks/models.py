@@ -19,7 +19,7 @@ def _cases() -> tuple[Case, ...]:
     for model in ("convnet", "mlp_mixer", "resnet8", "resnet18", "vgg11", "vit_tiny"):
         above = 8.0 if model in ("convnet", "mlp_mixer") else 3.0
         sgd, adam = (
-            Case(replace(client, batch_size=1), flow(500), model=model, rounds=2)
+            Case(replace(client, batch_size=1), flow(500), model=model, state="epoch-3")
             for client in (SGD, ADAM)
         )
         attacked = [replace(sgd, above_mean_colour=above)]
@@ -35,7 +35,7 @@ def _cases() -> tuple[Case, ...]:
 
 
 SUITE = AttackSuite(_cases())
-"""Every architecture, after two rounds of training.
+"""Every architecture, after three epochs of training.
 
 A trial takes one thread 40 seconds on the ConvNet, 1 to 3 minutes on ResNet-8 and the Mixer, 10
 to 50 on the larger ones.

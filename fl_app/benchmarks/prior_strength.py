@@ -16,7 +16,7 @@ def _cases() -> tuple[Case, ...]:
     with both, as `prior` runs them.
     """
     batch = Case(PAIR[0], flow(200))
-    one = replace(batch, training=replace(SGD, batch_size=1), rounds=2)
+    one = replace(batch, training=replace(SGD, batch_size=1), state="epoch-3")
     tried: list[tuple[Case, Options]] = [
         (batch, {}),
         (batch, {"flow": 0}),
@@ -37,8 +37,8 @@ def _cases() -> tuple[Case, ...]:
     return (*of_sgd, *of_adam)
 
 
-SUITE = AttackSuite(_cases())
+SUITE = AttackSuite(_cases(), split="tuning")
 """How strong priors should be beside the matching loss: what `PRIOR_STRENGTH` rests on.
 
-`--seed 1000 --trials 4`, 80 minutes of one thread.
+With 4 trials, 80 minutes of one thread.
 """

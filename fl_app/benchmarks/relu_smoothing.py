@@ -23,8 +23,8 @@ def _cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
-SUITE = AttackSuite(_cases())
+SUITE = AttackSuite(_cases(), split="tuning")
 """Widths of ReLU's surrogate gradient, on the ConvNet: what `RELU_SMOOTHING` rests on.
 
-`--seed 1000 --trials 2`, 20 minutes of one thread.
+With 2 trials, 20 minutes of one thread.
 """

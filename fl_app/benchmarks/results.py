@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +13,19 @@ from rich.table import Table
 
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.processes import shares
-from fl_app.benchmarks.rows import Row, commits, kept_results, machine, with_commit
-from fl_app.util.files import write_text
+from fl_app.benchmarks.provenance import Provenance
+from fl_app.benchmarks.rows import (
+    Row,
+    in_words,
+    keep_results,
+    kept_results,
+    machine,
+    made_by,
+    with_facts,
+)
 from fl_app.util.markdown import markdown_table, sections_markdown
+
+_IN_PROVENANCE = ("flowleak", "version", "code")  # what the last line need not say again
 
 
 @dataclass
@@ -30,8 +39,8 @@ class Results(ABC):
     cases : sequence of Case
         In the order of the table.
     facts : mapping
-        What the results depend on beside the cases, the commit among them; a file
-        with other facts is not resumed, see `kept_results`.
+        What the results depend on beside the cases, and what makes them (`MADE_BY`); a
+        file with other facts is not resumed, see `kept_results`.
     path : Path or None
         Where the rows are kept; None: nowhere.
     rows : list of dict
@@ -99,7 +108,7 @@ class Results(ABC):
     def add(self, rows: Iterable[Row], workers: int) -> None:
         """Keep rows that were made here, by one of so many processes."""
         self._sharing, self._machine = shares(workers), machine()
-        self.rows += [with_commit(row, self.facts) for row in rows]
+        self.rows += [with_facts(row, self.facts) for row in rows]
         self.save()
 
     @property
@@ -118,7 +127,7 @@ class Results(ABC):
                 "rows": self.rows,
                 "notes": self.notes,
             }
-            write_text(self.path, json.dumps(content, indent=1) + "\n")
+            keep_results(self.path, content)
 
     def note(self, notes: Sequence[str]) -> None:
         """Keep lines that stand below the table."""
@@ -127,12 +136,16 @@ class Results(ABC):
             self.save()
 
     def markdown(self, command: str) -> str:
-        """Return table and notes in Markdown, between the command and what they depend on."""
-        lines = markdown_table(self.cells())
+        """Return table and notes in Markdown, between what made them and what they depend on."""
+        made = made_by(self.rows)
+        prior, trials = in_words(self.rows, "prior"), str(self.trials)
+        provenance = Provenance(made["version"], made["code"], prior, trials)
+        lines = [provenance.line, "", *markdown_table(self.cells())]
         if self.notes:
             lines += ["", *self.notes]
         facts = {**self._machine, **self._all_facts()}
-        return sections_markdown(self.name, command, lines, facts)
+        said = {key: value for key, value in facts.items() if key not in _IN_PROVENANCE}
+        return sections_markdown(self.name, command, lines, said)
 
     def summaries(self) -> dict[str, Any]:
         """Return what is written beside the rows; nothing by default."""
@@ -151,4 +164,4 @@ class Results(ABC):
         """Return, in words, every figure that misses its threshold."""
 
     def _all_facts(self) -> dict[str, Any]:
-        return {**self.facts, **self._sharing, "commit": commits(self.rows)}
+        return {**self.facts, **self._sharing, **made_by(self.rows)}

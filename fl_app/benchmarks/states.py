@@ -69,12 +69,12 @@ def trained_state(
     model: str,
     norm: str,
     name: str,
-    report: Callable[[str, float], None] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> State:
     """Return a state, trained now as far as the cache does not hold it.
 
-    The files are those of the federation, its code's training and the data: another one
-    has others. One is written after each epoch, so that what was killed goes on.
+    The files are those of the federation and the data: another one has others. One is
+    written after each epoch, so that what was killed goes on.
 
     Parameters
     ----------
@@ -84,8 +84,8 @@ def trained_state(
         See `create_model`.
     name : str
         ``epoch-N`` or ``converged``.
-    report : callable, optional
-        Called with the name and the accuracy of every epoch that is trained.
+    tell : callable, optional
+        Takes a line before the training, and one after each epoch with its accuracy.
 
     Raises
     ------
@@ -97,7 +97,8 @@ def trained_state(
         raise ConfigError("state is 'init', which is not trained")
     federation = replace(FEDERATION, model=model, norm=norm, rounds=wanted)
     kind = replace(federation, rounds=0).name
-    facts = json.dumps({"federation": kind, "data": fingerprint(data)}, sort_keys=True)
+    print_ = fingerprint(replace(data, split="train"))
+    facts = json.dumps({"federation": kind, "data": print_}, sort_keys=True)
     digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
 
     def file(epoch: int) -> Path:
@@ -111,12 +112,12 @@ def trained_state(
     test_set = load_split(data, "test")
     before = read_tensors(file(done))[0] if done else None
     states_folder().mkdir(parents=True, exist_ok=True)
-    network = federation.create(info, 0)
+    network, title = federation.create(info, 0), " ".join(filter(None, (model, norm)))
+    tell(f"{title} is trained to {name}, epoch {done + 1} to {wanted}; each is kept")
     rounds = global_models(federation, train_set, info, 0, done, before)
     for epoch, weights_now in enumerate(rounds, done + 1):
         network.load_state_dict(dict(weights_now))
         accuracy = round(evaluate(network, test_set, info.mean, info.std)[1], 4)
         write_tensors(file(epoch), weights_now, {"facts": facts, "accuracy": f"{accuracy:.4f}"})
-        if report:
-            report(f"epoch-{epoch}", accuracy)
+        tell(f"{title}, epoch-{epoch}: accuracy {accuracy:.1%}")
     return State(dict(weights_now), accuracy)

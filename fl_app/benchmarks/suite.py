@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,18 +24,18 @@ from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import Clients
 from fl_app.benchmarks.processes import in_processes
+from fl_app.benchmarks.provenance import code_hash, version
 from fl_app.benchmarks.results import Results
-from fl_app.benchmarks.rows import Row
+from fl_app.benchmarks.rows import SUFFIXES, Row
 from fl_app.benchmarks.states import trained_state
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
-from fl_app.data import ImageSet, dataset_info, draw_images, fingerprint, load_split
+from fl_app.data import ImageSet, dataset_info, fingerprint, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
 from fl_app.registry import PRIORS
 from fl_app.runs.folder import git_commit
 from server_strategies.priors.flow import find_weights
 
 _Kept = TypeVar("_Kept", bound=Results)
-_TRAIN_IMAGES = 2000  # that earlier rounds draw from
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Setting:
     seed : int
         Of the first trial; see `draw_client`.
     path : Path or None
-        JSON file of all rows; an existing one is continued. None: nothing is kept.
+        JSON file of all rows, compressed where it ends in ``.xz``; an existing one is
+        continued. None: nothing is kept.
     workers : int
         See `in_processes`.
     only : str
@@ -84,6 +85,9 @@ class Setting:
             raise ConfigError(
                 f"trials is {self.trials}; allowed: 1 or more, or 0 where --out holds results"
             )
+        if self.path and not self.path.name.endswith(SUFFIXES):
+            allowed = " or ".join(f"NAME{suffix}" for suffix in SUFFIXES)
+            raise ConfigError(f"out is {str(self.path)!r}; allowed: {allowed}")
         check_seed("seed", self.seed)
         if self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; allowed: 1 or more")
@@ -116,25 +120,32 @@ class Setting:
             )
         return load_split(self.private, self.split)
 
-    def clients(self, cases: Sequence[Case]) -> Clients:
-        """Return what clients are drawn from; training images and states if a case needs them."""
-        train_images = None
-        if any(case.rounds for case in cases):
-            train_images = draw_images(self.data, "train", _TRAIN_IMAGES, self.seed)
+    def clients(
+        self, cases: Sequence[Case], tell: Callable[[str], None] = lambda line: None
+    ) -> Clients:
+        """Return what clients are drawn from, with the states that cases start from.
+
+        Parameters
+        ----------
+        cases : sequence of Case
+        tell : callable, optional
+            Takes a line for each epoch of a state that is not in the cache and is trained now.
+        """
         wanted = {(case.model, case.norm, case.state) for case in cases if case.state != "init"}
         states = {
-            (model, norm, state): trained_state(self.data, model, norm, state)
+            (model, norm, state): trained_state(self.data, model, norm, state, tell)
             for model, norm, state in sorted(wanted)
         }
-        return Clients(self.images, self.info, train_images, states)
+        return Clients(self.images, self.info, states)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What results depend on beside the cases."""
+        """What results depend on beside the cases, and what makes them."""
         facts = {"dataset": self.data.name, "split": self.split, "first_seed": self.seed}
         prior = {"prior": self._prior_name} if self._prior_name else {}
         private = {"private": fingerprint(self.private)} if self.private else {}
-        return {**facts, **prior, **private, "commit": git_commit()}
+        made = {"commit": git_commit(), "version": version(), "code": code_hash()}
+        return {**facts, **prior, **private, **made}
 
     @property
     def _prior_name(self) -> str:
@@ -163,9 +174,13 @@ class Suite(ABC, Generic[_Kept]):
     ----------
     cases : tuple of Case
         In the order of the table.
+    split : str
+        Of the images that clients draw from, where none is asked for (`Setting.split`):
+        ``tuning`` of a benchmark by which constants are chosen.
     """
 
     cases: tuple[Case, ...]
+    split: str = field(default="test", kw_only=True)
 
     @abstractmethod
     def results(self, name: str, setting: Setting) -> _Kept:
@@ -208,7 +223,7 @@ class Suite(ABC, Generic[_Kept]):
         seeds = range(setting.seed, setting.seed + setting.trials)
         missing = results.missing(setting.only, seeds)
         if missing:
-            shared = self, setting.clients([case for case, _ in missing]), setting
+            shared = self, setting.clients([case for case, _ in missing], console.print), setting
             for rows in in_processes(_trial, shared, missing, setting.workers, name, console):
                 results.add(rows, setting.workers)
         return results
@@ -276,8 +291,10 @@ class ReadingSuite(Suite["ReadingResults"]):
 
     def trial(self, case: Case, seed: int, clients: Clients, setting: Setting) -> list[Row]:
         """See `Suite`."""
-        rows = self.read(*clients.draw(case, seed))
-        return [{"client": case.client, "seed": seed, **row} for row in rows]
+        state = clients.state_of(case)
+        shared = {"client": case.client, "seed": seed, "prior": ""}
+        shared["model_accuracy"] = state.accuracy if state else None
+        return [{**shared, **row} for row in self.read(*clients.draw(case, seed))]
 
 
 @dataclass

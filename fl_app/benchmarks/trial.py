@@ -11,11 +11,13 @@ from fl_app.audit.metrics import MEASURES, feature_mse, score, target_features
 from fl_app.audit.perceptual import load_lpips
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import Clients
+from fl_app.benchmarks.provenance import short_hash
 from fl_app.benchmarks.rows import Row
 from fl_app.config import PriorConfig
 from fl_app.protocol import Observation
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.run import create_attack, run_attack
+from server_strategies.priors.flow import weights_digest
 
 _perceptual = cache(load_lpips)
 
@@ -56,6 +58,7 @@ def attack_trial(
     return {
         "case": case.name,
         "seed": seed,
+        "prior": short_hash(weights_digest(prior.weights)) if attack.needs_prior else "",
         "accuracy": state.accuracy if state else None,
         "distortion": _distortion(clients, case, seed, observation),
         "update_bytes": size,

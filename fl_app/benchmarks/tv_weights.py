@@ -21,9 +21,10 @@ _BESIDE_FLOW: tuple[Options, ...] = ({"tv": 0.01}, {"tv": 0.03}, {"tv": 0.1})
 SUITE = AttackSuite(
     tuple(
         Case(client, flow(200, **options)) for client in PAIR for options in _ALONE + _BESIDE_FLOW
-    )
+    ),
+    split="tuning",
 )
 """The weights of total variation, with and without the flow: the grids behind `prior`.
 
-On trials that `prior` does not use: `--seed 1000 --trials 4`, about 70 minutes of one thread.
+On images that `prior` does not use. With 4 trials, about 70 minutes of one thread.
 """

@@ -1,4 +1,4 @@
-"""The command `flowleak bench`. It imports what it needs when it runs."""
+"""`flowleak bench`: benchmarks, and what made their tables. Imports come when a command runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from fl_app.commands.arguments import DatasetChoice, dataset_config, prior_weights, typed_path
+from fl_app.commands.group import DefaultGroup, group
 from fl_app.registry import BENCHMARKS
 
+bench_app = group("Benchmarks: `flowleak bench NAME` runs one, for short.", DefaultGroup)
 
-def bench(
+
+@bench_app.command("run")
+def run_benchmark(
     name: Annotated[
         str,
         typer.Argument(
@@ -25,9 +29,9 @@ def bench(
         str,
         typer.Option(
             help="Images that clients draw from: train, or one half of the test split: test, to "
-            "report, or tuning, to choose constants on."
+            "report, or tuning, to choose constants on; empty: the benchmark's own, test or tuning."
         ),
-    ] = "test",
+    ] = "",
     trials: Annotated[
         int,
         typer.Option(
@@ -39,8 +43,8 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file of all rows, with the table beside it (.md); one that exists is "
-            "continued."
+            help="JSON file of all rows, NAME.json or, compressed, NAME.json.xz, with the table "
+            "beside it (.md); one that exists is continued."
         ),
     ] = None,
     lpips_weights: Annotated[
@@ -76,6 +80,7 @@ def bench(
     ] = False,
 ) -> None:
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
+    from fl_app.benchmarks.rows import file_beside
     from fl_app.benchmarks.suite import Setting
     from fl_app.commands.output import screen
     from fl_app.config import ConfigError, PriorConfig
@@ -83,9 +88,10 @@ def bench(
 
     if name not in BENCHMARKS:
         raise ConfigError(BENCHMARKS.unknown(name))
+    suite, console = BENCHMARKS[name], screen()
     setting = Setting(
         dataset_config(dataset),
-        split,
+        split or suite.split,
         trials,
         seed,
         out,
@@ -95,14 +101,13 @@ def bench(
         lpips_weights if lpips_weights in ("", "download") else typed_path(lpips_weights),
         dataset_config(private) if private else None,
     )
-    suite, console = BENCHMARKS[name], screen()
     results = suite.run(name, setting, console)
     console.print(results.table())
     results.note(suite.notes(results, setting, console))
     for line in results.notes:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if out:
-        table = out.with_suffix(".md")
+        table = file_beside(out, ".md")
         write_text(table, results.markdown(setting.command(name, trials or results.trials)))
         console.print(f"Rows: {out}, table: {table}", soft_wrap=True)
     missed = results.shortfalls()
@@ -110,3 +115,28 @@ def bench(
         console.print(f"Misses its threshold: {words}", style="yellow")
     if check and missed:
         raise typer.Exit(1)
+
+
+@bench_app.command("status")
+def tell_status(
+    folder: Annotated[Path, typer.Argument(help="Folder of the tables (.md).")] = Path(
+        "docs/results"
+    ),
+    markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown",
+            help="Print Markdown instead, without the age: the same until a table changes.",
+        ),
+    ] = False,
+) -> None:
+    """Tell what made each table of a folder, and whether by the code that runs."""
+    from fl_app.benchmarks.status import kept_tables, status_cells
+    from fl_app.commands.output import screen, table_of
+    from fl_app.util.markdown import markdown_table
+
+    cells = status_cells(kept_tables(folder), lasting=markdown)
+    if markdown:
+        typer.echo("\n".join(markdown_table(cells)))
+    else:
+        screen().print(table_of(cells))

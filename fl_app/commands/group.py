@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 import click
 import typer
+from click.shell_completion import CompletionItem
 from typer.core import TyperArgument, TyperGroup
 
 
@@ -25,9 +26,26 @@ class Group(TyperGroup):
         return command
 
 
-def group(help_: str, **settings: Any) -> typer.Typer:
+class DefaultGroup(Group):
+    """A group whose first command is meant where none is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the first command's name before what is not the name of another."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = [next(iter(self.commands)), *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return what the first command's first argument may be, beside the other commands."""
+        first, *others = self.commands.values()
+        found = first.params[0].shell_complete(ctx, incomplete)
+        names = [str(each.name) for each in others]
+        return [*found, *(CompletionItem(name) for name in names if name.startswith(incomplete))]
+
+
+def group(help_: str, cls: type[Group] = Group, **settings: Any) -> typer.Typer:
     """Return an empty group of commands, which shows its help where no command is named."""
-    return typer.Typer(cls=Group, help=help_, no_args_is_help=True, **settings)
+    return typer.Typer(cls=cls, help=help_, no_args_is_help=True, **settings)
 
 
 def _describe(parameters: list[click.Parameter], function: Any) -> None:

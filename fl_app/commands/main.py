@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fl_app.commands.attacks import attack, score
-from fl_app.commands.bench import bench
+from fl_app.commands.bench import bench_app
 from fl_app.commands.delete import delete
 from fl_app.commands.group import group
 from fl_app.commands.listing import list_choices
@@ -24,9 +24,10 @@ app = group(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,  # keys are among them
 )
-for command in (runs, show, rounds, attack, score, delete, bench, train_state):
+for command in (runs, show, rounds, attack, score, delete, train_state):
     app.command()(command)
 app.command("list")(list_choices)
+app.add_typer(bench_app, name="bench")
 app.add_typer(prior_app, name="prior")
 app.add_typer(lan_app, name="lan")
 

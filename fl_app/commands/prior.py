@@ -124,18 +124,23 @@ def check_assumptions(
 ) -> None:
     """Measure the paper's assumptions A1 and A2 on a flow prior."""
     from fl_app.benchmarks.assumptions import assumption_tables
+    from fl_app.benchmarks.provenance import Provenance, code_hash, short_hash, version
     from fl_app.benchmarks.rows import machine
     from fl_app.data import dataset_info
     from fl_app.util.files import write_text
     from fl_app.util.markdown import sections_markdown
+    from server_strategies.priors.flow import weights_digest
 
     weights = prior_weights(weights)
     data, test = _test_split(dataset)
     facts = {"dataset": data.name, "split": "test", "commit": _commit()}
+    digest = short_hash(weights_digest(weights))
+    made = Provenance(version(), code_hash(), digest, f"1 of {images} images")
     lines = assumption_tables(weights, test, dataset_info(data), images, iterations)
     name = weights if not weights.endswith(".safetensors") else Path(weights).name
     command = f"flowleak prior assumptions {name} --dataset {data.name} --images {images}"
     command += f" --iterations {iterations}"
+    lines = [made.line, "", *lines]
     text = sections_markdown("assumptions", command, lines, {**machine(), **facts})
     screen().print(text, markup=False, highlight=False, soft_wrap=True)
     if out:

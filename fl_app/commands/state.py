@@ -23,8 +23,5 @@ def train_state(
 
     console = screen()
 
-    def report(name: str, accuracy: float) -> None:
-        console.print(f"{name}: accuracy {accuracy:.1%}")
-
-    found = trained_state(dataset_config(dataset), model, norm, state, report)
+    found = trained_state(dataset_config(dataset), model, norm, state, console.print)
     console.print(f"{state}: accuracy {found.accuracy:.1%}, in {states_folder()}", soft_wrap=True)

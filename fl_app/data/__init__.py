@@ -28,6 +28,7 @@ __all__ = [
     "dataset_info",
     "draw_images",
     "fingerprint",
+    "load_evaluation",
     "load_partition",
     "load_split",
     "on_hub",
@@ -62,17 +63,30 @@ def _encoded_split(config: DatasetConfig, split: str) -> datasets.Dataset:
     return encoded
 
 
+def _clients_rows(config: DatasetConfig) -> datasets.Dataset:
+    """Return what all clients hold together: the train split, or every second test image."""
+    rows = _encoded_split(config, config.split)
+    # Of benchmarks, the half by which no constant is chosen.
+    return rows if config.split == "train" else rows.select(range(1, len(rows), 2))
+
+
+def _evaluation_rows(config: DatasetConfig) -> datasets.Dataset:
+    """Return what evaluates the global model: the test images that no client holds."""
+    rows = _encoded_split(config, "test")
+    return rows if config.split == "train" else rows.select(range(0, len(rows), 2))
+
+
 @lru_cache(maxsize=2)
 def _partitioner(config: DatasetConfig, num_partitions: int, seed: int) -> Partitioner:
-    """Return flwr-datasets' partitioner over the train split, shuffled as FederatedDataset does."""
+    """Return flwr-datasets' partitioner of what clients hold, shuffled as FederatedDataset does."""
     with extras():
         from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
-    train = _encoded_split(config, "train")
+    train = _clients_rows(config)
     if not 1 <= num_partitions <= len(train):
         raise DataError(
             f"num_clients is {num_partitions}; allowed for {config.name}: "
-            f"1 to {len(train)}, its training images"
+            f"1 to {len(train)}, the images of dataset.split={config.split}"
         )
     if config.partitioner == "iid":
         partitioner: Partitioner = IidPartitioner(num_partitions)
@@ -101,9 +115,9 @@ def _partitioner(config: DatasetConfig, num_partitions: int, seed: int) -> Parti
 def load_partition(
     config: DatasetConfig, partition: int, num_partitions: int, seed: int
 ) -> ImageSet:
-    """Return a client's part of the train split; only its own images are decoded.
+    """Return a client's part of what all hold; only its own images are decoded.
 
-    The parts of all clients are disjoint and cover the split. They depend on
+    The parts of all clients are disjoint and cover it. They depend on
     the arguments alone, so every process cuts them alike.
 
     Parameters
@@ -146,16 +160,28 @@ def load_split(config: DatasetConfig, split: str) -> ImageSet:
     return read_images(_encoded_split(config, split), dataset_info(config), config.name)
 
 
-@lru_cache(maxsize=4)
-def fingerprint(config: DatasetConfig) -> str:
-    """Return a digest of a train split: of all labels, and of the pixels of a few images.
+@lru_cache(maxsize=2)
+def load_evaluation(config: DatasetConfig) -> ImageSet:
+    """Return the images that evaluate the global model: test images that no client holds.
 
     Raises
     ------
     DataError
         If the data is not there or is broken.
     """
-    rows = _encoded_split(config, "train")
+    return read_images(_evaluation_rows(config), dataset_info(config), config.name)
+
+
+@lru_cache(maxsize=4)
+def fingerprint(config: DatasetConfig) -> str:
+    """Return a digest of what all clients hold: of labels, and of the pixels of a few images.
+
+    Raises
+    ------
+    DataError
+        If the data is not there or is broken.
+    """
+    rows = _clients_rows(config)
     picks = np.unique(np.linspace(0, len(rows) - 1, _FINGERPRINT_IMAGES).astype(int))
     images = read_images(rows.select(picks), dataset_info(config), config.name).images
     digest = hashlib.sha256(json.dumps(rows["label"][:]).encode())
@@ -171,7 +197,7 @@ def check_test(config: DatasetConfig, num_clients: int) -> None:
     DataError
         As said. No image is decoded.
     """
-    count = len(_encoded_split(config, "test"))
+    count = len(_evaluation_rows(config))
     if count < num_clients:
         raise DataError(
             f"{config.name}: the test split holds {count} images for {num_clients} clients; "

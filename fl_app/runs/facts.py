@@ -5,20 +5,21 @@ The data set that a run was on may have changed since, or lie on another machine
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fl_app.audit.auditor import Auditor
 from fl_app.config import Config, ConfigError, DatasetConfig, from_settings, read_settings
 from fl_app.data import dataset_info, fingerprint, on_hub
 from fl_app.protocol import DatasetInfo, Knowledge
 from fl_app.util.text import printable
-from server_strategies.priors.flow import find_weights
+from server_strategies.priors.flow import weights_digest
 
 _DATA = "data"  # the entry of config.yaml
 
@@ -43,8 +44,27 @@ def run_facts(config: Config, knowledge: Knowledge, simulated: bool) -> dict[str
     data = {field.name: getattr(knowledge, field.name) for field in fields(DatasetInfo)}
     return {
         _DATA: {**data, "fingerprint": fingerprint(config.dataset) if simulated else None},
-        "prior_sha256": _prior_digest(config.prior.weights),
+        "prior_sha256": weights_digest(config.prior.weights),
     }
+
+
+def prior_saw(network: nn.Module, dataset: DatasetConfig) -> bool:
+    """Say whether a prior was trained on the split that clients hold, as far as its card tells.
+
+    Parameters
+    ----------
+    network : nn.Module
+        See `load_flow`; a plug-in's may say nothing.
+    dataset : DatasetConfig
+    """
+    facts: Mapping[str, str] = getattr(network, "facts", {})
+    # "... images, disjoint from ..." names what was left out.
+    trained_on = _letters(facts.get("data", "").partition("disjoint")[0])
+    return dataset.split == "train" and _letters(dataset.name) in trained_on
+
+
+def _letters(words: str) -> str:
+    return re.sub(r"[\W_]", "", words.lower())
 
 
 def open_auditor(
@@ -122,12 +142,3 @@ def _difference(dataset: DatasetConfig, info: DatasetInfo, known: str | None) ->
 def _differ(old: int | tuple[float, ...], new: int | tuple[float, ...]) -> bool:
     """Compare facts; the last digits of a mean depend on the machine."""
     return np.shape(old) != np.shape(new) or not np.allclose(old, new, rtol=0, atol=1e-6)
-
-
-def _prior_digest(weights: str) -> str | None:
-    """Return the SHA-256 of a prior's weights, None where they are in no file."""
-    try:
-        data = find_weights(weights).read_bytes()
-    except (ValueError, OSError):
-        return None  # a plug-in's; or missing, which the attack that needs it tells
-    return hashlib.sha256(data).hexdigest()

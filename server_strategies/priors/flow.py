@@ -7,6 +7,7 @@ that D(x_t, t) = x_t + (1 - t) v(x_t, t) is a denoiser.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -59,6 +60,21 @@ def find_weights(weights: str) -> Path:
             f"prior weights {weights!r} are not shipped; allowed: {', '.join(shipped)}, "
             "or the path of a .safetensors file"
         ) from error
+
+
+def weights_digest(weights: str) -> str | None:
+    """Return the SHA-256 of a prior's weights, None where they are in no file: a plug-in's.
+
+    Parameters
+    ----------
+    weights : str
+        See `load_flow`.
+    """
+    try:
+        data = find_weights(weights).read_bytes()
+    except (ValueError, OSError):
+        return None  # or it is missing, which the attack that needs it tells
+    return hashlib.sha256(data).hexdigest()
 
 
 def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:

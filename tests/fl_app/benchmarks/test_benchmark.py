@@ -12,7 +12,7 @@ import torch
 from helpers.command import flowleak
 from typer.testing import CliRunner
 
-from client_app.training import choose_batches, in_training_order, train
+from client_app.training import train
 from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
@@ -44,44 +44,14 @@ def test_a_trial_is_a_real_clients_training() -> None:
     train(model, truth.images, labels, batches, CASE.training, info.mean, info.std)
     assert all(torch.equal(observation.w1[k], v) for k, v in model.state_dict().items())
     assert knowledge.labels == truth.labels
-    with pytest.raises(ValueError, match="needs 2000 images"):
-        draw_client(
-            Case(LocalTraining(batch_size=1000, local_steps=2), CASE.attack), images, info, 0
-        )
 
 
-def test_a_trial_after_earlier_rounds_is_federated_averaging() -> None:
+def test_a_client_of_more_images_than_there_are_is_refused() -> None:
     config = load_config().dataset
-    info, images = dataset_info(config), load_split(config, "test")
-    case = replace(CASE, model="resnet8", rounds=2)
-    assert case.client == "resnet8 BatchNorm train sgd 0.01 K=2 B=2 after 2 rounds"
-    observation, knowledge, truth = draw_client(case, images, info, 4, images)
-    assert observation.round == truth.round == 3 and knowledge.norm == ""
-    # Four clients a round, and the mean of what they return.
-    model = create_model("resnet8", info.num_classes, info.image_shape, seed=4)
-    generator = torch.Generator().manual_seed(4)
-    weights = {n: w.clone() for n, w in model.state_dict().items()}
-    for _ in range(2):
-        total = {n: torch.zeros_like(w, dtype=torch.float64) for n, w in weights.items()}
-        for _ in range(4):
-            model.load_state_dict(weights)
-            picks = torch.randperm(len(images), generator=generator)[:4]
-            _, batches = in_training_order(choose_batches(4, case.training, generator))
-            private, labels = images.images[picks].float() / 255, images.labels[picks]
-            steps = [torch.tensor(batch) for batch in batches]
-            train(model, private, labels, steps, case.training, info.mean, info.std)
-            for name, w in model.state_dict().items():
-                total[name] += w.double() / 4
-        weights = {n: t.to(weights[n].dtype) for n, t in total.items()}
-    for name, w in observation.w0.items():
-        torch.testing.assert_close(w, weights[name])
-    assert observation.w0["body.1.num_batches_tracked"] == 4  # two rounds of two steps
-    reason = "rounds of training before the attack need training images"
-    with pytest.raises(ValueError, match=reason):
-        draw_client(case, images, info, 4)
+    images = load_split(config, "test")
+    few = ImageSet(images.images[:3], images.labels[:3])
     with pytest.raises(ValueError, match="needs 4 images, the split holds 3"):
-        few = ImageSet(images.images[:3], images.labels[:3])
-        draw_client(replace(case, rounds=0), few, info, 4)
+        draw_client(CASE, few, dataset_info(config), 4)
 
 
 def test_a_threshold_above_the_mean_colour() -> None:

@@ -14,6 +14,8 @@ from fl_app.benchmarks.clients import draw_client
 from fl_app.benchmarks.states import epochs_of, states_folder, trained_state
 from fl_app.benchmarks.suite import Setting
 from fl_app.config import AttackConfig, ConfigError, load_config
+from fl_app.data import dataset_info
+from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
 
 
@@ -37,12 +39,12 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_state_is_trained_once_and_carried_on(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_config().dataset
     told: list[str] = []
-    first = trained_state(data, "mlp", "", "epoch-1", lambda name, _: told.append(name))
-    again = trained_state(data, "mlp", "", "epoch-1", lambda name, _: told.append(name))
-    assert told == ["epoch-1"]
+    first = trained_state(data, "mlp", "", "epoch-1", told.append)
+    again = trained_state(data, "mlp", "", "epoch-1", told.append)
     assert 0 <= first.accuracy == again.accuracy <= 1
-    second = trained_state(data, "mlp", "", "epoch-2", lambda name, _: told.append(name))
-    assert told == ["epoch-1", "epoch-2"]
+    assert told[1:] == [f"mlp, epoch-1: accuracy {first.accuracy:.1%}"]
+    second = trained_state(data, "mlp", "", "epoch-2", told.append)
+    assert [line[: line.index("epoch-2")] for line in told[2:]] == ["mlp is trained to ", "mlp, "]
     assert len(list(states_folder().iterdir())) == 2
     # What was carried on is what one training in a piece makes.
     monkeypatch.setenv("XDG_CACHE_HOME", str(states_folder() / "other"))
@@ -58,13 +60,29 @@ def test_a_client_starts_from_its_cases_state() -> None:
     training = LocalTraining("sgd", lr=0.01, batch_size=1, local_steps=2)
     case = Case(training, AttackConfig("sme", 1), model="mlp", state="epoch-1")
     assert "at epoch-1" in case.client
-    clients = setting.clients([case])
+    told: list[str] = []
+    clients = setting.clients([case], told.append)
+    assert len(told) == 2  # a training that takes long is no silent one
     state = clients.state_of(case)
     assert state is not None
-    observation, _, _ = clients.draw(case, 0)
+    observation, _, truth = clients.draw(case, 0)
+    assert observation.round == truth.round == 2
     assert all(torch.equal(w, state.weights[name]) for name, w in observation.w0.items())
     with pytest.raises(ValueError, match="epoch-1, which is not given"):
         draw_client(case, setting.images, setting.info, 0)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("model", ["resnet8", "vgg11", "mlp_mixer", "lenet5"])
+def test_states_of_other_models(model: str) -> None:
+    data = load_config().dataset
+    state = trained_state(data, model, "", "epoch-1")
+    network = create_model(model, dataset_info(data).num_classes, (3, 32, 32), 1)
+    network.load_state_dict(state.weights)
+    assert all(torch.isfinite(w).all() for w in state.weights.values())
+    steps = [w for name, w in state.weights.items() if name.endswith("num_batches_tracked")]
+    assert all(w == 2 for w in steps)  # 20 images in batches of 16
+    assert bool(steps) == (model in ("resnet8", "vgg11"))
 
 
 def test_images_to_tune_on_are_none_to_report_on() -> None:

@@ -38,8 +38,8 @@ from flowleak.__main__ import main
 main()
 """
 QUICK = (
-    "--help", "--version", "lan --help", "bench --help", "prior train --help", "list attacks",
-    "list models --json", "runs", "show x", "rounds x",
+    "--help", "--version", "lan --help", "bench --help", "bench status --help",
+    "prior train --help", "list attacks", "list models --json", "runs", "show x", "rounds x",
 )  # fmt: skip
 MOST = 0.7  # seconds of CPU
 
@@ -114,10 +114,16 @@ def test_help_says_what_every_argument_and_option_allows() -> None:
 
 def test_the_version_and_completion() -> None:
     assert re.fullmatch(r"flowleak \d+\.\d+\.\d+\n", flowleak("--version"))
-    complete = {
-        "_FLOWLEAK_COMPLETE": "complete_bash", "COMP_WORDS": "flowleak list m", "COMP_CWORD": "2"
-    }  # fmt: skip
-    assert CliRunner().invoke(app, env=complete, prog_name="flowleak").output.split() == ["models"]
+    for words, expected in (
+        ("list m", ["models"]), ("bench st", ["status"]), ("bench qu", ["quick"])
+    ):  # fmt: skip
+        complete = {
+            "_FLOWLEAK_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"flowleak {words}",
+            "COMP_CWORD": "2",
+        }
+        shown = CliRunner().invoke(app, env=complete, prog_name="flowleak").output
+        assert shown.split() == expected
 
 
 @pytest.mark.parametrize("command", ["runs", "show x", "rounds x", "list models"])

@@ -21,7 +21,15 @@ from PIL import Image
 from fl_app import data
 from fl_app.commands.arguments import named_after
 from fl_app.config import DatasetConfig, load_config
-from fl_app.data import DataError, dataset_info, load_partition, load_split, photos
+from fl_app.data import (
+    DataError,
+    dataset_info,
+    fingerprint,
+    load_evaluation,
+    load_partition,
+    load_split,
+    photos,
+)
 from fl_app.data.base import channel_statistics, read_image
 from fl_app.models import create_model
 from fl_app.server_app import _prepare
@@ -44,6 +52,21 @@ def folder(tmp_path: Path) -> Path:
             write_image(tmp_path / "train" / name / f"{number}.png", 60 + 100 * label + number)
     write_image(tmp_path / "test" / "dog" / "0.png", 200)
     return tmp_path
+
+
+def test_clients_may_hold_test_images_and_the_others_evaluate() -> None:
+    config = replace(PHOTOS, split="test")
+    held = [load_partition(config, client, 3, seed=1).images for client in range(3)]
+    both = torch.cat([*held, load_evaluation(config).images])
+    test = load_split(PHOTOS, "test").images
+    assert sorted(map(bytes_of, both)) == sorted(map(bytes_of, test))
+    assert abs(len(load_evaluation(config)) - len(test) / 2) < 1
+    assert torch.equal(load_evaluation(PHOTOS).images, test)
+    assert fingerprint(config) != fingerprint(PHOTOS)
+
+
+def bytes_of(image: torch.Tensor) -> bytes:
+    return image.numpy().tobytes()
 
 
 def test_photos_facts() -> None:

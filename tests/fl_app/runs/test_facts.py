@@ -14,11 +14,12 @@ from PIL import Image
 from fl_app import data
 from fl_app.audit.baselines import MEAN_COLOUR, TRAINING
 from fl_app.audit.truth import Truth, write_truth
-from fl_app.config import Config, ConfigError, load_config
+from fl_app.config import Config, ConfigError, DatasetConfig, load_config
 from fl_app.data import dataset_info
 from fl_app.protocol import Observation
-from fl_app.runs.facts import open_auditor, run_facts
+from fl_app.runs.facts import open_auditor, prior_saw, run_facts
 from fl_app.runs.folder import create_run
+from server_strategies.priors.flow import load_flow
 
 
 @pytest.fixture
@@ -112,3 +113,14 @@ def test_a_run_records_what_it_ran_on(images: Path) -> None:
     assert {"python", "flwr", "torch", "datasets"} <= recorded["versions"].keys()
     deployed = run_facts(config, config.knowledge(dataset_info(config.dataset)), simulated=False)
     assert deployed["data"]["fingerprint"] is None  # of other machines' images
+
+
+def test_a_prior_that_saw_the_clients_images_is_told() -> None:
+    def saw(name: str, split: str) -> bool:
+        return prior_saw(load_flow("compact"), DatasetConfig(name, "x", split))
+
+    assert saw("tiny_imagenet", "train")
+    assert not saw("tiny_imagenet", "test")
+    assert not saw("cifar10", "train")  # named as what was left out
+    assert load_config({"dataset": "tiny_imagenet"}).dataset.split == "test"
+    assert not prior_saw(torch.nn.Identity(), DatasetConfig())
