@@ -24,6 +24,7 @@ from fl_app.models.extensions import local_loss
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from fl_app.protocol.optimizer import create_optimizer
+from server_strategies.attacks.matching.adam.fingerprints import single_step_rows
 
 METHODS = ("auto", "idlg", "llg", "dlf", "simulate")
 
@@ -38,6 +39,8 @@ _FEATURE_WIDTH, _BIAS_WIDTH = 0.15, 0.05  # of a likelihood's kernel, in the dis
 _FEATURE_WEIGHT = 0.2  # the features' errors are not independent
 # Relative error of the simulated softmax: at w0, and for its relative change since.
 _P_ERROR, _P_DRIFT = 0.02, 0.5
+# Of columns that one step changed: share of false signs, and how many of a step's count.
+_FALSE_SIGN, _MOST_COLUMNS = 1e-4, 20
 _FEATURE_FLOOR, _BIAS_FLOOR = -4.0, -12.0  # log likelihood of a coordinate that does not fit at all
 
 
@@ -353,7 +356,8 @@ class _Search:
     class's own counts alone. So a class's displacement can be simulated for any sequence
     of its counts over the steps, on batches of random images in place of the private
     ones. They give every coordinate a distribution, and the sequence a likelihood of the
-    observed displacement. Sequences of all classes, whose counts sum to B in each step,
+    observed displacement. Where Adam shows the signs of single steps, they count as well,
+    see `_shown`. Sequences of all classes, whose counts sum to B in each step,
     are searched by annealing: one change gives one image of one step another label, or,
     where the counts over all steps are given, lets two images swap their labels. Either
     is a move of one class's counts over the batches and its reverse of another class's.
@@ -399,6 +403,7 @@ class _Search:
         self.features = self._features()
         self.seen = head.after - head.before
         self.columns = self._columns()
+        self.shown = self._shown()
         self.sums = [
             self._cumulative(features[:, self.columns], self.sizes[batch])
             for features, batch in zip(self.features, self.batch_of, strict=True)
@@ -499,6 +504,48 @@ class _Search:
         bias = torch.arange(hidden, self.seen.shape[1])
         return torch.cat([part, bias]).to(self.seen.device)
 
+    def _shown(self) -> tuple[Tensor, Tensor, float]:
+        """Return by batch what the columns that Adam changed in one step alone show of classes.
+
+        The gradient of class c at input j is ``mean_i (p_ic - [y_i = c]) h_ij`` with
+        activations h >= 0: it is negative only where an image of the class activates the
+        input. Inputs that only one batch activates have updates of that step's length,
+        see `single_step_rows`, whose signs are the gradient's.
+
+        Returns
+        -------
+        columns : Tensor, shape (batches,)
+            Such inputs; of many `_MOST_COLUMNS` count, since they are not independent.
+        negative : Tensor, shape (batches, C)
+            How many of them have a negative gradient, by class.
+        share : float
+            Estimated share of an image's chance to make such an input's gradient negative.
+        """
+        hidden = self.head.before.shape[1] - self.bias
+        before, after = (w[:, :hidden].T for w in (self.head.before, self.head.after))
+        updates, _, of_step = single_step_rows(before, after, self.training, len(self.batch_of))
+        columns = torch.zeros(len(self.sizes))
+        negative = torch.zeros(len(self.sizes), len(self.head.before))
+        for step, batch in enumerate(self.batch_of):
+            rows = updates[of_step == step]
+            columns[batch] += len(rows)
+            negative[batch] += (rows < 0).sum(0).cpu()
+        images = float((columns * torch.tensor(self.sizes)).sum())
+        share = float(negative.sum()) / images if images else 0.5
+        less = (_MOST_COLUMNS / columns.clamp(min=1)).clamp(max=1)
+        return columns * less, negative * less[:, None], min(max(share, 0.1), 0.9)
+
+    def _signs(self, c: int, table: Tensor) -> Tensor:
+        """Return the log likelihood of a class's signs by sequence of its counts, see `_shown`.
+
+        Each of n images of the class makes a gradient negative by the same chance s:
+        ``1 - (1 - s)^n`` together.
+        """
+        columns, negative, share = self.shown
+        chance = (1 - (1 - share) ** table).clamp(_FALSE_SIGN, 1 - _FALSE_SIGN)
+        positive = columns - negative[:, c]
+        return (negative[:, c] * chance.log() + positive * (1 - chance).log()).sum(1)
+
     def _cumulative(self, features: Tensor, size: int) -> Tensor:
         """Return sums over the first 0..B images of random batches, over B: (B + 1, M, d)."""
         picks = torch.randint(len(features), (size, _SAMPLES), generator=self.generator)
@@ -559,7 +606,7 @@ class _Search:
         ).sum(1)
         if self.bias:
             total += _density(error[..., hidden:], _BIAS_WIDTH * rms[hidden:], _BIAS_FLOOR).sum(1)
-        total = total.cpu() - torch.lgamma(table + 1.0).sum(1)
+        total = total.cpu() - torch.lgamma(table + 1.0).sum(1) + self._signs(c, table)
         for sequence, value in zip(sequences, total.tolist(), strict=True):
             self.likelihoods[c, sequence] = value
 

@@ -58,5 +58,6 @@ def client(
     batches = [torch.tensor(batch) for batch in training.batches(count)]
     train(model, images, labels, batches, training, MEAN, STD)
     observation = Observation(w0, model.state_dict(), count, round=1, node=1, client=1)
-    knowledge = Knowledge(architecture, 10, SHAPE, MEAN, STD, training, tuple(labels.tolist()))
+    knowledge = Knowledge(architecture, 10, SHAPE, MEAN, STD, training)
+    knowledge = knowledge.granting("by-step", tuple(labels.tolist()))
     return observation, knowledge, normalise(images, MEAN, STD)

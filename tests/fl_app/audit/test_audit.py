@@ -109,7 +109,8 @@ def test_shuffling_the_reconstructions_changes_no_score() -> None:
     shuffled = score(reconstruction_of(y[shuffle], tuple(shuffle.tolist())), truth, MEAN)
     assert plain.metrics == shuffled.metrics
     assert plain.psnr_by_step == shuffled.psnr_by_step
-    assert plain.label_accuracy is None and plain.reasons["label_accuracy"] == "labels were given"
+    assert plain.label_accuracy is None
+    assert plain.reasons["label_accuracy"] == "labels were given: by-step"
 
     values = psnr(y, x).tolist()
     first = (values[0] + values[1]) / 2
@@ -224,7 +225,7 @@ def test_without_weights_lpips_is_a_reason_not_a_random_network(
 
 
 def line_of(**fields: object) -> LogLine:
-    line = LogLine(round=1, node=7, client=0, attack="sme", status="ok", labels="given")
+    line = LogLine(round=1, node=7, client=0, attack="sme", status="ok", labels="by-step")
     return replace(line, **fields)  # type: ignore[arg-type]
 
 
@@ -410,7 +411,8 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
         auditor.grant(observation)
     x = images(4)
     write_truth(audit.run_dir, truth_of(x))
-    assert auditor.grant(observation).labels == (0, 1, 2, 3)
+    granted = auditor.grant(observation)
+    assert (granted.labels, granted.labels_level) == ((0, 1, 2, 3), "counts")
 
     auditor.record(observation, reconstruction_of((x + 0.1 * images(4, 1)).clamp(0, 1).flip(0)))
     auditor.record(observation, replace(reconstruction_of(images(4, 2)), diagnosis=("noisy",)))
@@ -419,7 +421,7 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
     auditor.record_skipped(2, 9, "the update has no arrays")
     good, poor, broken, failed, skipped = auditor.lines()
 
-    assert good["status"] == "ok" and good["client"] == 2 and good["labels"] == "given"
+    assert good["status"] == "ok" and good["client"] == 2 and good["labels"] == "counts"
     assert good["metrics"]["psnr"]["mean"] > 20 > good["metrics"]["psnr"]["baseline"]
     assert good["labels_source"] == "given" and good["label_accuracy"] is None
     assert good["metrics"]["lpips_vgg"] is None

@@ -51,7 +51,7 @@ def client(
     train(model, images, labels, batches, training, MEAN, STD)
     observation = Observation(w0, model.state_dict(), count, round=1, node=1, client=1)
     known = tuple(labels.tolist())
-    knowledge = Knowledge(name, 10, shape, MEAN, STD, training, known, norm=norm)
+    knowledge = Knowledge(name, 10, shape, MEAN, STD, training, known, "by-step", norm=norm)
     return observation, knowledge, normalise(images, MEAN, STD)
 
 

@@ -176,7 +176,7 @@ def randomised(
     train(model, images, labels, batches, training, MEAN, STD)
     observation = Observation(w0, model.state_dict(), 6, round=1, node=1, client=1)
     knowledge = Knowledge(
-        "mlp", 10, SHAPE, MEAN, STD, training, tuple(labels.tolist()),
+        "mlp", 10, SHAPE, MEAN, STD, training, tuple(labels.tolist()), labels_level="by-step",
         defense=Defense(precode=precode, dropout=dropout) if known else Defense(),
         precode=precode, dropout=dropout,
     )  # fmt: skip
@@ -299,7 +299,7 @@ def summed(
         labels, images = labels + classes, [*images, own]
     observation = Observation(w0, w1, sum(sizes), 1, node=0, client=-1, examples=sizes)
     knowledge = Knowledge(
-        "mlp", 10, SHAPE, MEAN, STD, training, labels, defense=Defense(secagg=True)
+        "mlp", 10, SHAPE, MEAN, STD, training, labels, "by-step", defense=Defense(secagg=True)
     )
     return observation, knowledge, torch.cat(images)
 

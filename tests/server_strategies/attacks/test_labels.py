@@ -210,6 +210,7 @@ def test_inferred_labels_are_scored_and_given_ones_are_not() -> None:
     truth = Truth(x, (0, 1, 1), ((0, 1, 2),), round=1, node=1)
     given = Reconstruction("", x, (1, 0, 0), (0.1,), 1, 1.0, 0, 0, "iterations")
     assert score(given, truth, (0.5,) * 3, num_classes=10).label_accuracy is None
-    inferred = score(replace(given, labels_source="dlf"), truth, (0.5,) * 3, num_classes=10)
+    found = replace(given, labels_source="dlf", labels_level="unknown")
+    inferred = score(found, truth, (0.5,) * 3, num_classes=10)
     assert inferred.label_accuracy == pytest.approx(2 / 3)  # counts: the order does not matter
     assert inferred.label_chance == pytest.approx(0.3 * 2 / 3)

@@ -144,36 +144,65 @@ def find_fingerprints(
         the fewest images activate. Empty for SGD, whose updates do not identify the
         step, and for Adam with weight decay, which changes every weight in every step.
     """
-    if training.optimizer == "sgd" or (training.optimizer == "adam" and training.weight_decay):
-        return []
     decay = training.lr * training.weight_decay
-    limits = single_step_updates(num_steps, decay).flip(0)  # ascending
+    limits = single_step_updates(num_steps, decay)
     found = []
     for name, before in w0.items():
         if before.dim() != 2:
             continue
-        # In units of lr, and in float64, so that only the weights' rounding remains.
-        updates = (before.double() * (1 - decay) ** num_steps - w1[name].double()) / training.lr
-        # Each step stores a weight to half a unit in its last place.
+        updates, rounding, of_step = single_step_rows(before, w1[name], training, num_steps)
         unit = torch.finfo(before.dtype).eps / 2
-        rounding = unit * before.abs().double() * num_steps**0.5 / training.lr
-        updates = torch.where(updates.abs() > rounding, updates, 0)
-        limits = limits.to(updates.device)
-        share = _shares(updates, limits)
         for step in range(num_steps):
-            rows = (share[:, num_steps - 1 - step] > _SHARE).nonzero()[:, 0]
+            rows = (of_step == step).nonzero()[:, 0]
             if not len(rows):
                 continue
             sparsest = (updates[rows] == 0).sum(1).argsort(descending=True, stable=True)
             rows = rows[sparsest[:_MOST]]
             a, b = single_step_terms(step, num_steps, decay)
             # Adam's own arithmetic adds an error of about five such units.
-            error = rounding[rows] + 5 * unit * limits[num_steps - 1 - step]
+            error = rounding[rows] + 5 * unit * float(limits[step])
             size, spread = inverted(updates[rows].abs(), a.to(updates), b.to(updates), error)
             gradient = (size * updates[rows].sign()).to(before.dtype)
             weight = spread.isfinite().to(before.dtype)
             found.append(Fingerprint(step, name, rows, gradient, spread.to(before.dtype), weight))
     return found
+
+
+def single_step_rows(
+    before: Tensor, after: Tensor, training: LocalTraining, num_steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the updates of a weight's rows, and which local step alone changed each row.
+
+    Parameters
+    ----------
+    before, after : Tensor, shape (R, D)
+    training : LocalTraining
+    num_steps : int
+        K.
+
+    Returns
+    -------
+    updates : Tensor of float64, shape (R, D)
+        ``before - after`` in units of lr, of the sign of the gradient; 0 within rounding.
+    rounding : Tensor of float64, shape (R, D)
+        How far the weights' rounding may have moved them.
+    step : Tensor of int64, shape (R,)
+        -1 where several steps changed a row, or none did. So everywhere for SGD, and for
+        Adam with weight decay.
+    """
+    decay = training.lr * training.weight_decay
+    # In units of lr, and in float64, so that only the weights' rounding remains.
+    updates = (before.double() * (1 - decay) ** num_steps - after.double()) / training.lr
+    # Each step stores a weight to half a unit in its last place.
+    unit = torch.finfo(before.dtype).eps / 2
+    rounding = unit * before.abs().double() * num_steps**0.5 / training.lr
+    updates = torch.where(updates.abs() > rounding, updates, 0)
+    none = torch.full((len(before),), -1, device=before.device)
+    if training.optimizer == "sgd" or (training.optimizer == "adam" and training.weight_decay):
+        return updates, rounding, none
+    limits = single_step_updates(num_steps, decay).flip(0)  # ascending
+    most, place = _shares(updates, limits.to(updates.device)).max(1)
+    return updates, rounding, torch.where(most > _SHARE, num_steps - 1 - place, none)
 
 
 def _shares(updates: Tensor, limits: Tensor) -> Tensor:
