@@ -9,25 +9,40 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fl_app.audit.exposure import chance_words, identified_of, identified_words, verdict
 from fl_app.util.text import printable
 
 
-def beats_mean_colour(metrics: Mapping[str, Any]) -> bool:
-    """Say whether a line's mean PSNR is above that of the mean-colour baseline."""
-    score = metrics["psnr"]
-    return None not in (score["mean"], score["baseline"]) and score["mean"] > score["baseline"]
+_SCORES = (
+    "PSNR mean", "me- dian", "worst tenth", "mean colour", "single colour", "iden- tified",
+    "SSIM", "LPIPS VGG", "Time s",
+)  # fmt: skip
+
+
+def single_colour(line: Mapping[str, Any]) -> float | None:
+    """Return the mean PSNR in dB of the best single colour of each image of a line."""
+    known = [value for value in line["single_colour"] if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def line_verdict(line: Mapping[str, Any]) -> str:
+    """Say that a line's PSNR, which it has, shows no reconstruction; nothing where it does."""
+    score = line["metrics"]["psnr"]
+    if None in (score["mean"], score["baseline"]):
+        return "PSNR not finite"
+    return verdict(score["mean"], score["baseline"], single_colour(line))
 
 
 def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of a run from the lines of its log; it fits 80 columns.
 
-    A reconstruction that is no better than the mean colour is said to be so;
-    failed attacks are red, with their error below the table, as is what the
-    diagnosis of the others found, the scores of those without a truth, that a run
-    holds private images, and the clients' defence.
+    A reconstruction that is no better than the mean colour, or shows no structure, is said
+    to be so; failed attacks are red, with their error below the table, as is what the
+    diagnosis of the others found, what identified images are told from, the scores of those
+    without a truth, that a run holds private images, and the clients' defence.
     """
     table = Table(
-        title="Leakage: mean over a client's images, PSNR with its 95% interval",
+        title="Leakage: a client's images, PSNR in dB; worst tenth: of those that leak most",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -35,8 +50,7 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("Round", "Client"):
         table.add_column(name, justify="right")
     table.add_column("Attack", overflow="fold")
-    table.add_column("PSNR dB", justify="right", no_wrap=True)
-    for name in ("Mean colour dB", "SSIM", "LPIPS VGG", "LPIPS Alex", "Time s"):
+    for name in _SCORES:
         table.add_column(name, justify="right")
     table.add_column("Note")
     below = Text(justify="left")
@@ -47,10 +61,12 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             str(line["round"]),
             _client(line),
             line["attack"],
-            _number(metrics, "psnr", "mean", 1) + _half_width(metrics.get("psnr")),
+            *(_number(metrics, "psnr", name, 1) for name in ("mean", "median", "worst_tenth")),
             _number(metrics, "psnr", "baseline", 1),
-            *(_number(metrics, name, "mean", 3) for name in ("ssim", "lpips_vgg", "lpips_alex")),
-            f"{line['seconds']:.1f}" if line["status"] == "ok" else "-",
+            _decimal(single_colour(line), 1),
+            _identified(line),
+            *(_number(metrics, name, "mean", 2) for name in ("ssim", "lpips_vgg")),
+            f"{line['seconds']:.0f}" if line["status"] == "ok" else "-",
             note,
         ]
         # Text, not str: a name may look like rich's markup.
@@ -68,6 +84,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             below.append(f"{where}, no truth: {_alone(line['reference_free'])}\n")
     if any(line["truth"] for line in lines):
         below.append("With Truth: the clients' private batches were there to score with.\n")
+    if any(line["identification"] for line in lines):
+        below.append(_identification(lines))
     for words in dict.fromkeys(_defence(line) for line in lines):
         below.append(words)
     table.caption = below if below else None
@@ -97,9 +115,23 @@ def _note(line: Mapping[str, Any]) -> tuple[str, str]:
     labels = _labels(line)
     if line["metrics"].get("psnr") is None:
         return f"{line['reasons'].get('metrics', 'not scored')}; {labels}", ""
-    if beats_mean_colour(line["metrics"]):
-        return labels, ""
-    return f"no better than the mean colour; {labels}", "dim"
+    words = line_verdict(line)
+    return (f"{words}; {labels}", "dim") if words else (labels, "")
+
+
+def _identified(line: Mapping[str, Any]) -> str:
+    """Return how many of a line's images are identified; how many there are where none can be."""
+    found = identified_of([line["identification"]])
+    scored = len((line["metrics"].get("psnr") or {}).get("values") or ())
+    return f"- of {scored}" if scored and not found else identified_words(found)
+
+
+def _identification(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Say what images are identified by, among how many, and what chance is."""
+    there = [line["identification"] for line in lines if line["identification"]]
+    by = " or ".join(dict.fromkeys(printable(found["by"]) for found in there))
+    found = identified_of(there)
+    return f"Identified by {by}: {chance_words(found)}.\n" if found else ""
 
 
 def _alone(scores: Mapping[str, Any]) -> str:
@@ -126,11 +158,8 @@ def _labels(line: Mapping[str, Any]) -> str:
 
 
 def _number(metrics: Mapping[str, Any], name: str, field: str, digits: int) -> str:
-    value = (metrics.get(name) or {}).get(field)
+    return _decimal((metrics.get(name) or {}).get(field), digits)
+
+
+def _decimal(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _half_width(score: Mapping[str, Any] | None) -> str:
-    if score is None or score["low"] is None or score["high"] is None:
-        return ""
-    return f" ±{(score['high'] - score['low']) / 2:.1f}"
