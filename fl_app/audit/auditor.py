@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from client_app.defenses import update_bytes
 from fl_app.audit.baselines import PRIOR, TRAINING, baseline_images
-from fl_app.audit.exposure import chance_words, identified_of, identified_words, verdict
+from fl_app.audit.exposure import (
+    chance_words,
+    count_words,
+    identified_of,
+    mean_single_colour,
+    verdict,
+)
 from fl_app.audit.identification import (
     Identification,
     Identifier,
@@ -418,16 +424,16 @@ def _caption(leakage: Leakage) -> list[str]:
     """Say what a picture's reconstructions score."""
     psnr = leakage.metrics["psnr"]
     assert psnr is not None
-    colour = sum(leakage.single_colour) / len(leakage.single_colour)
+    line = asdict(leakage)
+    colour = mean_single_colour([line])
     words = verdict(psnr.mean, psnr.baseline, colour)
     lines = [
         f"PSNR: mean {psnr.mean:.1f} dB, median {psnr.median:.1f}, worst tenth "
         f"{psnr.worst_tenth:.1f}{words and f': {words}'}",
-        f"the mean colour {psnr.baseline:.1f} dB, the best single colour {colour:.1f}",
+        f"the mean colour {psnr.baseline:.1f} dB, each image's own {colour:.1f}",
     ]
-    found = identified_of([leakage.identification and asdict(leakage.identification)])
-    if found:
-        lines.append(f"{identified_words(found)} identified, {chance_words(found)}")
+    if found := identified_of([line]):
+        lines.append(f"{count_words(found)} identified, {chance_words(found)}")
     return lines
 
 

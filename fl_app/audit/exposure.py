@@ -83,6 +83,41 @@ def verdict(mean: float, mean_colour: float | None, single_colour: float | None)
     return ""
 
 
+def mean_single_colour(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the mean of ``single_colour``, PSNR in dB, over the images of lines that have it."""
+    found = (value for line in lines for value in line.get("single_colour", ()))
+    known = [value for value in found if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+class Recognised(TypedDict):
+    """How many images are recognisable, see `RECOGNISABLE`.
+
+    Attributes
+    ----------
+    count, of : int
+    chance : float
+        Share of the images that the mean-colour baseline is recognisable as.
+    """
+
+    count: int
+    of: int
+    chance: float
+
+
+def recognised_of(lines: Iterable[Mapping[str, Any]]) -> Recognised | None:
+    """Count the recognisable images of lines that say it; None where none does."""
+    known = [line for line in lines if line.get("recognisable")]
+    if not known:
+        return None
+    images = sum(len(line["recognisable"]) for line in known)
+    by_chance = math.fsum(
+        len(line["recognisable"]) * (line["recognisable_chance"] or 0) for line in known
+    )
+    count = sum(sum(line["recognisable"]) for line in known)
+    return Recognised(count=count, of=images, chance=by_chance / images)
+
+
 class Identified(TypedDict):
     """How many images are identified, see `fl_app.audit.identification`.
 
@@ -102,13 +137,8 @@ class Identified(TypedDict):
     chance: float
 
 
-def identified_of(found: Iterable[Mapping[str, Any] | None]) -> Identified | None:
-    """Count the identified images of some clients.
-
-    Parameters
-    ----------
-    found : iterable of (mapping or None)
-        What `Identification` holds, one a client; None where it could not be had.
+def identified_of(lines: Iterable[Mapping[str, Any]]) -> Identified | None:
+    """Count the identified images of some lines, each with what `Identification` holds or None.
 
     Returns
     -------
@@ -117,8 +147,8 @@ def identified_of(found: Iterable[Mapping[str, Any] | None]) -> Identified | Non
     """
     pairs = [
         (identified, candidates)
-        for each in found
-        if each
+        for line in lines
+        if (each := line.get("identification"))
         for identified, candidates in zip(each["identified"], each["candidates"], strict=True)
         if identified is not None
     ]
@@ -133,7 +163,7 @@ def identified_of(found: Iterable[Mapping[str, Any] | None]) -> Identified | Non
     )
 
 
-def identified_words(found: Mapping[str, Any] | None) -> str:
+def count_words(found: Mapping[str, Any] | None) -> str:
     """Return ``k of n``; a dash where it could not be had."""
     return f"{found['count']} of {found['of']}" if found else "-"
 

@@ -117,9 +117,7 @@ class Lpips:
             If a side of the images is too small for the network.
         """
         pairs = zip(images.split(_CHUNK), others.split(_CHUNK), strict=True)
-        return torch.cat(
-            [(self.features(a) - self.features(b)).square().sum(1) for a, b in pairs]
-        )
+        return torch.cat([(self.features(a) - self.features(b)).square().sum(1) for a, b in pairs])
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Say whether images (..., H, W) are large enough for the network."""

@@ -9,28 +9,29 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fl_app.audit.exposure import chance_words, identified_of, identified_words, verdict
+from fl_app.audit.exposure import (
+    RECOGNISABLE,
+    chance_words,
+    count_words,
+    identified_of,
+    mean_single_colour,
+    recognised_of,
+    verdict,
+)
 from fl_app.util.text import printable
 
-
 _SCORES = (
-    "PSNR mean", "me- dian", "worst tenth", "mean colour", "single colour", "iden- tified",
-    "SSIM", "LPIPS VGG", "Time s",
+    "PSNR\ndB", "\nmedian", "worst\ntenth", "mean\ncolour", "single\ncolour", "iden-\ntified",
+    "\nSSIM",
 )  # fmt: skip
 
 
-def single_colour(line: Mapping[str, Any]) -> float | None:
-    """Return the mean PSNR in dB of the best single colour of each image of a line."""
-    known = [value for value in line["single_colour"] if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def line_verdict(line: Mapping[str, Any]) -> str:
+def _verdict(line: Mapping[str, Any]) -> str:
     """Say that a line's PSNR, which it has, shows no reconstruction; nothing where it does."""
     score = line["metrics"]["psnr"]
     if None in (score["mean"], score["baseline"]):
         return "PSNR not finite"
-    return verdict(score["mean"], score["baseline"], single_colour(line))
+    return verdict(score["mean"], score["baseline"], mean_single_colour([line]))
 
 
 def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
@@ -42,17 +43,17 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     without a truth, that a run holds private images, and the clients' defence.
     """
     table = Table(
-        title="Leakage: a client's images, PSNR in dB; worst tenth: of those that leak most",
+        title="Leakage: PSNR in dB of a client's images; worst tenth: of those that leak most",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
     )
     for name in ("Round", "Client"):
         table.add_column(name, justify="right")
-    table.add_column("Attack", overflow="fold")
+    table.add_column("Attack", overflow="fold", min_width=8)
     for name in _SCORES:
         table.add_column(name, justify="right")
-    table.add_column("Note")
+    table.add_column("Note", min_width=10)
     below = Text(justify="left")
     for line in lines:
         note, style = _note(line)
@@ -63,10 +64,9 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             line["attack"],
             *(_number(metrics, "psnr", name, 1) for name in ("mean", "median", "worst_tenth")),
             _number(metrics, "psnr", "baseline", 1),
-            _decimal(single_colour(line), 1),
+            _decimal(mean_single_colour([line]), 1),
             _identified(line),
-            *(_number(metrics, name, "mean", 2) for name in ("ssim", "lpips_vgg")),
-            f"{line['seconds']:.0f}" if line["status"] == "ok" else "-",
+            _number(metrics, "ssim", "mean", 2),
             note,
         ]
         # Text, not str: a name may look like rich's markup.
@@ -84,8 +84,7 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             below.append(f"{where}, no truth: {_alone(line['reference_free'])}\n")
     if any(line["truth"] for line in lines):
         below.append("With Truth: the clients' private batches were there to score with.\n")
-    if any(line["identification"] for line in lines):
-        below.append(_identification(lines))
+    below.append(_exposed(lines))
     for words in dict.fromkeys(_defence(line) for line in lines):
         below.append(words)
     table.caption = below if below else None
@@ -115,23 +114,29 @@ def _note(line: Mapping[str, Any]) -> tuple[str, str]:
     labels = _labels(line)
     if line["metrics"].get("psnr") is None:
         return f"{line['reasons'].get('metrics', 'not scored')}; {labels}", ""
-    words = line_verdict(line)
+    words = _verdict(line)
     return (f"{words}; {labels}", "dim") if words else (labels, "")
 
 
 def _identified(line: Mapping[str, Any]) -> str:
     """Return how many of a line's images are identified; how many there are where none can be."""
-    found = identified_of([line["identification"]])
+    found = identified_of([line])
     scored = len((line["metrics"].get("psnr") or {}).get("values") or ())
-    return f"- of {scored}" if scored and not found else identified_words(found)
+    return f"- of {scored}" if scored and not found else count_words(found)
 
 
-def _identification(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Say what images are identified by, among how many, and what chance is."""
-    there = [line["identification"] for line in lines if line["identification"]]
-    by = " or ".join(dict.fromkeys(printable(found["by"]) for found in there))
-    found = identified_of(there)
-    return f"Identified by {by}: {chance_words(found)}.\n" if found else ""
+def _exposed(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many images of all lines are identified and recognisable, and what chance is."""
+    words = ""
+    if identified := identified_of(lines):
+        there = (line["identification"] for line in lines if line["identification"])
+        by = " or ".join(dict.fromkeys(printable(found["by"]) for found in there))
+        chance = chance_words(identified)
+        words += f"Identified by {by}: {count_words(identified)}, {chance}.\n"
+    if seen := recognised_of(lines):
+        words += f"Recognisable (SSIM over {RECOGNISABLE:g}): {count_words(seen)}, "
+        words += f"chance {seen['chance']:.1%}.\n"
+    return words
 
 
 def _alone(scores: Mapping[str, Any]) -> str:
