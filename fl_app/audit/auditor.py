@@ -27,7 +27,6 @@ from fl_app.audit.identification import (
     Identifier,
     Identify,
     choose_likeness,
-    most_candidates,
     nothing_to_tell_from,
 )
 from fl_app.audit.leakage_log import BadLine, LogLine, append_line, read_lines, thinned
@@ -363,16 +362,16 @@ class Auditor:
         """Return what tells which images are identified, among the clients' data set."""
         shape, dataset = self.knowledge.image_shape, self.config.dataset
 
-        def draw(label: int) -> Tensor:
+        def draw(label: int, count: int) -> Tensor:
             if self.no_candidates:
                 raise ValueError(self.no_candidates)
             # Clients hold parts of the train split.
-            return draw_class(dataset, "train", label, most_candidates(shape), self.config.seed)
+            return draw_class(dataset, "train", label, count, self.config.seed)
 
         lpips = self._lpips[0].get("lpips_alex")
 
         def identify(*told: Any) -> Identification:
-            return Identifier(draw, *choose_likeness(lpips, features, shape))(*told)
+            return Identifier(draw, choose_likeness(lpips, features, shape))(*told)
 
         return identify
 

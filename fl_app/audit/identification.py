@@ -16,24 +16,31 @@ from torch import Tensor
 
 from fl_app.audit.perceptual import Lpips
 
-MOST, FEWEST = 500, 50
-"""Candidates of a class at most; and of images so large that `_PIXELS` allows less."""
-_PIXELS = 2**20  # of a class's candidates together: 500 of 45 x 45, 256 of 64 x 64
+# Candidates of a class: so many that chance is low, so few that a client of 20 images takes
+# seconds. The target model's features cost more than AlexNet's, and a large image more still.
+MOST, MOST_BY_MODEL, FEWEST = 500, 200, 50
+_PIXELS = 2**20  # of a class's candidates together, if they are more than the fewest
+_CHUNK = 32  # images at once: beyond it takes more time an image, and more memory
 
-Likeness = Callable[[Tensor], Sequence[Tensor]]
-"""Features of images (N, C, H, W) in [0, 1]: tensors (N, ...), of which `distances` is made."""
 
+@dataclass(frozen=True)
+class Likeness:
+    """What the likeness of two images is judged by.
 
-def most_candidates(image_shape: Sequence[int]) -> int:
-    """Return how many candidates of a class are drawn, so that it takes a second at most.
-
-    Parameters
+    Attributes
     ----------
-    image_shape : sequence of int
-        (C, H, W).
+    features : callable
+        Maps images (N, C, H, W) in [0, 1] to one or more tensors (N, ...), of which
+        `distances` is made.
+    by : str
+        Names it.
+    most : int
+        Candidates of a class that it is worth at most.
     """
-    height, width = image_shape[-2:]
-    return min(MOST, max(FEWEST, _PIXELS // (height * width)))
+
+    features: Callable[[Tensor], Sequence[Tensor]]
+    by: str
+    most: int
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,13 @@ class Identifier:
     Attributes
     ----------
     draw : callable
-        ``draw(label)`` returns the candidates of a class: uint8 images (M, C, H, W) of the
-        data set, the private image among them or not; the same ones on every call.
+        ``draw(label, count)`` returns the candidates of a class: so many uint8 images
+        (M, C, H, W) of the data set, or all if fewer, the private one among them or not.
     likeness : Likeness
-    by : str
-        Names it.
     """
 
-    draw: Callable[[int], Tensor]
+    draw: Callable[[int, int], Tensor]
     likeness: Likeness
-    by: str
 
     def __call__(
         self, reconstructed: Tensor, private: Tensor, labels: Sequence[int]
@@ -100,7 +104,7 @@ class Identifier:
         ranks: dict[int, int] = {}
         counts = [0] * len(labels)
         for label in dict.fromkeys(labels):
-            candidates = self.draw(label)
+            candidates = self.draw(label, self.likeness.most)
             if not len(candidates):
                 continue
             if candidates.shape[1:] != private.shape[1:]:
@@ -108,18 +112,23 @@ class Identifier:
                     f"the data set's images are {tuple(candidates.shape[1:])}, the private ones "
                     f"{tuple(private.shape[1:])}"
                 )
-            features = self.likeness(candidates.float() / 255)
+            features = self._features(candidates.float() / 255)
             for i in (i for i, own in enumerate(labels) if own == label):
                 others = _others(candidates, private[i])
                 counts[i] = int(others.sum())
                 if counts[i]:
-                    ours = self.likeness(torch.stack([reconstructed[i], private[i]]))
+                    ours = self._features(torch.stack([reconstructed[i], private[i]]))
                     ranks[i] = _rank(ours, [each[others] for each in features])
         if not ranks:
             raise ValueError("no private image has another image of its class in the data set")
         rank = tuple(ranks.get(i) for i in range(len(labels)))
         identified = tuple(None if place is None else place == 1 for place in rank)
-        return Identification(identified, rank, tuple(counts), self.by)
+        return Identification(identified, rank, tuple(counts), self.likeness.by)
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> list[Tensor]:
+        parts = (self.likeness.features(chunk) for chunk in images.split(_CHUNK))
+        return [torch.cat(kind) for kind in zip(*parts, strict=True)]
 
 
 Identify = Callable[[Tensor, Tensor, Sequence[int]], Identification]
@@ -133,8 +142,8 @@ def nothing_to_tell_from(*_: object) -> Identification:
 
 def choose_likeness(
     lpips: object, features: Callable[[Tensor], Tensor] | None, image_shape: Sequence[int]
-) -> tuple[Likeness, str]:
-    """Return what likeness is judged by, and its name.
+) -> Likeness:
+    """Return what the likeness to a private image is judged by.
 
     LPIPS-Alex as in the paper. Where it is not there, the target model's features and the
     pixels: the sum of both squared distances, each divided by its mean over the candidates,
@@ -154,16 +163,16 @@ def choose_likeness(
     ValueError
         If there is neither.
     """
+    allowed = max(FEWEST, _PIXELS // (image_shape[-2] * image_shape[-1]))
     if isinstance(lpips, Lpips) and lpips.takes(image_shape):
-        return lambda images: (lpips.features(images),), "LPIPS-Alex"
+        return Likeness(lambda images: (lpips.features(images),), "LPIPS-Alex", min(MOST, allowed))
     if features is None:
         raise ValueError("neither LPIPS-Alex nor the target model's features are there")
-
-    @torch.no_grad()
-    def both(images: Tensor) -> Sequence[Tensor]:
-        return features(images), images
-
-    return both, "the target model's features and pixels"
+    return Likeness(
+        lambda images: (features(images), images),
+        "the target model's features and pixels",
+        min(MOST_BY_MODEL, allowed),
+    )
 
 
 def distances(image: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cache
 
 from client_app.defenses import distortion, update_bytes
 from client_app.training import NO_DEFENSE, normalise
-from fl_app.audit.identification import Identifier, choose_likeness, most_candidates
+from fl_app.audit.identification import Identifier, choose_likeness
 from fl_app.audit.metrics import MEASURES, Measure, feature_mse, score, target_features
 from fl_app.audit.perceptual import load_lpips
 from fl_app.benchmarks.case import Case
@@ -51,10 +51,9 @@ def attack_trial(
     perceptual, reasons = _perceptual(lpips_weights)
     features = target_features(observation, knowledge)
     measures: dict[str, Measure] = {**MEASURES, **perceptual, "fmse": feature_mse(features)}
-    shape = knowledge.image_shape
     identify = Identifier(
-        lambda label: clients.images.of_class(label, most_candidates(shape), seed),
-        *choose_likeness(perceptual.get("lpips_alex"), features, shape),
+        lambda label, count: clients.images.of_class(label, count, seed),
+        choose_likeness(perceptual.get("lpips_alex"), features, knowledge.image_shape),
     )
     leakage = score(
         found, truth, knowledge.mean, measures, reasons, knowledge.num_classes, identify
