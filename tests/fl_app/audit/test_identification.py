@@ -179,7 +179,7 @@ def test_other_images_of_a_class_are_not_recognisable_and_noise_of_20_db_is() ->
     split = load_split(load_config().dataset, "train")
     x = split.images.float() / 255
     by_class = [x[split.labels == label] for label in split.labels.unique()]
-    pairs = torch.cat([ssim(own, own.roll(1, 0)) for own in by_class])
+    pairs = torch.cat([ssim(own, own.roll(len(own) // 2, 0)) for own in by_class])
     assert (pairs > RECOGNISABLE).double().mean() < 0.03
     noise = 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     assert (ssim((x + noise).clamp(0, 1), x) > RECOGNISABLE).double().mean() > 0.5
