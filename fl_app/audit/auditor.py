@@ -429,10 +429,10 @@ def _caption(leakage: Leakage) -> list[str]:
     lines = [
         f"PSNR: mean {psnr.mean:.1f} dB, median {psnr.median:.1f}, worst tenth "
         f"{psnr.worst_tenth:.1f}{words and f': {words}'}",
-        f"the mean colour {psnr.baseline:.1f} dB, each image's own {colour:.1f}",
+        f"the mean colour {psnr.baseline:.1f} dB, each image's best colour {colour:.1f} dB",
     ]
     if found := identified_of([line]):
-        lines.append(f"{count_words(found)} identified, {chance_words(found)}")
+        lines.append(f"{count_words(found)} identified: {chance_words(found)}")
     return lines
 
 

@@ -7,7 +7,7 @@ chosen by its likeness to the truth.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.exposure import bounds_of, identified_of, mean_single_colour, summary_of
+from fl_app.audit.exposure import bounds_of, identified_of, mean_single_colour, summary_over
 from fl_app.audit.reconstructions import read_reconstruction
 from fl_app.audit.report import save_grid
 from fl_app.util.intervals import mean_interval, spread
@@ -91,7 +91,7 @@ class Comparison:
         metrics = {
             metric: {
                 **_spread(metric, values),
-                **_over_images(metric, done.values()),
+                **summary_over(metric, (_scores_of(line).get(metric) for line in done.values())),
                 "chance": self._chance(metric, values),
             }
             for metric, values in _collected(done).items()
@@ -236,13 +236,6 @@ def _at(images: Tensor | None, place: int) -> Tensor | None:
 def _scores_of(line: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a line's scores; without a truth the reference-free ones."""
     return line["metrics"] or line.get("reference_free") or {}
-
-
-def _over_images(metric: str, lines: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the median and the worst tenth over the images of all lines that have the metric."""
-    scores = [_scores_of(line).get(metric) or {} for line in lines]
-    values = [value for score in scores for value in score.get("values", ()) if value is not None]
-    return summary_of(metric, values) if values else {"median": None, "worst_tenth": None}
 
 
 def _collected(lines: Mapping[str, Mapping[str, Any]]) -> Scores:

@@ -36,7 +36,7 @@ _LESS_LEAKS = ("lpips_vgg", "lpips_alex", "mse", "fmse")
 class Summary(TypedDict):
     """What is said of a metric's values, one an image, beside their mean."""
 
-    median: float
+    median: float | None
     worst_tenth: float | None
 
 
@@ -56,14 +56,22 @@ def summary_of(metric: str, values: Sequence[float]) -> Summary:
     ----------
     metric : str
     values : sequence of float
-        At least one, in any order.
+        In any order; of none there is neither.
     """
+    if not values:
+        return Summary(median=None, worst_tenth=None)
     worst = None
     if metric in (*_MORE_LEAKS, *_LESS_LEAKS):
         count = math.ceil(len(values) / 10)
         first = sorted(values, reverse=metric in _MORE_LEAKS)[:count]
         worst = math.fsum(first) / count
     return Summary(median=median(values), worst_tenth=worst)
+
+
+def summary_over(metric: str, scores: Iterable[Mapping[str, Any] | None]) -> Summary:
+    """Return `summary_of` the images of some scores, of those that hold values by image."""
+    found = (value for score in scores if score for value in score.get("values", ()))
+    return summary_of(metric, [value for value in found if value is not None])
 
 
 def verdict(mean: float, mean_colour: float | None, single_colour: float | None) -> str:
@@ -130,12 +138,15 @@ class Identified(TypedDict):
         Other images that each was told from: the fewest and the most.
     chance : float
         Share of the images that a guess would identify.
+    by : str
+        What the distance is of.
     """
 
     count: int
     of: int
     candidates: tuple[int, int]
     chance: float
+    by: str
 
 
 def identified_of(lines: Iterable[Mapping[str, Any]]) -> Identified | None:
@@ -146,10 +157,10 @@ def identified_of(lines: Iterable[Mapping[str, Any]]) -> Identified | None:
     Identified or None
         None where no image has candidates.
     """
+    known = [each for line in lines if (each := line.get("identification"))]
     pairs = [
         (identified, candidates)
-        for line in lines
-        if (each := line.get("identification"))
+        for each in known
         for identified, candidates in zip(each["identified"], each["candidates"], strict=True)
         if identified is not None
     ]
@@ -161,6 +172,7 @@ def identified_of(lines: Iterable[Mapping[str, Any]]) -> Identified | None:
         of=len(pairs),
         candidates=(min(numbers), max(numbers)),
         chance=math.fsum(1 / (1 + number) for number in numbers) / len(numbers),
+        by=" or ".join(dict.fromkeys(each["by"] for each in known)),
     )
 
 
@@ -170,7 +182,7 @@ def count_words(found: Mapping[str, Any] | None) -> str:
 
 
 def chance_words(found: Mapping[str, Any]) -> str:
-    """Say what images were told from, and how often a guess is right."""
-    low, high = found["candidates"]
+    """Say what identified images are the nearest of, and how often a guess is right."""
+    low, high = (1 + number for number in found["candidates"])
     number = str(low) if low == high else f"{low} to {high}"
-    return f"each told from {number} others of its class, chance {found['chance']:.1%}"
+    return f"nearest of {number} of the class by {found['by']}, chance {found['chance']:.1%}"

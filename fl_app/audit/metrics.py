@@ -31,10 +31,10 @@ class MetricScore:
     ----------
     values : tuple of float
         One for each private image, in training order.
-    mean, median : float
+    mean : float
         It has no interval: a client's images are all there are of them.
-    worst_tenth : float or None
-        Of the tenth of the images that leak most, see `summary_of`.
+    median, worst_tenth : float or None
+        See `summary_of`.
     baseline : float
         The metric's mean if every reconstruction were the data set's mean colour: the
         mean-colour baseline, known without an attack.
@@ -42,7 +42,7 @@ class MetricScore:
 
     values: tuple[float, ...]
     mean: float
-    median: float
+    median: float | None
     worst_tenth: float | None
     baseline: float
 

@@ -14,7 +14,7 @@ from fl_app.audit.exposure import (
     count_words,
     identified_of,
     mean_single_colour,
-    summary_of,
+    summary_over,
     verdict,
 )
 from fl_app.audit.leakage_log import read_lines
@@ -39,7 +39,7 @@ class RoundScore:
     values : sequence of float
         The updates' means.
     median, worst_tenth : float or None
-        Of the images of all updates, see `summary_of`.
+        Of the images of all updates, see `summary_over`.
     mean_colour : float
         The mean of the mean-colour baseline's scores on the same images.
     """
@@ -166,11 +166,9 @@ def _line(
 
 
 def _score(name: str, known: Sequence[Mapping[str, Any]]) -> RoundScore:
-    images = [value for score in known for value in score.get("values", ()) if value is not None]
     return RoundScore(
         **spread([score["mean"] for score in known], bounds_of(name)),
-        median=summary_of(name, images)["median"] if images else None,
-        worst_tenth=summary_of(name, images)["worst_tenth"] if images else None,
+        **summary_over(name, known),
         mean_colour=sum(score["baseline"] for score in known) / len(known),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,13 +11,16 @@ from rich.text import Text
 
 from fl_app.audit.exposure import (
     RECOGNISABLE,
+    bounds_of,
     chance_words,
     count_words,
     identified_of,
     mean_single_colour,
     recognised_of,
+    summary_over,
     verdict,
 )
+from fl_app.util.intervals import spread, spread_words
 from fl_app.util.text import printable
 
 _SCORES = (
@@ -39,8 +42,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
     A reconstruction that is no better than the mean colour, or shows no structure, is said
     to be so; failed attacks are red, with their error below the table, as is what the
-    diagnosis of the others found, what identified images are told from, the scores of those
-    without a truth, that a run holds private images, and the clients' defence.
+    diagnosis of the others found, the scores of those without a truth, that a run holds
+    private images, whom each attack exposes, and the clients' defence.
     """
     table = Table(
         title="Leakage: PSNR in dB of a client's images; worst tenth: of those that leak most",
@@ -84,7 +87,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             below.append(f"{where}, no truth: {_alone(line['reference_free'])}\n")
     if any(line["truth"] for line in lines):
         below.append("With Truth: the clients' private batches were there to score with.\n")
-    below.append(_exposed(lines))
+    for words in _exposed(lines):
+        below.append(words)
     for words in dict.fromkeys(_defence(line) for line in lines):
         below.append(words)
     table.caption = below if below else None
@@ -125,18 +129,29 @@ def _identified(line: Mapping[str, Any]) -> str:
     return f"- of {scored}" if scored and not found else count_words(found)
 
 
-def _exposed(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Say how many images of all lines are identified and recognisable, and what chance is."""
-    words = ""
-    if identified := identified_of(lines):
-        there = (line["identification"] for line in lines if line["identification"])
-        by = " or ".join(dict.fromkeys(printable(found["by"]) for found in there))
-        chance = chance_words(identified)
-        words += f"Identified by {by}: {count_words(identified)}, {chance}.\n"
-    if seen := recognised_of(lines):
-        words += f"Recognisable (SSIM over {RECOGNISABLE:g}): {count_words(seen)}, "
-        words += f"chance {seen['chance']:.1%}.\n"
-    return words
+def _exposed(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Say of each attack how many images it exposes, over all updates that it was scored on.
+
+    An attack's last line on an update counts.
+    """
+    latest = {(line["attack"], line["round"], line["node"]): line for line in lines}
+    for attack in dict.fromkeys(line["attack"] for line in lines):
+        ours = [line for line in latest.values() if line["attack"] == attack]
+        scores = [line["metrics"]["psnr"] for line in ours if line["metrics"].get("psnr")]
+        means = [score["mean"] for score in scores if score["mean"] is not None]
+        if not means:
+            continue
+        updates = f"{len(means)} update{'s' * (len(means) > 1)}"
+        words = [f"PSNR {spread_words(spread(means, bounds_of('psnr')), 1)} dB"]
+        summary = summary_over("psnr", scores)
+        if None not in summary.values():
+            words[0] += ", median {median:.1f}, worst tenth {worst_tenth:.1f}".format(**summary)
+        if identified := identified_of(ours):
+            words.append(f"{count_words(identified)} identified ({chance_words(identified)})")
+        if seen := recognised_of(ours):
+            chance = f"SSIM over {RECOGNISABLE:g}, chance {seen['chance']:.1%}"
+            words.append(f"{count_words(seen)} recognisable ({chance})")
+        yield printable(f"{attack}, {updates}: {'; '.join(words)}.") + "\n"
 
 
 def _alone(scores: Mapping[str, Any]) -> str:

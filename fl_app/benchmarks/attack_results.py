@@ -10,11 +10,12 @@ from rich.table import Table
 
 from fl_app.audit.exposure import (
     bounds_of,
+    chance_words,
     count_words,
     identified_of,
     mean_single_colour,
     recognised_of,
-    summary_of,
+    summary_over,
     verdict,
 )
 from fl_app.benchmarks.case import RECOGNISED, Case
@@ -22,16 +23,15 @@ from fl_app.benchmarks.results import Results
 from fl_app.util.intervals import FEWEST, Spread, spread, spread_words
 
 _COLUMNS = [
-    "client", "accuracy", "attack", "trials", "identified", "chance", "recognisable",
+    "client", "accuracy", "attack", "trials", "identified", "among", "recognisable",
     "PSNR dB", "median", "worst tenth", "threshold", "mean colour dB", "single colour dB",
     "over 20 dB", "PSNR by local step",
     "SSIM", "LPIPS VGG", "vs first dB", "vs first LPIPS", "loss", "at truth", "s", "it/s", "MB",
 ]  # fmt: skip
 
 _ON_SCREEN = (
-    "client", "accuracy", "attack", "trials", "identified", "PSNR dB", "median", "worst tenth",
-    "threshold", "mean colour dB", "single colour dB", "over 20 dB", "LPIPS VGG", "vs first dB",
-    "s",
+    "client", "accuracy", "attack", "trials", "identified", "PSNR dB", "worst tenth", "threshold",
+    "mean colour dB", "single colour dB", "LPIPS VGG", "vs first dB", "s",
 )  # fmt: skip
 
 _MEANS = (
@@ -51,7 +51,7 @@ class AttackResults(Results):
     def summary(self, case: Case) -> dict[str, Any]:
         """Return a case's means with intervals over trials (`spread`), beside its baselines.
 
-        Median and worst tenth (`summary_of`) are over the images of all trials.
+        Median and worst tenth (`summary_over`) are over the images of all trials.
         """
         rows = self.of(case)
         entry: dict[str, Any] = {
@@ -64,10 +64,9 @@ class AttackResults(Results):
             if None in scores:
                 entry[metric] = None
                 continue
-            images = [value for score in scores for value in score["values"]]
             entry[metric] = {
                 **spread([s["mean"] for s in scores], bounds_of(metric)),
-                **summary_of(metric, images),
+                **summary_over(metric, scores),
                 "baseline": sum(s["baseline"] for s in scores) / len(scores),
             }
         values = [value for row in rows for value in row["metrics"]["psnr"]["values"]]
@@ -138,7 +137,7 @@ class AttackResults(Results):
             case.name.split(", ", 1)[1],
             str(line["trials"]),
             count_words(found),
-            f"{found['chance']:.1%}" if found else "-",
+            chance_words(found) if found else "-",
             count_words(line["recognisable"]),
             spread_words(psnr, 2) + (f" ({words})" if words else ""),
             f"{psnr['median']:.1f}",

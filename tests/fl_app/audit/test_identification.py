@@ -19,6 +19,7 @@ from fl_app.audit.exposure import (
     mean_single_colour,
     recognised_of,
     summary_of,
+    summary_over,
     verdict,
 )
 from fl_app.audit.identification import Identifier, Likeness, choose_likeness, distances
@@ -161,6 +162,10 @@ def test_median_and_the_worst_tenth() -> None:
     assert summary_of("ssim", [0.1, 0.9, 0.2])["worst_tenth"] == 0.9
     assert summary_of("psnr", values[:11])["worst_tenth"] == 9.5
     assert summary_of("tv", [1.0])["worst_tenth"] is None
+    # Over clients it is of all their images; lines of before may have none.
+    scores = [{"values": values[:10]}, None, {"mean": 3.0}, {"values": [*values[10:], None]}]
+    assert summary_over("psnr", scores) == summary_of("psnr", values)
+    assert summary_over("psnr", [{}]) == {"median": None, "worst_tenth": None}
 
 
 def test_below_a_single_colour_there_is_no_structure() -> None:
@@ -232,10 +237,15 @@ def test_a_run_says_who_is_identified(tmp_path: Path) -> None:
     assert unknown["reasons"]["identification"] == "it is not here"
     text = printed([known, unknown])
     assert f"{count} of {count}" in text and f"- of {count}" in text
-    assert "Identified by the target model's features and pixels" in text
     narrow = printed([known, unknown], width=80).splitlines()
     assert max(map(len, narrow)) <= 80 and not any("…" in row for row in narrow)
-    assert "chance" in text and "Recognisable (SSIM over 0.5)" in text
+    # The attack's last line on the update counts for the run.
+    assert f"{count} of {count} recognisable (SSIM over 0.5, chance " in " ".join(text.split())
+    assert "identified (" not in text
+    text = " ".join(printed([known]).split())
+    assert "sme, 1 update: PSNR 100.0 dB, median 100.0, worst tenth 100.0;" in text
+    assert f"{count} of {count} identified (nearest of " in text
+    assert "of the class by the target model's features and pixels, chance" in text
 
 
 def test_lines_of_before_are_read_and_shown(tmp_path: Path) -> None:
