@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -10,10 +11,24 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from client_app.defenses import update_bytes
 from fl_app.audit.baselines import PRIOR, TRAINING, baseline_images
+from fl_app.audit.exposure import (
+    chance_words,
+    count_words,
+    identified_of,
+    mean_single_colour,
+    verdict,
+)
+from fl_app.audit.identification import (
+    Identification,
+    Identifier,
+    Identify,
+    choose_likeness,
+    nothing_to_tell_from,
+)
 from fl_app.audit.leakage_log import BadLine, LogLine, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
     MEASURES,
@@ -24,7 +39,7 @@ from fl_app.audit.metrics import (
     score,
     target_features,
 )
-from fl_app.audit.perceptual import load_lpips
+from fl_app.audit.perceptual import Lpips, load_lpips
 from fl_app.audit.reconstructions import (
     StoredReconstruction,
     tensors_path,
@@ -34,11 +49,17 @@ from fl_app.audit.reference_free import reference_free
 from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, check_truth, has_truth, joined, read_truth, truth_path
 from fl_app.config import Config
+from fl_app.data import draw_class
 from fl_app.models import chosen_norm
 from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_node
 from fl_app.util.reading import BrokenFileError
 from server_strategies.priors.flow import load_flow
 
+_SCORED = (  # of a leakage, in its line
+    "metrics", "psnr_by_step", "single_colour", "recognisable", "recognisable_chance",
+    "identification", "label_accuracy", "label_chance",
+)  # fmt: skip
+_NO_SCORE = ("metrics", "recognisable", "identification", "label_accuracy", "label_chance")
 _AS_FOUND = (  # of a reconstruction, in its line
     "matching", "labels_source", "seconds", "iterations", "peak_memory", "flops", "stop_reason",
     "options", "diagnosis",
@@ -60,6 +81,9 @@ class Auditor:
         Holds ``truth/``; the run's folder where not given.
     no_data : str
         Why the data set that is there is not the run's; "": it is.
+    no_candidates : str
+        Why no candidates are drawn from it to identify private images among, where it is
+        the run's; "": they are.
     """
 
     def __init__(
@@ -69,12 +93,14 @@ class Auditor:
         knowledge: Knowledge,
         truth_dir: Path | None = None,
         no_data: str = "",
+        no_candidates: str = "",
     ) -> None:
         self.run_dir = run_dir
         self.truth_dir = truth_dir or run_dir
         self.config = config
         self.knowledge = knowledge
         self.no_data = no_data
+        self.no_candidates = no_data or no_candidates
         self._log = run_dir / "leakage.jsonl"
         self._lock = Lock()
 
@@ -122,7 +148,7 @@ class Auditor:
         except ValueError as error:
             no_truth = f"the truth is refused: {error}"
         leakage, alone = None, {}
-        reasons = dict.fromkeys(("metrics", "label_accuracy", "label_chance"), no_truth)
+        reasons = dict.fromkeys(_NO_SCORE, no_truth)
         try:
             if truth is None:
                 check_images(reconstruction.images, reconstruction.labels)
@@ -143,11 +169,8 @@ class Auditor:
         rate = reconstruction.iterations / max(reconstruction.seconds, 1e-9)
         fields: dict[str, Any] = dict(
             status="ok",
-            metrics=leakage.metrics if leakage else {},
             reference_free=alone,
-            psnr_by_step=leakage.psnr_by_step if leakage else (),
-            label_accuracy=leakage.label_accuracy if leakage else None,
-            label_chance=leakage.label_chance if leakage else None,
+            **{name: getattr(leakage, name) for name in _SCORED if leakage},
             iterations_per_second=rate,
             job=job,
             losses=thinned(reconstruction.losses),
@@ -189,7 +212,7 @@ class Auditor:
             reasons[TRAINING] = self.no_data
         guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
         scores = {
-            name: self._score(observation, replace(guess, images=guessed), truth)
+            name: self._score(observation, replace(guess, images=guessed), truth, False)
             for name, guessed in images.items()
         }
         return scores, reasons | dict.fromkeys([PRIOR] if why else [], "; ".join(why.values()))
@@ -300,7 +323,7 @@ class Auditor:
         return truth
 
     @cached_property
-    def _lpips(self) -> tuple[dict[str, Measure], dict[str, str]]:
+    def _lpips(self) -> tuple[dict[str, Lpips], dict[str, str]]:
         return load_lpips(self.config.audit.lpips_weights)
 
     @cached_property
@@ -311,16 +334,47 @@ class Auditor:
             return None, {"prior_residual": str(error)}
 
     def _score(
-        self, observation: Observation, reconstruction: Reconstruction, truth: Truth
+        self,
+        observation: Observation,
+        reconstruction: Reconstruction,
+        truth: Truth,
+        identified: bool = True,
     ) -> Leakage:
+        """Score a reconstruction; `identified`: say which images it identifies, too."""
         perceptual, reasons = self._lpips
-        measures = {**MEASURES, **perceptual}
+        measures: dict[str, Measure] = {**MEASURES, **perceptual}
+        features = None
         try:
-            measures["fmse"] = feature_mse(target_features(observation, self.knowledge))
+            features = target_features(observation, self.knowledge)
+            measures["fmse"] = feature_mse(features)
         except RuntimeError as error:
             reasons = {**reasons, "fmse": f"w0 does not fit {self.knowledge.model}: {error}"}
-        classes = self.knowledge.num_classes
-        return score(reconstruction, truth, self.knowledge.mean, measures, reasons, classes)
+        return score(
+            reconstruction,
+            truth,
+            self.knowledge.mean,
+            measures,
+            reasons,
+            self.knowledge.num_classes,
+            self._identify(features) if identified else nothing_to_tell_from,
+        )
+
+    def _identify(self, features: Callable[[Tensor], Tensor] | None) -> Identify:
+        """Return what tells which images are identified, among the clients' data set."""
+        shape, dataset = self.knowledge.image_shape, self.config.dataset
+
+        def draw(label: int, count: int) -> Tensor:
+            if self.no_candidates:
+                raise ValueError(self.no_candidates)
+            # Clients hold parts of the train split.
+            return draw_class(dataset, "train", label, count, self.config.seed)
+
+        lpips = self._lpips[0].get("lpips_alex")
+
+        def identify(*told: Any) -> Identification:
+            return Identifier(draw, choose_likeness(lpips, features, shape))(*told)
+
+        return identify
 
     def _draw(
         self,
@@ -337,12 +391,7 @@ class Auditor:
             f"round {observation.round}, client {observation.client}, {reconstruction.attack}"
         ]
         if leakage:
-            psnr = leakage.metrics["psnr"]
-            assert psnr is not None
-            verdict = "" if psnr.mean > psnr.baseline else ": no better than the mean colour"
-            caption.append(
-                f"mean PSNR {psnr.mean:.1f} dB, the mean colour {psnr.baseline:.1f} dB{verdict}"
-            )
+            caption += _caption(leakage)
         found = StoredReconstruction(images, reconstruction.labels, order)
         picture = str(path.relative_to(self.run_dir))
         try:
@@ -371,6 +420,22 @@ class Auditor:
             number += 1
 
 
+def _caption(leakage: Leakage) -> list[str]:
+    """Say what a picture's reconstructions score."""
+    psnr = leakage.metrics["psnr"]
+    assert psnr is not None
+    line = asdict(leakage)
+    colour = mean_single_colour([line])
+    words = verdict(psnr.mean, psnr.baseline, colour)
+    lines = [
+        f"PSNR: mean {psnr.mean:.1f} dB, median {psnr.median:.1f}, worst tenth "
+        f"{psnr.worst_tenth:.1f}{words and f': {words}'}",
+        f"the mean colour {psnr.baseline:.1f} dB, each image's best colour {colour:.1f} dB",
+    ]
+    if found := identified_of([line]):
+        lines.append(f"{count_words(found)} identified: {chance_words(found)}")
+    return lines
+
+
 def _absent(reason: str) -> dict[str, str]:
-    absent = ("metrics", "label_accuracy", "label_chance", "labels_source", "picture")
-    return dict.fromkeys(absent, reason)
+    return dict.fromkeys((*_NO_SCORE, "labels_source", "picture"), reason)

@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.exposure import bounds_of, identified_of, mean_single_colour, summary_over
 from fl_app.audit.reconstructions import read_reconstruction
 from fl_app.audit.report import save_grid
-from fl_app.util.intervals import mean_interval
+from fl_app.util.intervals import mean_interval, spread
 from server_strategies.observations import ObservationStore
 
 NOISE = "uniform noise"
@@ -54,24 +55,26 @@ class Comparison:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """Return everything as plain JSON; intervals are over observations.
+        """Return everything as plain JSON; intervals are over observations, see `spread`.
 
         Returns
         -------
         dict
             ``baselines``: by name the metrics; ``attacks``: by name
             ``succeeded`` (observations), ``failures`` (observation and error),
-            ``metrics``, ``psnr_by_step``, the mean costs ``seconds``,
+            ``metrics``, ``identified`` (see `Identified`), ``single_colour`` (mean PSNR
+            in dB), ``psnr_by_step``, the mean costs ``seconds``,
             ``iterations``, ``peak_memory`` (bytes) and ``flops``, ``stop_reasons``
             and ``options``. A metric has ``mean``, ``low``, ``high``, ``values``
-            by observation and, for an attack, ``chance``: each baseline's mean
-            over the same observations. ``label_accuracy`` is among the metrics
+            by observation and, for an attack, ``median`` and ``worst_tenth`` over the
+            images of all observations, and ``chance``: each baseline's mean over the
+            same observations. ``label_accuracy`` is among the metrics
             where labels were inferred.
         """
         return {
             "observations": list(self.observations),
             "baselines": {
-                name: {metric: _spread(values) for metric, values in scores.items()}
+                name: {metric: _spread(metric, values) for metric, values in scores.items()}
                 for name, scores in self.baselines.items()
             },
             "attacks": {name: self._attack(lines) for name, lines in self.lines.items()},
@@ -86,14 +89,18 @@ class Comparison:
             "no outcome yet; the same command goes on",
         )
         metrics = {
-            metric: {**_spread(values), "chance": self._chance(metric, values)}
+            metric: {
+                **_spread(metric, values),
+                **summary_over(metric, (_scores_of(line).get(metric) for line in done.values())),
+                "chance": self._chance(metric, values),
+            }
             for metric, values in _collected(done).items()
         }
         accuracy = {i: line["label_accuracy"] for i, line in done.items()}
         if inferred := {i: share for i, share in accuracy.items() if share is not None}:
             chance = mean_interval([done[id_]["label_chance"] for id_ in inferred])[0]
             metrics["label_accuracy"] = {
-                **_spread(inferred),
+                **_spread("label_accuracy", inferred),
                 "chance": {"guessed without the update": chance},
             }
         reasons = [line["stop_reason"] for line in done.values()]
@@ -101,6 +108,8 @@ class Comparison:
             "succeeded": len(done),
             "failures": [{"observation": id_, "error": errors[id_]} for id_ in sorted(errors)],
             "metrics": metrics,
+            "identified": identified_of(done.values()),
+            "single_colour": mean_single_colour(done.values()),
             "psnr_by_step": _mean_by_step([line["psnr_by_step"] for line in done.values()]),
             **{cost: _mean([line[cost] for line in done.values()]) for cost in _COSTS},
             "stop_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
@@ -224,11 +233,16 @@ def _at(images: Tensor | None, place: int) -> Tensor | None:
     return images[place] if images is not None and place < len(images) else None
 
 
+def _scores_of(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a line's scores; without a truth the reference-free ones."""
+    return line["metrics"] or line.get("reference_free") or {}
+
+
 def _collected(lines: Mapping[str, Mapping[str, Any]]) -> Scores:
-    """Return the scores of some lines; without a truth the reference-free ones."""
+    """Return the scores of some lines."""
     scores: Scores = {}
     for id_, line in lines.items():
-        for metric, score in (line["metrics"] or line.get("reference_free") or {}).items():
+        for metric, score in _scores_of(line).items():
             if _scored(score):
                 scores.setdefault(metric, {})[id_] = score["mean"]
     return scores
@@ -238,9 +252,8 @@ def _scored(score: object) -> bool:
     return isinstance(score, Mapping) and isinstance(score.get("mean"), float)
 
 
-def _spread(values: Mapping[str, float]) -> dict[str, Any]:
-    mean, low, high = mean_interval(list(values.values()))
-    return {"mean": mean, "low": low, "high": high, "values": dict(values)}
+def _spread(metric: str, values: Mapping[str, float]) -> dict[str, Any]:
+    return {**spread(list(values.values()), bounds_of(metric)), "values": dict(values)}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -22,18 +22,32 @@ _PICTURE = re.compile(r"reconstructions/[^./\0][^/\0]*\.png")
 
 
 class Summary(TypedDict):
-    """What every score has; null where it is not finite, or for a single image's ends."""
+    """What every score has; null where it is not finite."""
 
     mean: float | None
-    low: float | None
-    high: float | None
     baseline: float | None
 
 
 class Score(Summary, total=False):
-    """One metric of a line, see `fl_app.audit.metrics.MetricScore`."""
+    """One metric of a line, see `fl_app.audit.metrics.MetricScore`.
+
+    Lines of before have ``low`` and ``high``, an interval over the client's images.
+    """
 
     values: Sequence[float | None]
+    median: float | None
+    worst_tenth: float | None
+    low: float | None
+    high: float | None
+
+
+class Identification(TypedDict):
+    """Which private images a line identifies, see `fl_app.audit.identification`."""
+
+    identified: Sequence[bool | None]
+    rank: Sequence[int | None]
+    candidates: Sequence[int]
+    by: str
 
 
 class ReferenceFree(TypedDict, total=False):
@@ -76,11 +90,19 @@ class LogLine:
     error : str or None
         Why, when not ok.
     metrics : mapping
-        By metric: mean, low, high, values (in training order), baseline.
+        By metric: values (in training order), their mean, median and worst tenth, baseline.
     reference_free : mapping
         Scores that need no truth, see `reference_free`; empty where there is one.
     psnr_by_step : sequence of (float or None)
         Mean PSNR in dB of the images first used in each local step.
+    single_colour : sequence of (float or None)
+        PSNR in dB of each image's own mean colour, in training order.
+    recognisable : sequence of bool or None
+        Whether each image's SSIM is above `fl_app.audit.exposure.RECOGNISABLE`.
+    recognisable_chance : float or None
+        Share of the images that the mean-colour baseline is recognisable as.
+    identification : mapping or None
+        Which images are identified: identified, rank, candidates, by.
     label_accuracy, label_chance : float or None
         Share of the images whose label the attack counted, and what is expected
         without the update; None where the labels were given.
@@ -127,6 +149,10 @@ class LogLine:
     metrics: Mapping[str, Score | None] = field(default_factory=dict)
     reference_free: ReferenceFree = field(default_factory=ReferenceFree)
     psnr_by_step: Sequence[float | None] = ()
+    single_colour: Sequence[float | None] = ()
+    recognisable: Sequence[bool] | None = None
+    recognisable_chance: float | None = None
+    identification: Identification | None = None
     label_accuracy: float | None = None
     label_chance: float | None = None
     labels_source: str | None = None
@@ -287,6 +313,11 @@ def _problem(line: Mapping[str, Any]) -> str:
         return words
     if (line["label_accuracy"] is None) != (line["label_chance"] is None):
         return "label_accuracy and label_chance are not both there"
+    if (found := line["identification"]) is not None:
+        if len({len(found[name]) for name in ("identified", "rank", "candidates")}) > 1:
+            return "identification is not of the same images throughout"
+        if min(found["candidates"], default=0) < 0:
+            return f"identification.candidates has {min(found['candidates'])}; allowed: 0 or more"
     if line["picture"] is not None and not _PICTURE.fullmatch(line["picture"]):
         return f"picture is {line['picture']!r:.40}; allowed: reconstructions/NAME.png"
     return ""

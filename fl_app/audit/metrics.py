@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,13 +11,13 @@ from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from fl_app.audit.exposure import MAX_PSNR, RECOGNISABLE, summary_of
+from fl_app.audit.identification import Identification, Identify, nothing_to_tell_from
 from fl_app.audit.truth import Truth
 from fl_app.models import known_model
 from fl_app.protocol import Knowledge, Observation, Reconstruction
-from fl_app.util.intervals import mean_interval
 
 _SSIM_WINDOW = 11  # pixels a side: sigma 1.5, cut at 3.5 sigma
-MAX_PSNR = 100.0  # dB, given to an exact copy: infinity would swallow every mean
 
 # Takes reconstructed and true images, both (N, C, H, W) in [0, 1]; returns N values.
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -31,8 +32,9 @@ class MetricScore:
     values : tuple of float
         One for each private image, in training order.
     mean : float
-    low, high : float or None
-        95% interval of the mean; None for a single image.
+        It has no interval: a client's images are all there are of them.
+    median, worst_tenth : float or None
+        See `summary_of`.
     baseline : float
         The metric's mean if every reconstruction were the data set's mean colour: the
         mean-colour baseline, known without an attack.
@@ -40,9 +42,15 @@ class MetricScore:
 
     values: tuple[float, ...]
     mean: float
-    low: float | None
-    high: float | None
+    median: float | None
+    worst_tenth: float | None
     baseline: float
+
+    @classmethod
+    def of(cls, metric: str, values: Sequence[float], baseline: float) -> MetricScore:
+        """Return the score of a metric's values; there is at least one."""
+        mean = math.fsum(values) / len(values)
+        return cls(tuple(values), mean, **summary_of(metric, values), baseline=baseline)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,16 @@ class Leakage:
     psnr_by_step : tuple of (float or None)
         For each local step the mean PSNR of the images first used in it; None
         where a step uses no new image.
+    single_colour : tuple of float
+        For each private image the PSNR in dB of its own mean colour, the best that an
+        image of one colour can have: what is below shows no structure.
+    recognisable : tuple of bool or None
+        For each private image whether its SSIM is above `RECOGNISABLE`; None where there
+        is no SSIM.
+    recognisable_chance : float or None
+        Share of the images that the mean-colour baseline is recognisable as.
+    identification : Identification or None
+        Which private images are identified; None where there is nothing to tell them from.
     label_accuracy, label_chance : float or None
         Share of the private images whose label the attack inferred, and the best
         expected without the update; None where the labels were given.
@@ -70,6 +88,10 @@ class Leakage:
     assignment: tuple[int, ...]
     metrics: Mapping[str, MetricScore | None]
     psnr_by_step: tuple[float | None, ...]
+    single_colour: tuple[float, ...]
+    recognisable: tuple[bool, ...] | None = None
+    recognisable_chance: float | None = None
+    identification: Identification | None = None
     label_accuracy: float | None = None
     label_chance: float | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -177,13 +199,6 @@ def target_features(observation: Observation, knowledge: Knowledge) -> Callable[
 MEASURES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "mse": mse, "tv": total_variation}
 
 
-def with_interval(values: Sequence[float], digits: int) -> str:
-    """Return a mean in words, with half the width of its 95% interval where it has one."""
-    mean, low, high = mean_interval(values)
-    half = "" if low is None or high is None else f" ± {(high - low) / 2:.{digits}f}"
-    return f"{mean:.{digits}f}{half}"
-
-
 def score(
     reconstruction: Reconstruction,
     truth: Truth,
@@ -191,6 +206,7 @@ def score(
     measures: Mapping[str, Measure] = MEASURES,
     reasons: Mapping[str, str] | None = None,
     num_classes: int | None = None,
+    identify: Identify = nothing_to_tell_from,
 ) -> Leakage:
     """Score a reconstruction against what the client really trained on.
 
@@ -207,6 +223,9 @@ def score(
         Missing metrics, and why; they appear as None.
     num_classes : int, optional
         For the accuracy of inferred labels; not read where they were given.
+    identify : Identify
+        Tells which private images are identified. Its ValueError or OSError is the reason
+        why none is told.
 
     Raises
     ------
@@ -220,18 +239,20 @@ def score(
     images = images[order].clamp(0, 1)
     mean_colour = torch.tensor(mean).view(-1, 1, 1).expand_as(true)
 
-    why = dict(reasons or {})
-    metrics: dict[str, MetricScore | None] = dict.fromkeys(why)
-    for name, measure in measures.items():
-        try:
-            values = tuple(measure(images, true).tolist())
-            baseline = float(measure(mean_colour, true).mean())
-        except ValueError as error:
-            metrics[name], why[name] = None, str(error)
-            continue
-        metrics[name] = MetricScore(values, *mean_interval(values), baseline)
-    if len(true) == 1:
-        why["interval"] = "one image"
+    metrics, why = _metrics(images, true, mean_colour, measures)
+    metrics |= dict.fromkeys(reasons or {})
+    why |= reasons or {}
+    own_colour = true.mean((2, 3), keepdim=True).expand_as(true)
+    recognisable = recognisable_chance = identification = None
+    try:
+        recognisable = _recognisable(images, true)
+        recognisable_chance = sum(_recognisable(mean_colour, true)) / len(true)
+    except ValueError as error:
+        why |= dict.fromkeys(("recognisable", "recognisable_chance"), str(error))
+    try:
+        identification = identify(images, true, truth.labels)
+    except (ValueError, OSError) as error:  # of the data set, too
+        why["identification"] = str(error)
 
     by_step = _by_step(psnr(images, true).tolist(), truth.batches)
     if None in by_step:
@@ -247,7 +268,39 @@ def score(
         counts = torch.tensor(reconstruction.labels).bincount(minlength=num_classes)
         accuracy = label_accuracy(counts, truth.labels)
         chance = label_chance(truth.labels, num_classes)
-    return Leakage(tuple(order.tolist()), metrics, by_step, accuracy, chance, why)
+    return Leakage(
+        assignment=tuple(order.tolist()),
+        metrics=metrics,
+        psnr_by_step=by_step,
+        single_colour=tuple(psnr(own_colour, true).tolist()),
+        recognisable=recognisable,
+        recognisable_chance=recognisable_chance,
+        identification=identification,
+        label_accuracy=accuracy,
+        label_chance=chance,
+        reasons=why,
+    )
+
+
+def _metrics(
+    images: Tensor, true: Tensor, mean_colour: Tensor, measures: Mapping[str, Measure]
+) -> tuple[dict[str, MetricScore | None], dict[str, str]]:
+    """Return the scores, None for a metric that can't be had, and why it can't."""
+    metrics: dict[str, MetricScore | None] = {}
+    why: dict[str, str] = {}
+    for name, measure in measures.items():
+        try:
+            values = measure(images, true).tolist()
+            baseline = float(measure(mean_colour, true).mean())
+        except ValueError as error:
+            metrics[name], why[name] = None, str(error)
+            continue
+        metrics[name] = MetricScore.of(name, values, baseline)
+    return metrics, why
+
+
+def _recognisable(images: Tensor, true: Tensor) -> tuple[bool, ...]:
+    return tuple((ssim(images, true) > RECOGNISABLE).tolist())
 
 
 def label_accuracy(counts: Tensor, true_labels: Sequence[int]) -> float:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import socket
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fl_app.audit.metrics import Measure
 from fl_app.util.files import user_path
 from fl_app.util.tensors import read_tensors
 from fl_app.util.vision import import_lpips, import_torchvision
@@ -30,7 +31,7 @@ _DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer; offline must not mean wai
 _CHUNK = 32  # images at once, to bound the memory of VGG's first layers
 
 
-def load_lpips(folder: str = "") -> tuple[dict[str, Measure], dict[str, str]]:
+def load_lpips(folder: str = "") -> tuple[dict[str, Lpips], dict[str, str]]:
     """Load both LPIPS networks, as far as their weights are available.
 
     Parameters
@@ -45,16 +46,15 @@ def load_lpips(folder: str = "") -> tuple[dict[str, Measure], dict[str, str]]:
     Returns
     -------
     measures : dict
-        By metric name; each takes two batches of shape (N, C, H, W) in [0, 1],
-        C 1 or 3, and returns the N distances.
+        By metric name.
     reasons : dict
         By metric name, why it is not in `measures`.
     """
-    measures: dict[str, Measure] = {}
+    measures: dict[str, Lpips] = {}
     reasons: dict[str, str] = {}
     for name in _NETS:
         try:
-            measures[name] = _measure(name, folder)
+            measures[name] = Lpips(name, folder)
         # Whatever ails the weights, the audit goes on without this metric and says why.
         except Exception as error:
             source = folder or "torch.hub's cache (lpips_weights=download would fetch them)"
@@ -93,18 +93,75 @@ def _network(name: str, weights: dict[str, Tensor]) -> nn.Module:
     return network.requires_grad_(False)
 
 
-def _measure(name: str, folder: str) -> Measure:
-    network = _network(name, _trunk_weights(name, folder))
-    smallest = _NETS[name][3]
+class Lpips:
+    """The distance LPIPS of pairs of images, and the features that it is a distance of.
+
+    Parameters
+    ----------
+    name : str
+        The metric's.
+    folder : str
+        See `load_lpips`.
+    """
+
+    def __init__(self, name: str, folder: str) -> None:
+        self._network = _network(name, _trunk_weights(name, folder))
+        self._name = name
+
+    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        """Return the N distances of images in [0, 1], shape (N, C, H, W), C 1 or 3.
+
+        Raises
+        ------
+        ValueError
+            If a side of the images is too small for the network.
+        """
+        pairs = zip(images.split(_CHUNK), others.split(_CHUNK), strict=True)
+        return torch.cat([(self.features(a) - self.features(b)).square().sum(1) for a, b in pairs])
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Say whether images (..., H, W) are large enough for the network."""
+        return min(shape[-2:]) >= _NETS[self._name][3]
 
     @torch.no_grad()
-    def distance(images: Tensor, others: Tensor) -> Tensor:
-        if min(images.shape[-2:]) < smallest:
-            raise ValueError(
-                f"images are {tuple(images.shape[-2:])}; {name} needs sides of {smallest} or more"
-            )
-        pairs = zip(images.split(_CHUNK), others.split(_CHUNK), strict=True)
-        # One channel is repeated to three by broadcasting in lpips' scaling layer.
-        return torch.cat([network(2 * a - 1, 2 * b - 1).flatten() for a, b in pairs])
+    def features(self, images: Tensor) -> Tensor:
+        """Return features, shape (N, D), whose squared distance is LPIPS.
 
-    return distance
+        LPIPS is ``sum_l mean_hw sum_c w_lc (a_lchw - b_lchw)^2`` of activations a and b of
+        unit length over the channels, with weights w >= 0: so the features are
+        ``sqrt(w_lc / (H_l W_l)) a_lchw``, and those of an image are computed once, however
+        many it is compared with.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, C, H, W)
+            In [0, 1], C 1 or 3.
+
+        Raises
+        ------
+        ValueError
+            If a side of the images is too small for the network.
+        """
+        if not self.takes(images.shape):
+            raise ValueError(
+                f"images are {tuple(images.shape[-2:])}; {self._name} needs sides of "
+                f"{_NETS[self._name][3]} or more"
+            )
+        return torch.cat([self._chunk(chunk) for chunk in images.split(_CHUNK)])
+
+    def _chunk(self, images: Tensor) -> Tensor:
+        network: Any = self._network
+        # One channel is repeated to three by broadcasting in lpips' scaling layer.
+        layers = network.net(network.scaling_layer(2 * images - 1))
+        return torch.cat(
+            [
+                (_unit(layer) * (head.model[-1].weight / layer[0, 0].numel()).sqrt()).flatten(1)
+                for layer, head in zip(layers, network.lins, strict=True)
+            ],
+            dim=1,
+        )
+
+
+def _unit(layer: Tensor) -> Tensor:
+    """Return activations (N, C, H, W) of length 1 over the channels, as lpips has it."""
+    return layer / (layer.square().sum(1, keepdim=True).sqrt() + 1e-10)

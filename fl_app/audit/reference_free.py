@@ -14,7 +14,6 @@ from torch import nn
 
 from fl_app.audit.metrics import MetricScore, total_variation
 from fl_app.protocol import Reconstruction
-from fl_app.util.intervals import mean_interval
 from server_strategies.priors.flow import FlowPrior
 
 FLOW_TIME = 0.8  # t of the residual: the noise hides details and leaves the image's content
@@ -45,7 +44,9 @@ def reference_free(reconstruction: Reconstruction, network: nn.Module | None) ->
     found: dict[str, Any] = {
         "matching_loss": reconstruction.losses[-1] if reconstruction.losses else None,
         "tv": _scored(
-            total_variation(images, images).tolist(), float(total_variation(noise, noise).mean())
+            "tv",
+            total_variation(images, images).tolist(),
+            float(total_variation(noise, noise).mean()),
         ),
         "prior_residual": None,
         "label_counts": {
@@ -55,14 +56,16 @@ def reference_free(reconstruction: Reconstruction, network: nn.Module | None) ->
     }
     if network is not None and images.shape[1] in (1, 3):
         residuals = [_residual(network, image[None]) for image in images]
-        found["prior_residual"] = _scored(residuals, _residual(network, noise[:1]))
+        found["prior_residual"] = _scored(
+            "prior_residual", residuals, _residual(network, noise[:1])
+        )
     return found
 
 
-def _scored(values: list[float], baseline: float) -> MetricScore | None:
+def _scored(metric: str, values: list[float], baseline: float) -> MetricScore | None:
     if not all(map(math.isfinite, values)):
         return None
-    return MetricScore(tuple(values), *mean_interval(values), baseline)
+    return MetricScore.of(metric, values, baseline)
 
 
 def _residual(network: nn.Module, image: torch.Tensor) -> float:

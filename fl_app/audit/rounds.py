@@ -8,10 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from fl_app.audit.exposure import (
+    Identified,
+    bounds_of,
+    count_words,
+    identified_of,
+    mean_single_colour,
+    summary_over,
+    verdict,
+)
 from fl_app.audit.leakage_log import read_lines
 from fl_app.util.files import whole_file
-from fl_app.util.intervals import mean_interval
-from fl_app.util.markdown import half_width
+from fl_app.util.intervals import spread, spread_words
 from fl_app.util.reading import BrokenFileError, read_json
 
 METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips_vgg": "LPIPS VGG", "lpips_alex": "LPIPS Alex"}
@@ -27,7 +35,11 @@ class RoundScore:
     mean : float
         Of the updates' means.
     low, high : float or None
-        The 95% interval of the mean; None for a single update.
+        The 95% interval of the mean; None for few updates, see `spread`.
+    values : sequence of float
+        The updates' means.
+    median, worst_tenth : float or None
+        Of the images of all updates, see `summary_over`.
     mean_colour : float
         The mean of the mean-colour baseline's scores on the same images.
     """
@@ -35,6 +47,9 @@ class RoundScore:
     mean: float
     low: float | None
     high: float | None
+    values: Sequence[float]
+    median: float | None
+    worst_tenth: float | None
     mean_colour: float
 
 
@@ -54,6 +69,10 @@ class RoundLine:
         Updates that the attack succeeded on, and that it was run on.
     scores : mapping of str to RoundScore
         By the names in `METRICS`; without those that no update has.
+    single_colour : float or None
+        Mean PSNR in dB of the best single colour of each image.
+    identified : Identified or None
+        Of the images of all updates.
     """
 
     round: int
@@ -62,6 +81,8 @@ class RoundLine:
     succeeded: int
     updates: int
     scores: Mapping[str, RoundScore]
+    single_colour: float | None = None
+    identified: Identified | None = None
 
 
 class _Round(TypedDict):
@@ -131,39 +152,62 @@ def _line(
         known = [line["metrics"][name] for line in good if line["metrics"].get(name)]
         known = [score for score in known if None not in (score["mean"], score["baseline"])]
         if known:
-            mean, low, high = mean_interval([score["mean"] for score in known])
-            mean_colour = sum(score["baseline"] for score in known) / len(known)
-            scores[name] = RoundScore(mean, low, high, mean_colour)
-    return RoundLine(round_, accuracy, attack, len(good), len(lines), scores)
+            scores[name] = _score(name, known)
+    return RoundLine(
+        round_,
+        accuracy,
+        attack,
+        len(good),
+        len(lines),
+        scores,
+        mean_single_colour(good),
+        identified_of(good),
+    )
+
+
+def _score(name: str, known: Sequence[Mapping[str, Any]]) -> RoundScore:
+    return RoundScore(
+        **spread([score["mean"] for score in known], bounds_of(name)),
+        **summary_over(name, known),
+        mean_colour=sum(score["baseline"] for score in known) / len(known),
+    )
 
 
 def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
     """Return the table's rows, its head first; a metric that no line has is left out.
 
-    The note says where the mean PSNR is no better than the mean colour's.
+    The note says where the PSNR shows no reconstruction, see `verdict`.
     """
     there = [name for name in METRICS if any(name in line.scores for line in lines)]
-    head = ["round", "accuracy %", "attack", "updates"]
+    head = ["round", "accuracy %", "attack", "updates", "identified"]
     for name in there:
-        head += [METRICS[name], "mean colour"]
+        head += [METRICS[name], "median", "worst tenth", "mean colour"]
+        head += ["single colour"] * (name == "psnr")
     rows = [[*head, "note"]]
     for line in lines:
         accuracy = "-" if line.accuracy is None else f"{100 * line.accuracy:.1f}"
         updates = f"{line.succeeded}/{line.updates}" if line.attack else "-"
-        cells = [str(line.round), accuracy, line.attack or "-", updates]
+        identified = count_words(line.identified)
+        cells = [str(line.round), accuracy, line.attack or "-", updates, identified]
         for name in there:
             cells += _score_cells(line.scores.get(name), _DIGITS.get(name, 3))
+            if name == "psnr":
+                cells.append(_decimal(line.single_colour, _DIGITS[name]))
         psnr = line.scores.get("psnr")
-        beaten = psnr is None or psnr.mean > psnr.mean_colour
-        rows.append([*cells, "" if beaten else "no better than the mean colour"])
+        note = verdict(psnr.mean, psnr.mean_colour, line.single_colour) if psnr else ""
+        rows.append([*cells, note])
     return rows
 
 
 def _score_cells(score: RoundScore | None, digits: int) -> list[str]:
     if score is None:
-        return ["-", "-"]
-    words = f"{score.mean:.{digits}f}" + half_width(asdict(score), digits)
-    return [words, f"{score.mean_colour:.{digits}f}"]
+        return ["-"] * 4
+    others = (score.median, score.worst_tenth, score.mean_colour)
+    return [spread_words(asdict(score), digits), *(_decimal(value, digits) for value in others)]
+
+
+def _decimal(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:

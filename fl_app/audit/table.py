@@ -2,43 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fl_app.audit.exposure import (
+    RECOGNISABLE,
+    bounds_of,
+    chance_words,
+    count_words,
+    identified_of,
+    mean_single_colour,
+    recognised_of,
+    summary_over,
+    verdict,
+)
+from fl_app.util.intervals import spread, spread_words
 from fl_app.util.text import printable
 
+_SCORES = (
+    "PSNR\ndB", "\nmedian", "worst\ntenth", "mean\ncolour", "single\ncolour", "iden-\ntified",
+    "\nSSIM",
+)  # fmt: skip
 
-def beats_mean_colour(metrics: Mapping[str, Any]) -> bool:
-    """Say whether a line's mean PSNR is above that of the mean-colour baseline."""
-    score = metrics["psnr"]
-    return None not in (score["mean"], score["baseline"]) and score["mean"] > score["baseline"]
+
+def _verdict(line: Mapping[str, Any]) -> str:
+    """Say that a line's PSNR, which it has, shows no reconstruction; nothing where it does."""
+    score = line["metrics"]["psnr"]
+    if None in (score["mean"], score["baseline"]):
+        return "PSNR not finite"
+    return verdict(score["mean"], score["baseline"], mean_single_colour([line]))
 
 
 def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of a run from the lines of its log; it fits 80 columns.
 
-    A reconstruction that is no better than the mean colour is said to be so;
-    failed attacks are red, with their error below the table, as is what the
-    diagnosis of the others found, the scores of those without a truth, that a run
-    holds private images, and the clients' defence.
+    A reconstruction that is no better than the mean colour, or shows no structure, is said
+    to be so; failed attacks are red, with their error below the table, as is what the
+    diagnosis of the others found, the scores of those without a truth, that a run holds
+    private images, whom each attack exposes, and the clients' defence.
     """
     table = Table(
-        title="Leakage: mean over a client's images, PSNR with its 95% interval",
+        title="Leakage: PSNR in dB of a client's images; worst tenth: of those that leak most",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
     )
     for name in ("Round", "Client"):
         table.add_column(name, justify="right")
-    table.add_column("Attack", overflow="fold")
-    table.add_column("PSNR dB", justify="right", no_wrap=True)
-    for name in ("Mean colour dB", "SSIM", "LPIPS VGG", "LPIPS Alex", "Time s"):
+    table.add_column("Attack", overflow="fold", min_width=8)
+    for name in _SCORES:
         table.add_column(name, justify="right")
-    table.add_column("Note")
+    table.add_column("Note", min_width=10)
     below = Text(justify="left")
     for line in lines:
         note, style = _note(line)
@@ -47,10 +65,11 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             str(line["round"]),
             _client(line),
             line["attack"],
-            _number(metrics, "psnr", "mean", 1) + _half_width(metrics.get("psnr")),
+            *(_number(metrics, "psnr", name, 1) for name in ("mean", "median", "worst_tenth")),
             _number(metrics, "psnr", "baseline", 1),
-            *(_number(metrics, name, "mean", 3) for name in ("ssim", "lpips_vgg", "lpips_alex")),
-            f"{line['seconds']:.1f}" if line["status"] == "ok" else "-",
+            _decimal(mean_single_colour([line]), 1),
+            _identified(line),
+            _number(metrics, "ssim", "mean", 2),
             note,
         ]
         # Text, not str: a name may look like rich's markup.
@@ -68,6 +87,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             below.append(f"{where}, no truth: {_alone(line['reference_free'])}\n")
     if any(line["truth"] for line in lines):
         below.append("With Truth: the clients' private batches were there to score with.\n")
+    for words in _exposed(lines):
+        below.append(words)
     for words in dict.fromkeys(_defence(line) for line in lines):
         below.append(words)
     table.caption = below if below else None
@@ -97,9 +118,40 @@ def _note(line: Mapping[str, Any]) -> tuple[str, str]:
     labels = _labels(line)
     if line["metrics"].get("psnr") is None:
         return f"{line['reasons'].get('metrics', 'not scored')}; {labels}", ""
-    if beats_mean_colour(line["metrics"]):
-        return labels, ""
-    return f"no better than the mean colour; {labels}", "dim"
+    words = _verdict(line)
+    return (f"{words}; {labels}", "dim") if words else (labels, "")
+
+
+def _identified(line: Mapping[str, Any]) -> str:
+    """Return how many of a line's images are identified; how many there are where none can be."""
+    found = identified_of([line])
+    scored = len((line["metrics"].get("psnr") or {}).get("values") or ())
+    return f"- of {scored}" if scored and not found else count_words(found)
+
+
+def _exposed(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Say of each attack how many images it exposes, over all updates that it was scored on.
+
+    An attack's last line on an update counts.
+    """
+    latest = {(line["attack"], line["round"], line["node"]): line for line in lines}
+    for attack in dict.fromkeys(line["attack"] for line in lines):
+        ours = [line for line in latest.values() if line["attack"] == attack]
+        scores = [line["metrics"]["psnr"] for line in ours if line["metrics"].get("psnr")]
+        means = [score["mean"] for score in scores if score["mean"] is not None]
+        if not means:
+            continue
+        updates = f"{len(means)} update{'s' * (len(means) > 1)}"
+        words = [f"PSNR {spread_words(spread(means, bounds_of('psnr')), 1)} dB"]
+        summary = summary_over("psnr", scores)
+        if None not in summary.values():
+            words[0] += ", median {median:.1f}, worst tenth {worst_tenth:.1f}".format(**summary)
+        if identified := identified_of(ours):
+            words.append(f"{count_words(identified)} identified ({chance_words(identified)})")
+        if seen := recognised_of(ours):
+            chance = f"SSIM over {RECOGNISABLE:g}, chance {seen['chance']:.1%}"
+            words.append(f"{count_words(seen)} recognisable ({chance})")
+        yield printable(f"{attack}, {updates}: {'; '.join(words)}.") + "\n"
 
 
 def _alone(scores: Mapping[str, Any]) -> str:
@@ -124,11 +176,8 @@ def _labels(line: Mapping[str, Any]) -> str:
 
 
 def _number(metrics: Mapping[str, Any], name: str, field: str, digits: int) -> str:
-    value = (metrics.get(name) or {}).get(field)
+    return _decimal((metrics.get(name) or {}).get(field), digits)
+
+
+def _decimal(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _half_width(score: Mapping[str, Any] | None) -> str:
-    if score is None or score["low"] is None or score["high"] is None:
-        return ""
-    return f" ±{(score['high'] - score['low']) / 2:.1f}"

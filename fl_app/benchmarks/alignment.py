@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from client_app.training import normalise
-from fl_app.audit.metrics import with_interval
 from fl_app.audit.truth import Truth
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.models import SUITE as MODELS
 from fl_app.benchmarks.rows import Row
 from fl_app.benchmarks.suite import ReadingSuite
 from fl_app.protocol import Knowledge, Observation
-from fl_app.util.intervals import mean_interval
+from fl_app.util.intervals import COSINE, mean_interval, with_interval
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.base import MatchingObjective
 
@@ -78,7 +77,7 @@ class _Alignment(ReadingSuite):
         lines = [[*head, *(f"loss at {start}" for start in starts)]]
         for client in dict.fromkeys(row["client"] for row in rows):
             kept = [[r for r in rows if r["client"] == client and r["start"] == s] for s in starts]
-            cosines = [with_interval([row["alignment"] for row in r], 3) for r in kept]
+            cosines = [with_interval([row["alignment"] for row in r], 3, COSINE) for r in kept]
             losses = [f"{mean_interval([row['loss'] for row in r])[0]:.3f}" for r in kept]
             chance = f"± {kept[0][0]['chance']:.3f}"
             lines.append([client, str(len(kept[0])), *cosines, chance, *losses])

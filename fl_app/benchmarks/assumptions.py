@@ -19,12 +19,13 @@ from torch.func import jvp, vjp
 from torch.nn import functional as F
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from fl_app.audit.metrics import assign, with_interval
+from fl_app.audit.metrics import assign
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.protocol import DatasetInfo, LocalTraining
+from fl_app.util.intervals import COSINE, DISTANCE, Bounds, with_interval
 from fl_app.util.markdown import markdown_table
 from server_strategies.attacks.run import run_attack
 from server_strategies.priors.flow import denoise, load_flow
@@ -344,9 +345,9 @@ def _lipschitz_cells(network: nn.Module, path: Path) -> list[list[str]]:
         cells.append(
             [
                 f"{t:g}",
-                _with_interval(pairs.mean(0)),
+                _with_interval(pairs.mean(0), DISTANCE),
                 f"{float(pairs.max()):.3f}",
-                *(_with_interval(norm) for norm in norms),
+                *(_with_interval(norm, DISTANCE) for norm in norms),
                 f"{float(torch.stack(norms).max()):.3f}",
                 f"{1 / (1 - t):.0f}" if t < 1 else "infinite",
             ]
@@ -361,7 +362,9 @@ def _alignment_section(rows: Sequence[Alignment], value: str) -> list[str]:
         for strength, distance, values in zip(
             row.strengths, row.distance, row.values[value], strict=True
         ):
-            columns = [_with_interval(column) for column in (distance, *values)]
+            bounds = COSINE if value.startswith("cos") else DISTANCE
+            columns = [_with_interval(distance, DISTANCE)]
+            columns += [_with_interval(column, bounds) for column in values]
             cells.append([row.kind, f"{strength:g}", *columns])
     return ["", f"### {value}", "", *markdown_table(cells)]
 
@@ -371,7 +374,7 @@ def _correlation_cells(rows: Sequence[Alignment]) -> list[list[str]]:
     for row in rows:
         for value, shown in (("|v|", "length of v"), ("|x - D|", "length of x - D")):
             correlations = row.rank_correlation(value)
-            columns = [_with_interval(torch.tensor(c)) for c in correlations]
+            columns = [_with_interval(torch.tensor(c), COSINE) for c in correlations]
             cells.append([row.kind, shown, *columns])
     return cells
 
@@ -386,7 +389,7 @@ def _cosine(step: Tensor, back: Tensor) -> Tensor:
     return (step * back).sum(-1) / (step.norm(dim=-1) * back.norm(dim=-1))
 
 
-def _with_interval(values: Tensor) -> str:
+def _with_interval(values: Tensor, bounds: Bounds) -> str:
     if not values.isfinite().all():
         return ""
-    return with_interval(values.tolist(), 3)
+    return with_interval(values.tolist(), 3, bounds)

@@ -1,4 +1,4 @@
-"""The results of attacks: means with intervals, what they are compared with, and thresholds."""
+"""The results of attacks: who is exposed, what they are compared with, and thresholds."""
 
 from __future__ import annotations
 
@@ -8,20 +8,30 @@ from typing import Any
 
 from rich.table import Table
 
+from fl_app.audit.exposure import (
+    bounds_of,
+    chance_words,
+    count_words,
+    identified_of,
+    mean_single_colour,
+    recognised_of,
+    summary_over,
+    verdict,
+)
 from fl_app.benchmarks.case import RECOGNISED, Case
 from fl_app.benchmarks.results import Results
-from fl_app.util.intervals import mean_interval
-from fl_app.util.markdown import half_width, signed
+from fl_app.util.intervals import FEWEST, Spread, spread, spread_words
 
 _COLUMNS = [
-    "client", "labels", "accuracy", "attack", "trials", "PSNR dB", "threshold", "mean colour dB",
+    "client", "labels", "accuracy", "attack", "trials", "identified", "among", "recognisable",
+    "PSNR dB", "median", "worst tenth", "threshold", "mean colour dB", "single colour dB",
     "over 20 dB", "PSNR by local step",
     "SSIM", "LPIPS VGG", "vs first dB", "vs first LPIPS", "loss", "at truth", "s", "it/s", "MB",
 ]  # fmt: skip
 
 _ON_SCREEN = (
-    "client", "labels", "accuracy", "attack", "trials", "PSNR dB", "threshold", "mean colour dB",
-    "over 20 dB", "LPIPS VGG", "vs first dB", "s",
+    "client", "labels", "accuracy", "attack", "trials", "identified", "PSNR dB", "worst tenth",
+    "threshold", "mean colour dB", "single colour dB", "LPIPS VGG", "vs first dB", "s",
 )  # fmt: skip
 
 _MEANS = (
@@ -39,7 +49,10 @@ class AttackResults(Results):
         return {"summary": [self.summary(case) for case in self.cases]}
 
     def summary(self, case: Case) -> dict[str, Any]:
-        """Return a case's means and 95% intervals over trials, beside its baselines."""
+        """Return a case's means with intervals over trials (`spread`), beside its baselines.
+
+        Median and worst tenth (`summary_over`) are over the images of all trials.
+        """
         rows = self.of(case)
         entry: dict[str, Any] = {
             "case": case.name, "trials": len(rows), "threshold": case.threshold,
@@ -51,11 +64,16 @@ class AttackResults(Results):
             if None in scores:
                 entry[metric] = None
                 continue
-            mean, low, high = mean_interval([s["mean"] for s in scores])
-            baseline = mean_interval([s["baseline"] for s in scores])[0]
-            entry[metric] = {"mean": mean, "low": low, "high": high, "baseline": baseline}
+            entry[metric] = {
+                **spread([s["mean"] for s in scores], bounds_of(metric)),
+                **summary_over(metric, scores),
+                "baseline": sum(s["baseline"] for s in scores) / len(scores),
+            }
         values = [value for row in rows for value in row["metrics"]["psnr"]["values"]]
         entry["recognised"] = sum(value > RECOGNISED for value in values), len(values)
+        entry["identified"] = identified_of(rows)
+        entry["recognisable"] = recognised_of(rows)
+        entry["single_colour"] = mean_single_colour(rows)
         entry["accuracy"] = rows[0].get("accuracy")
         steps = zip(*(row["psnr_by_step"] for row in rows), strict=True)
         # Steps of later passes use no new image.
@@ -78,8 +96,8 @@ class AttackResults(Results):
         first = next(other for other in self.cases if other.arena == case.arena)
         return None if first.name == case.name else first
 
-    def gain(self, case: Case, reference: Case, metric: str) -> dict[str, float | None] | None:
-        """Return mean and 95% interval of a metric's difference on the trials that both have.
+    def gain(self, case: Case, reference: Case, metric: str) -> Spread | None:
+        """Return a metric's difference on the trials that both have, see `spread`.
 
         None: they have none in common.
         """
@@ -89,19 +107,17 @@ class AttackResults(Results):
             for each in (case, reference)
         )  # fmt: skip
         differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        if not differences:
-            return None
-        mean, low, high = mean_interval(differences)
-        return {"mean": mean, "low": low, "high": high}
+        return spread(differences) if differences else None
 
     def table(self) -> Table:
-        """Return the table's main columns for a screen: means with 95% intervals."""
-        table = Table(title=f"{self.name}: mean over trials, 95% interval")
+        """Return the table's main columns for a screen."""
+        words = f"95% interval from {FEWEST} on; worst tenth: of all images, those that leak most"
+        table = Table(title=f"{self.name}: mean over trials, {words}")
         shown = [place for place, name in enumerate(_COLUMNS) if name in _ON_SCREEN]
         for place in shown:
-            words = _COLUMNS[place] in ("client", "attack")
-            width = 18 if words else None
-            table.add_column(_COLUMNS[place], min_width=width, overflow="fold", no_wrap=not words)
+            wide = _COLUMNS[place] in ("client", "attack")
+            width = 18 if wide else None
+            table.add_column(_COLUMNS[place], min_width=width, overflow="fold", no_wrap=not wide)
         for line in self.cells()[1:]:
             table.add_row(*(line[place] for place in shown))
         return table
@@ -113,23 +129,29 @@ class AttackResults(Results):
     def _line(self, case: Case) -> list[str]:
         line = self.summary(case)
         psnr, gain = line["psnr"], line.get("gain", {})
-        beaten = psnr["mean"] > psnr["baseline"]
+        found, colour = line["identified"], line["single_colour"]
+        words = verdict(psnr["mean"], psnr["baseline"], colour)
         return [
             case.client,
             case.labels,
             f"{line['accuracy']:.0%}" if line["accuracy"] else "untrained",
             case.name.split(", ", 2)[2],
             str(line["trials"]),
-            f"{psnr['mean']:.2f}{half_width(psnr, 1)}"
-            + ("" if beaten else " (no better than the mean colour)"),
+            count_words(found),
+            chance_words(found) if found else "-",
+            count_words(line["recognisable"]),
+            spread_words(psnr, 2) + (f" ({words})" if words else ""),
+            f"{psnr['median']:.1f}",
+            f"{psnr['worst_tenth']:.1f}",
             _threshold(case),
             f"{psnr['baseline']:.1f}",
+            "-" if colour is None else f"{colour:.1f}",
             "{} of {}".format(*line["recognised"]),
             " ".join(f"{value:.1f}" for value in line["psnr_by_step"]),
-            f"{line['ssim']['mean']:.3f}",
-            f"{line['lpips_vgg']['mean']:.3f}" if line.get("lpips_vgg") else "-",
-            signed(gain.get("psnr"), 2),
-            signed(gain.get("lpips_vgg"), 3),
+            spread_words(line["ssim"], 3),
+            spread_words(line["lpips_vgg"], 3) if line.get("lpips_vgg") else "-",
+            gain_words(gain.get("psnr"), 2),
+            gain_words(gain.get("lpips_vgg"), 3),
             f"{line['loss']:.3f}",
             f"{line['loss_at_truth']:.3f}",
             f"{line['seconds']:.0f}",
@@ -159,6 +181,9 @@ class AttackResults(Results):
         if case.recognised is not None and over < case.recognised * of:
             words = f"{over} of {of} images over {RECOGNISED:g} dB"
             yield f"{words}, the threshold is {case.recognised:.0%}"
+        found = line["identified"]
+        if case.identified is not None and found and found["count"] < case.identified * found["of"]:
+            yield f"{count_words(found)} identified, the threshold is {case.identified:.0%}"
         if case.within is not None and line["gain"]["psnr"]:
             gain = line["gain"]["psnr"]["mean"]
             if gain < -case.within:
@@ -170,11 +195,16 @@ class AttackResults(Results):
         if case.gain is not None:
             gains, lpips = line["gain"]["psnr"], line["gain"]["lpips_vgg"]
             if not gains or gains["mean"] < case.gain:
-                reached = signed(gains, 2) or "no trials in common"
+                reached = gain_words(gains, 2) or "no trials in common"
                 yield f"{reached}, the threshold is {case.gain:+g} dB"
             if not lpips or lpips["mean"] >= 0:
-                reached = signed(lpips, 3) or "not measured"
+                reached = gain_words(lpips, 3) or "not measured"
                 yield f"LPIPS VGG {reached}, the threshold is below 0"
+
+
+def gain_words(gain: Spread | None, digits: int) -> str:
+    """Return a paired difference in words; nothing where there is none."""
+    return spread_words(gain, digits, sign="+") if gain else ""
 
 
 def _threshold(case: Case) -> str:
@@ -183,6 +213,7 @@ def _threshold(case: Case) -> str:
         words.append(f"mean colour {case.above_mean_colour:+g}")
     if case.recognised is not None:
         words.append(f"{case.recognised:.0%} over {RECOGNISED:g} dB")
+    words += [] if case.identified is None else [f"{case.identified:.0%} identified"]
     words += [] if case.within is None else [f"first {-case.within:+g} dB"]
     words += [] if case.gain is None else [f"{case.gain:+g} dB, LPIPS lower"]
     words += ["first"] * case.first

@@ -42,6 +42,8 @@ class Case:
         ``converged``, see `trained_state`.
     recognised : float or None
         Share of all images that have to be over `RECOGNISED` dB.
+    identified : float or None
+        Share of all images that have to be identified.
     above_mean_colour : float or None
         Mean PSNR in dB by which it has to beat an image of the mean colour.
     defense : Defense
@@ -64,6 +66,7 @@ class Case:
     norm: str = ""
     state: str = "init"
     recognised: float | None = None
+    identified: float | None = None
     above_mean_colour: float | None = None
     defense: Defense = NO_DEFENSE
     defense_known: bool = True

@@ -7,19 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from client_app.training import NO_DEFENSE
-from fl_app.audit.metrics import with_interval
+from fl_app.audit.exposure import count_words
 from fl_app.benchmarks.accuracy import Accuracies
-from fl_app.benchmarks.attack_results import AttackResults
+from fl_app.benchmarks.attack_results import AttackResults, gain_words
 from fl_app.benchmarks.case import Case
-from fl_app.util.markdown import half_width, signed
+from fl_app.util.intervals import spread_words, with_interval
 
 METRICS = {"psnr": ("PSNR dB", 1), "ssim": ("SSIM", 3), "lpips_vgg": ("LPIPS VGG", 3)}
 """Each metric's heading, and its digits after the point."""
 LOWER = ("lpips_vgg",)
 """Metrics of which an attacker wants less."""
 _COLUMNS = [
-    "client", "labels", "defence", "attack", "attacker knows", "trials", "PSNR dB",
-    "mean colour dB", "SSIM", "LPIPS VGG", "accuracy", "cost in points (seeds)",
+    "client", "labels", "defence", "attack", "attacker knows", "trials", "identified",
+    "PSNR dB", "mean colour dB", "SSIM", "LPIPS VGG", "accuracy", "cost in points (seeds)",
     "update changed by", "bytes",
 ]  # fmt: skip
 
@@ -48,6 +48,7 @@ def defense_cells(results: AttackResults, accuracies: Accuracies) -> list[list[s
                 f"{case.attack.name} x{case.attack.iterations}",
                 knows,
                 str(len(rows)),
+                count_words(summary["identified"]),
                 _scored(summary, "psnr"),
                 f"{summary['psnr']['baseline']:.1f}",
                 _scored(summary, "ssim"),
@@ -63,7 +64,7 @@ def defense_cells(results: AttackResults, accuracies: Accuracies) -> list[list[s
 
 def _scored(summary: Mapping[str, Any], metric: str) -> str:
     score, digits = summary.get(metric), METRICS[metric][1]
-    return f"{score['mean']:.{digits}f}{half_width(score, digits)}" if score else "-"
+    return spread_words(score, digits) if score else "-"
 
 
 def _cost(case: Case, accuracies: Accuracies) -> tuple[str, str]:
@@ -76,15 +77,15 @@ def _cost(case: Case, accuracies: Accuracies) -> tuple[str, str]:
     lost = [100 * (theirs[number] - ours[number]) for number in ours if number in theirs]
     if case.defense == NO_DEFENSE or not lost:
         return accuracy, "-"
-    return accuracy, f"{with_interval(lost, 1)} ({len(lost)})"
+    return accuracy, f"{with_interval(lost, 1, (-100.0, 100.0))} ({len(lost)})"
 
 
 def compare_with_sme(results: AttackResults) -> list[str]:
     """Say, for each client and defence, on which metrics flow_matching is above SME.
 
     Above: its 95% interval over trials is on the better side of SME's and does
-    not overlap it. Beside it by how much, trial by trial: what makes a trial
-    hard is the same for both.
+    not overlap it; with too few trials for intervals (`spread`) nothing is. Beside it by
+    how much, trial by trial: what makes a trial hard is the same for both.
     """
     by_side: dict[str, dict[str, Case]] = {}
     for case in results.cases:
@@ -101,7 +102,8 @@ def compare_with_sme(results: AttackResults) -> list[str]:
         words = ", ".join(above) or "no metric"
         line = f"- {client}: flow_matching is above sme, intervals apart, on {words}"
         gains = {
-            name: signed(results.gain(*pair, m), digits) for m, (name, digits) in METRICS.items()
+            name: gain_words(results.gain(*pair, m), digits)
+            for m, (name, digits) in METRICS.items()
         }
         pairs = ", ".join(f"{name} {gain}" for name, gain in gains.items() if gain)
         lines.append(f"{line}; trial by trial {pairs}." if pairs else f"{line}.")
@@ -111,7 +113,7 @@ def compare_with_sme(results: AttackResults) -> list[str]:
 def _is_above(
     ours: Mapping[str, float] | None, theirs: Mapping[str, float] | None, metric: str
 ) -> bool:
-    if not ours or not theirs or None in (*ours.values(), *theirs.values()):
+    if not ours or not theirs or None in (ours["low"], theirs["low"]):
         return False
     if metric in LOWER:
         return ours["high"] < theirs["low"]

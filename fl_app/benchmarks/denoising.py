@@ -15,8 +15,10 @@ from rich.table import Table
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
-from fl_app.audit.metrics import psnr, with_interval
+from fl_app.audit.exposure import bounds_of
+from fl_app.audit.metrics import psnr
 from fl_app.util.files import write_text
+from fl_app.util.intervals import with_interval
 from server_strategies.priors.flow import denoise, load_flow
 from server_strategies.priors.networks import check_shape
 from server_strategies.priors.tiles import Tiled
@@ -52,7 +54,9 @@ class DenoisingRow:
     def cells(self) -> list[str]:
         """Return the row of the table: each mean with its 95% interval."""
         columns = (self.noisy, self.non_local_means, self.flow, self.tiles)
-        return [f"{self.sigma:g}", *(with_interval(values, 2) for values in columns if values)]
+        bounds = bounds_of("psnr")
+        said = [with_interval(values, 2, bounds) for values in columns if values]
+        return [f"{self.sigma:g}", *said]
 
 
 def evaluate_denoising(weights: str, images: Tensor, count: int) -> list[DenoisingRow]:

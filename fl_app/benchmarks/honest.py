@@ -11,7 +11,7 @@ from fl_app.protocol import LABEL_LEVELS
 
 _ITERATIONS = 500
 _WITHIN = {"by-step": None, "counts": 1.0, "unknown": 2.0}
-_LEAST = {  # PSNR in dB, and the share of images over 20 dB
+_LEAST = {  # PSNR in dB, and the share of images identified
     ("sgd", 4, "counts"): (33.0, 0.9),
     ("adam", 4, "counts"): (29.0, None),
     ("adam", 4, "unknown"): (27.0, None),
@@ -31,7 +31,7 @@ def _cases() -> tuple[Case, ...]:
                         least,
                         labels=level,
                         within=_WITHIN[level],
-                        recognised=share,
+                        identified=share,
                     )
                 )
     return tuple(cases)

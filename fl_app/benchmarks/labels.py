@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fl_app.audit.metrics import label_accuracy, label_chance, with_interval
+from fl_app.audit.metrics import label_accuracy, label_chance
 from fl_app.audit.truth import Truth
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.common import ADAM, SGD
@@ -14,7 +14,7 @@ from fl_app.benchmarks.rows import Row
 from fl_app.benchmarks.suite import ReadingSuite
 from fl_app.config import AttackConfig
 from fl_app.protocol import Knowledge, Observation
-from fl_app.util.intervals import mean_interval
+from fl_app.util.intervals import PERCENT, mean_interval, with_interval
 from server_strategies.attacks.labels import choose_method, infer_labels
 
 METHODS = ("llg", "dlf", "simulate")  # and auto, which is one of them or idlg
@@ -56,7 +56,7 @@ class _Labels(ReadingSuite):
                         client,
                         method,
                         str(len(kept)),
-                        with_interval([100 * row["accuracy"] for row in kept], 1) + "%",
+                        with_interval([100 * row["accuracy"] for row in kept], 1, PERCENT) + "%",
                         "" if threshold is None else f"{threshold:.0%}",
                         f"{_mean(kept, 'chance'):.1%}",
                         f"{_mean(kept, 'seconds'):.2f}",

@@ -7,7 +7,8 @@ from functools import cache
 
 from client_app.defenses import distortion, update_bytes
 from client_app.training import NO_DEFENSE, normalise
-from fl_app.audit.metrics import MEASURES, feature_mse, score, target_features
+from fl_app.audit.identification import Identifier, choose_likeness
+from fl_app.audit.metrics import MEASURES, Measure, feature_mse, score, target_features
 from fl_app.audit.perceptual import load_lpips
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import Clients
@@ -50,9 +51,15 @@ def attack_trial(
     private = normalise(truth.images, knowledge.mean, knowledge.std)
     at_truth = objective(private, 1.0).item()
     perceptual, reasons = _perceptual(lpips_weights)
-    features = feature_mse(target_features(observation, knowledge))
-    measures = {**MEASURES, **perceptual, "fmse": features}
-    leakage = score(found, truth, knowledge.mean, measures, reasons, knowledge.num_classes)
+    features = target_features(observation, knowledge)
+    measures: dict[str, Measure] = {**MEASURES, **perceptual, "fmse": feature_mse(features)}
+    identify = Identifier(
+        lambda label, count: clients.images.of_class(label, count, seed),
+        choose_likeness(perceptual.get("lpips_alex"), features, knowledge.image_shape),
+    )
+    leakage = score(
+        found, truth, knowledge.mean, measures, reasons, knowledge.num_classes, identify
+    )
     state = clients.state_of(case)
     size, encoding = update_bytes(observation.update, case.defense.quantize)
     return {
@@ -67,6 +74,10 @@ def attack_trial(
         "options": dict(found.options),
         "metrics": {k: v and asdict(v) for k, v in leakage.metrics.items()},
         "psnr_by_step": leakage.psnr_by_step,
+        "single_colour": leakage.single_colour,
+        "recognisable": leakage.recognisable,
+        "recognisable_chance": leakage.recognisable_chance,
+        "identification": leakage.identification and asdict(leakage.identification),
         "reasons": dict(leakage.reasons),
         "loss": found.losses[-1],
         "loss_at_truth": at_truth,

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _ROUNDS_NOTE = (
     "Accuracy: of the global model after the round, on the test images of the clients that "
-    "evaluated it. The updates of round r start from the model after round r - 1."
+    "evaluated it. The updates of round r start from the model after round r - 1. Scores: mean "
+    "over updates, with its 95% interval from 5 on and their values below; median and worst tenth "
+    "(the tenth that leaks most) over their images."
 )
 
 RunsJson = Annotated[
@@ -45,7 +47,8 @@ RoundsJson = Annotated[
     typer.Option(
         "--json",
         help="Print a JSON list instead, and save nothing. Keys: round, accuracy, attack, "
-        "succeeded, updates, scores (by metric: mean, low, high, mean_colour).",
+        "succeeded, updates, scores (by metric: mean, low, high, values, median, worst_tenth, "
+        "mean_colour), single_colour, identified (count, of, candidates, chance).",
     ),
 ]
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fl_app.config import DatasetConfig
 from fl_app.data.base import DataError, ImageSet, read_images
@@ -26,6 +28,7 @@ __all__ = [
     "ImageSet",
     "check_test",
     "dataset_info",
+    "draw_class",
     "draw_images",
     "fingerprint",
     "load_evaluation",
@@ -225,3 +228,36 @@ def draw_images(config: DatasetConfig, split: str, count: int, seed: int) -> Ima
     rows = _encoded_split(config, split)
     picks = np.random.default_rng(seed).permutation(len(rows))[:count]
     return read_images(rows.select(picks), dataset_info(config), config.name)
+
+
+@lru_cache(maxsize=32)
+def draw_class(config: DatasetConfig, split: str, label: int, count: int, seed: int) -> Tensor:
+    """Return images of one class of a split, drawn without replacement; only they are decoded.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+    split : {"train", "test"}
+    label : int
+        One that no image has gives no image.
+    count : int
+        As many, or all if there are not so many.
+    seed : int
+        >= 0.
+
+    Returns
+    -------
+    Tensor of uint8, shape (M, C, H, W)
+        Shared between callers: don't write into it.
+
+    Raises
+    ------
+    DataError
+        If the data is not there or is broken.
+    """
+    rows, info = _encoded_split(config, split), dataset_info(config)
+    own = np.flatnonzero(np.array(rows["label"][:]) == label)
+    if not len(own):
+        return torch.empty((0, *info.image_shape), dtype=torch.uint8)
+    picks = np.random.default_rng(seed).permutation(own)[:count]
+    return read_images(rows.select(picks), info, config.name).images

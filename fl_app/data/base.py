@@ -51,6 +51,12 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def of_class(self, label: int, count: int, seed: int) -> Tensor:
+        """Return images of a class, drawn without replacement: `count`, or all if fewer."""
+        own = (self.labels == label).nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed)
+        return self.images[own[torch.randperm(len(own), generator=generator)[:count]]]
+
 
 @dataclass(frozen=True)
 class Source:

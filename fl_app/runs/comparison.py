@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_app.audit.comparison import compare, save_comparison_picture
+from fl_app.audit.exposure import chance_words, count_words, verdict
 from fl_app.config import UNBOUNDED, AttackConfig, ConfigError, load_config
 from fl_app.registry import ATTACKS
 from fl_app.runs.attacking import finish_attacks
@@ -24,8 +25,9 @@ from fl_app.runs.facts import open_auditor
 from fl_app.runs.folder import git_commit
 from fl_app.runs.lock import only_one
 from fl_app.util.files import write_text
+from fl_app.util.intervals import FEWEST, spread_words
 from fl_app.util.machine import host
-from fl_app.util.markdown import half_width, markdown_table, sections_markdown
+from fl_app.util.markdown import markdown_table, sections_markdown
 from fl_app.util.text import printable
 from server_strategies.attack_pool import QueueEntry, enqueue
 from server_strategies.attacks.run import create_attack
@@ -45,7 +47,8 @@ _METRICS = {
 }
 _TOLD: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
 # By pixels, by looks, and what needs no truth.
-_ON_SCREEN = ("", "done", "PSNR dB", "LPIPS VGG", "TV", "s", "note")
+_ON_SCREEN = ("", "done", "identified", "PSNR dB", "worst tenth", "LPIPS VGG", "TV", "s", "note")
+_OF_IMAGES = ("median", "worst tenth", "single colour")  # of PSNR, beside its mean
 
 
 @dataclass(frozen=True)
@@ -187,22 +190,25 @@ def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
     there = dict.fromkeys(metric for metrics in found for metric in metrics)
     metrics = {name: look for name, look in _METRICS.items() if name in there}
     metrics |= {name: (name, 3) for name in there if name not in metrics}
-    head = ["", "done", *(heading for heading, _ in metrics.values())]
+    head = ["", "done", "identified", *(heading for heading, _ in metrics.values()), *_OF_IMAGES]
     rows = [[*head, "PSNR by local step", "s", "iterations", "MB", "GFLOP", "note"]]
     for name, scores in baselines.items():
         values = [_value(scores.get(metric), digits) for metric, (_, digits) in metrics.items()]
-        rows.append([name, "", *values, *[""] * 5, "no attack"])
+        rows.append([name, "", "", *values, *[""] * (len(_OF_IMAGES) + 5), "no attack"])
     for name, entry in attacks.items():
         values = [
             _value(entry["metrics"].get(metric), digits) for metric, (_, digits) in metrics.items()
         ]
-        steps = ("-" if mean is None else f"{mean:.1f}" for mean in entry["psnr_by_step"])
+        psnr = entry["metrics"].get("psnr", {})
+        of_images = (psnr.get("median"), psnr.get("worst_tenth"), entry["single_colour"])
         rows.append(
             [
                 name,
                 f"{entry['succeeded']}/{len(summary['observations'])}",
+                count_words(entry["identified"]),
                 *values,
-                " ".join(steps),
+                *(_number(value, 1) for value in of_images),
+                " ".join(_number(mean, 1) for mean in entry["psnr_by_step"]),
                 _number(entry["seconds"], 1),
                 _number(entry["iterations"], 0),
                 _number(entry["peak_memory"], 0, 1e6),
@@ -215,7 +221,9 @@ def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def _value(score: Mapping[str, Any] | None, digits: int) -> str:
     """Return a mean and its interval in words."""
-    return f"{score['mean']:.{digits}f}{half_width(score, digits)}" if score else "-"
+    if not score:
+        return "-"
+    return spread_words({**score, "values": list(score["values"].values())}, digits)
 
 
 def _number(value: float | None, digits: int, unit: float = 1) -> str:
@@ -230,6 +238,10 @@ def _note(entry: Mapping[str, Any]) -> str:
         name = max(psnr["chance"], key=lambda baseline: psnr["chance"][baseline])
         if psnr["mean"] <= psnr["chance"][name]:
             words.append(f"no better than {name}")
+        elif no_structure := verdict(psnr["mean"], None, entry["single_colour"]):
+            words.append(no_structure)
+    if entry["identified"]:
+        words.append(f"identified: {chance_words(entry['identified'])}")
     labels = entry["metrics"].get("label_accuracy")
     if labels:
         words += [f"{value:.2f} of the labels {name}" for name, value in labels["chance"].items()]
@@ -246,10 +258,13 @@ def _note(entry: Mapping[str, Any]) -> str:
 def _notes(summary: Mapping[str, Any], budget: str) -> list[str]:
     """Return the lines below the table: what it shows, and what is missing and why."""
     count = len(summary["observations"])
-    interval = "95% interval over them" if count > 1 else "one has no interval"
     lines = [
         f"- Observations: {count}; each value is the mean over an observation's images, then over "
-        f"observations ({interval}). An attack's rows are over those where it succeeded.",
+        f"observations, with its 95% interval from {FEWEST} on and their values below. An attack's "
+        "rows are over those where it succeeded.",
+        "- Median and worst tenth (the tenth that leaks most) of the PSNR are over the images of "
+        "all observations; single colour: PSNR of each image's own mean colour, below which an "
+        "image shows no structure.",
         "- One assignment of reconstructions to private images (least MSE) serves all metrics, for "
         "attacks and baselines alike. What is no better than the best baseline in PSNR is no "
         "reconstruction.",

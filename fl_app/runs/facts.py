@@ -98,7 +98,10 @@ def open_auditor(
     if difference:
         difference = printable(difference)
         tell(f"{difference}. What the run recorded of it is used, and no baseline is drawn from it")
-    return Auditor(run_dir, config, config.knowledge(info), truth_dir, difference)
+    # Like the fingerprint, candidates are not worth fetching a data set for.
+    elsewhere = on_hub(config.dataset) and facts.get("fingerprint") is None
+    why = "the data set is on the hub, and was not on this machine" if elsewhere else ""
+    return Auditor(run_dir, config, config.knowledge(info), truth_dir, difference, why)
 
 
 def _recorded(facts: Any, path: Path) -> DatasetInfo:

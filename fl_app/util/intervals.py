@@ -1,10 +1,98 @@
-"""A mean and its interval. Free of SciPy, whose import costs more than all else of a command."""
+"""Means and their intervals. Free of SciPy, whose import costs more than all else of a command.
+
+An interval says how a mean would differ on other draws: other trials, clients or rounds. The
+images of one client are no such draws, so what is said of them is how they are spread.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any, TypedDict
+
+FEWEST = 5
+"""Draws from which on a mean has an interval; of fewer the values themselves are said."""
+
+Bounds = tuple[float, float]
+UNBOUNDED: Bounds = (-math.inf, math.inf)
+SHARE: Bounds = (0.0, 1.0)
+PERCENT: Bounds = (0.0, 100.0)
+COSINE: Bounds = (-1.0, 1.0)
+DISTANCE: Bounds = (0.0, math.inf)
+
+
+class Spread(TypedDict):
+    """A mean over draws.
+
+    Attributes
+    ----------
+    mean : float
+    low, high : float or None
+        Its 95% interval; None below `FEWEST` draws.
+    values : sequence of float
+        Of the draws.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    values: Sequence[float]
+
+
+def spread(values: Sequence[float], bounds: Bounds = UNBOUNDED) -> Spread:
+    """Return the mean over draws and its 95% interval, see `mean_interval`.
+
+    Parameters
+    ----------
+    values : sequence of float
+        At least one.
+    bounds : tuple of float
+        What a value can be at least and at most: ends beyond are cut there, since the mean
+        can't be beyond either, and the interval still holds it in 95% of the cases.
+
+    Raises
+    ------
+    ValueError
+        If there is no value.
+    """
+    mean, low, high = mean_interval(values)
+    if low is None or high is None or len(values) < FEWEST:
+        low = high = None
+    else:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    return Spread(mean=mean, low=low, high=high, values=list(values))
+
+
+def spread_words(found: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    """Return a `Spread` in words.
+
+    ``2.0 ± 0.3``; ``0.9 [0.7, 1.0]`` where an end was cut; ``2.0 (1.0, 3.0)``, the draws
+    themselves, below `FEWEST` of them; ``2.0`` for one.
+
+    Parameters
+    ----------
+    found : mapping
+    digits : int
+        After the point.
+    sign : {"", "+"}
+        "+": a positive number shows its sign.
+    """
+
+    def said(values: Sequence[float]) -> str:
+        return ", ".join(f"{value:{sign}.{digits}f}" for value in values)
+
+    mean, low, high, values = (found[name] for name in ("mean", "low", "high", "values"))
+    if low is None or high is None:
+        return said([mean]) + (f" ({said(values)})" if len(values) > 1 else "")
+    if math.isclose(high - mean, mean - low, rel_tol=1e-6, abs_tol=1e-12):
+        return f"{said([mean])} ± {high - mean:.{digits}f}"
+    return f"{said([mean])} [{said([low, high])}]"
+
+
+def with_interval(values: Sequence[float], digits: int, bounds: Bounds = UNBOUNDED) -> str:
+    """Return the mean over draws in words, see `spread` and `spread_words`."""
+    return spread_words(spread(values, bounds), digits)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:

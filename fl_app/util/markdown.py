@@ -1,20 +1,9 @@
-"""Tables of results in Markdown, and figures with their intervals in words."""
+"""Tables of results in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-
-def half_width(interval: Mapping[str, float | None], digits: int) -> str:
-    """Return half the width of an interval in words; nothing for a single value."""
-    low, high = interval["low"], interval["high"]
-    return "" if low is None or high is None else f" ± {(high - low) / 2:.{digits}f}"
-
-
-def signed(gain: Mapping[str, float | None] | None, digits: int) -> str:
-    """Return a paired difference in words; nothing where there is none."""
-    return f"{gain['mean']:+.{digits}f}{half_width(gain, digits)}" if gain else ""
 
 
 def sections_markdown(

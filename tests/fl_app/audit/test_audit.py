@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -14,14 +13,23 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from helpers.audit import (
+    MEAN,
+    SHAPE,
+    images,
+    line_of,
+    printed,
+    reconstruction_of,
+    shared_lpips,
+    truth_of,
+)
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio
 
 from fl_app.audit import leakage_log, perceptual
 from fl_app.audit.auditor import Auditor
-from fl_app.audit.leakage_log import LogLine, Score, append_line, read_lines, thinned
+from fl_app.audit.leakage_log import Score, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
     MEASURES,
     assign,
@@ -32,42 +40,12 @@ from fl_app.audit.metrics import (
     total_variation,
 )
 from fl_app.audit.report import save_picture
-from fl_app.audit.table import leakage_table
-from fl_app.audit.truth import Truth, write_truth
+from fl_app.audit.truth import write_truth
 from fl_app.config import AuditConfig, Config, from_yaml
 from fl_app.models import create_model
-from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
+from fl_app.protocol import Knowledge, LocalTraining, Observation
 from fl_app.runs import folder as runs
 from fl_app.util.vision import import_lpips, import_torchvision
-
-SHAPE = (3, 32, 32)
-MEAN = (0.4, 0.5, 0.6)
-
-
-def images(n: int, seed: int = 0, size: int = 32) -> torch.Tensor:
-    return torch.rand((n, 3, size, size), generator=torch.Generator().manual_seed(seed))
-
-
-def truth_of(x: torch.Tensor, batches: tuple[tuple[int, ...], ...] | None = None) -> Truth:
-    n = len(x)
-    return Truth(x, tuple(range(n)), batches or tuple((i,) for i in range(n)), 1, 7)
-
-
-def reconstruction_of(x: torch.Tensor, labels: tuple[int, ...] | None = None) -> Reconstruction:
-    return Reconstruction(
-        attack="sme",
-        matching="surrogate: SGD",
-        images=x,
-        labels=labels or tuple(range(len(x))),
-        losses=(0.5, 0.25),
-        iterations=2,
-        seconds=0.5,
-        peak_memory=1000,
-        flops=2000,
-        stop_reason="iterations",
-        options={"lr": 1.0},
-    )
-
 
 # --- metrics ---------------------------------------------------------------------------------
 
@@ -127,7 +105,11 @@ def test_grey_baseline_is_the_score_of_the_mean_colour() -> None:
     ]
     found = leakage.metrics["psnr"]
     assert found is not None and found.baseline == pytest.approx(sum(by_hand) / 3, abs=1e-4)
-    assert found.low is not None and found.low < found.mean
+    # The median of three, and of their tenth the one that leaks most.
+    assert (found.median, found.worst_tenth) == (sorted(found.values)[1], max(found.values))
+    # Each image's own mean colour beats any other colour.
+    own = psnr(x.mean((2, 3), keepdim=True).expand_as(x), x)
+    assert leakage.single_colour == tuple(own.tolist()) and float(own.mean()) > found.baseline
 
 
 @pytest.mark.parametrize(
@@ -147,14 +129,6 @@ def test_a_metric_that_can_not_be_had_is_null_with_its_reason() -> None:
 
 
 # --- LPIPS -----------------------------------------------------------------------------------
-
-
-def shared_lpips() -> Path:
-    root = Path(os.environ.get("FLOWLEAK_SHARED", Path(__file__).parents[4] / "shared"))
-    folder = root / "weights" / "lpips"
-    if not folder.exists():
-        pytest.skip(f"no LPIPS trunk weights at {folder}")
-    return folder
 
 
 def test_torchvision_and_lpips_import_beside_any_torch() -> None:
@@ -222,11 +196,6 @@ def test_without_weights_lpips_is_a_reason_not_a_random_network(
 
 
 # --- the log ---------------------------------------------------------------------------------
-
-
-def line_of(**fields: object) -> LogLine:
-    line = LogLine(round=1, node=7, client=0, attack="sme", status="ok", labels="by-step")
-    return replace(line, **fields)  # type: ignore[arg-type]
 
 
 def score_of(mean: float) -> Score:
@@ -384,12 +353,6 @@ def test_picture_shows_the_pixels_side_by_side(tmp_path: Path) -> None:
     with Image.open(tmp_path / "p.png") as picture:
         left, right = (picture.getpixel((x, picture.height - 30)) for x in (20, 120))
     assert (left, right) == ((0, 0, 0), (0, 255, 255))
-
-
-def printed(lines: list[dict[str, Any]]) -> str:
-    console = Console(width=120, file=io.StringIO())
-    console.print(leakage_table(lines))
-    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 class Audit:

@@ -158,7 +158,7 @@ def test_above_sme_means_intervals_apart_on_the_better_side(
         for seed, psnr in enumerate(scores)
     ]
     (line,) = compare_with_sme(benchmark)
-    assert line.endswith("LPIPS VGG; trial by trial PSNR dB +4.0 ± 12.7.")
+    assert line.endswith("LPIPS VGG; trial by trial PSNR dB +4.0 (+3.0, +5.0).")
 
 
 def test_an_undefended_trial_is_untouched_and_a_known_defence_is_told() -> None:

@@ -18,7 +18,6 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.baselines import MEAN_COLOUR, PRIOR, TRAINING, baseline_images
 from fl_app.audit.comparison import NOISE, compare
 from fl_app.audit.leakage_log import read_lines
-from fl_app.audit.metrics import mean_interval
 from fl_app.audit.truth import read_truth, write_truth
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
@@ -91,8 +90,14 @@ def test_every_attack_is_lined_up_once(tmp_path: Path, monkeypatch: pytest.Monke
 
     psnr = summary["attacks"]["sme"]["metrics"]["psnr"]
     scores = [line["metrics"]["psnr"] for line in lines if line["attack"] == "sme"]
-    expected = mean_interval([score["mean"] for score in scores])
-    assert (psnr["mean"], psnr["low"], psnr["high"]) == pytest.approx(expected)
+    means = [score["mean"] for score in scores]
+    each = [value for score in scores for value in score["values"]]
+    assert psnr["mean"] == pytest.approx(sum(means) / 2) and len(each) == 4
+    assert psnr["low"] is psnr["high"] is None  # two observations have no interval
+    assert psnr["worst_tenth"] == max(each)
+    entry = summary["attacks"]["sme"]
+    assert entry["identified"]["of"] == 4 and 0 < entry["identified"]["chance"] < 0.1
+    assert psnr["chance"][MEAN_COLOUR] < entry["single_colour"]
     assert set(psnr["chance"]) == {MEAN_COLOUR, TRAINING, PRIOR}
     # The log's own baseline of every metric is the mean colour, too.
     for metric in ("psnr", "ssim", "mse", "fmse", "tv"):
