@@ -93,14 +93,16 @@ def matching_objective(
     _check(kind, distance, observation, knowledge)
     model = clients_model(knowledge, observation.w0).to(device)
     reason, exact, auto = "asked for", None, kind == "auto"
-    if kind == LowRank.name or (auto and not knowledge.defense.secagg):
+    if auto:
+        kind, reason = choose(model, observation, knowledge)
+    # Where Adam left enough rows of batches, no more follows from exact features, in a minute.
+    rows = kind == Decoded.name and knowledge.client.batch_size > 1
+    if kind == LowRank.name or (auto and not (rows or knowledge.defense.secagg)):
         exact = exact_features(model, observation, knowledge)
-        if isinstance(exact, str) and kind == LowRank.name:
+        if isinstance(exact, str) and not auto:
             raise ValueError(f"matching is {kind!r}, but {exact}")
     if isinstance(exact, ExactFeatures):
         kind, reason = LowRank.name, exact.reason
-    elif auto:
-        kind, reason = choose(model, observation, knowledge)
     if auto:
         if distance not in ("auto", "cosine") and _smooths(kind, knowledge):
             distance, reason = "cosine", f"{reason}; by the cosine, as Adam is smoothed"
@@ -173,9 +175,9 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
         if usable:
             return "inversion", f"one step of {optimizer}, and {why}"
         return "trajectory", f"one step of {optimizer}, but {why}"
-    shuffled = training.reshuffle and training.passes(count) > 1
-    order = "later passes in the first's order" if shuffled else "whose order is known"
-    why = f"{steps} steps of {optimizer}, {order}"
+    why = f"{steps} steps of {optimizer}"
+    if training.passes(count) > 1:
+        why += ", later passes in the first's order" if training.reshuffle else ", in one order"
     if hidden:
         return "trajectory", f"{why}; no fingerprints: {hidden}"
     found = usable_fingerprints(model, observation, knowledge)

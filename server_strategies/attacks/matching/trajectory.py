@@ -322,6 +322,7 @@ class Trajectory(MatchingObjective):
         seen = [self.w1[name] - w for name, w in self.w0.items()]
         known = consistent(seen, self.knowledge.defense)
         self.distance = self.measure(seen, known=known)
+        self.by_step = self.knowledge.labels_level == "by-step"
         self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
         self.taken = list(accumulate((len(batch) for batch in self.batches), initial=0))
 
@@ -336,7 +337,6 @@ class Trajectory(MatchingObjective):
         """
         if self.labels.requires_grad:
             return []
-        by_step = self.knowledge.labels_level == "by-step"
         classes, places = self.labels.tolist(), range(len(self.labels))
         steps = [
             [step for step, batch in enumerate(self.batches) if place in batch] for place in places
@@ -344,7 +344,7 @@ class Trajectory(MatchingObjective):
         return [
             (a, b)
             for a, b in combinations(places, 2)
-            if steps[a] != steps[b] and (classes[a] == classes[b] or not by_step)
+            if steps[a] != steps[b] and (classes[a] == classes[b] or not self.by_step)
         ]
 
     def displacement(self, x: Tensor, progress: float) -> list[Tensor]:

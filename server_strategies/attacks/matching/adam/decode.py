@@ -30,6 +30,7 @@ from server_strategies.attacks.matching.adam.fingerprints import (
 )
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.matching.defended import consistent
+from server_strategies.attacks.matching.relabel import LastLayer, last_layer, recorded
 from server_strategies.attacks.matching.trajectory import Trajectory
 
 _RIDGE = 1e-3  # of the least squares on features of length 1
@@ -82,11 +83,12 @@ class Decoded(Trajectory):
         if not self.prints:
             raise ValueError("matching is 'fingerprints', but the update holds none")
         self.names = {part.name for found in self.prints.values() for part in found}
-        # Otherwise they are known, or inferred, over all steps together.
-        self.by_step = knowledge.labels_level == "by-step"
-        self.counted = knowledge.labels_level == "counts"
         self.known_labels = self.labels.clone()
         self.calls = 0
+        self.counted = knowledge.labels_level == "counts"
+        self.last: LastLayer | None = None
+        if not self.by_step:
+            self.last = last_layer(self.model, self.w0, self.w1, self.indices, self.training)
         self.weights_at: dict[int, dict[str, Tensor]] = {}
         self.accepted: Tensor
         self.decoded: Tensor | None = None
@@ -107,7 +109,8 @@ class Decoded(Trajectory):
             return self._residual(x)
         decoded = self.decoded.view(-1, 1, 1, 1)
         residual = self._residual(torch.where(decoded, x, x.detach()))
-        return residual + super().__call__(torch.where(decoded, x.detach(), x), progress)
+        others = self.displacement(torch.where(decoded, x.detach(), x), progress)
+        return residual + self.distance(others)
 
     def reassignments(self) -> list[tuple[int, int]]:
         """See `MatchingObjective`; none: fingerprints determine the step."""
@@ -139,12 +142,14 @@ class Decoded(Trajectory):
         is never known, or among all images of fingerprints, where labels were inferred
         over all steps. Then an image is accepted if some row supports it and its part
         in the rows is about the one that its label implies. An image that imitates a
-        blend of others has another part.
+        blend of others has another part. Where the labels' order is not known, those of
+        the other images are then assigned by the last layer's displacement, see `LastLayer`.
         """
         weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
         optimizer = create_optimizer(weights.values(), self.training)
         fits: list[tuple[Tensor, Tensor]] = []
-        for step, index in enumerate(self.indices[: max(self.prints) + 1]):
+        last_inputs: list[Tensor] = []
+        for step, index in enumerate(self.indices):
             if step in self.prints:
                 self.weights_at[step] = {name: w.detach().clone() for name, w in weights.items()}
                 inputs, outputs, logits = self._traced(step, x[index])
@@ -153,7 +158,8 @@ class Decoded(Trajectory):
                 if self.by_step:
                     self._assign_labels(index, *fits[-1])
             optimizer.zero_grad()
-            with given_noise(self.model, self._noise(step, x[index])):
+            noise = given_noise(self.model, self._noise(step, x[index]))
+            with noise, recorded(self.last, last_inputs):
                 logits = functional_call(self.model, {**weights}, (x[index],))
                 local_loss(self.model, logits, self.labels[index]).backward()
             if self.training.max_grad_norm:
@@ -166,6 +172,11 @@ class Decoded(Trajectory):
         own = misfit.gather(1, self.labels[images, None])[:, 0]
         self.accepted = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.accepted[images] = own < _ACCEPTED * size
+        if self.last:
+            self.labels = self.last.relabelled(
+                last_inputs, self.labels, ~self.accepted, self.counted
+            )
+            self.known_labels = self.labels
 
     def _traced(self, step: int, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Return `traced` of a step's images (B, C, H, W), with its rows' units active."""
