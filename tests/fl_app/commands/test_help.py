@@ -115,7 +115,7 @@ def test_help_says_what_every_argument_and_option_allows() -> None:
 def test_the_version_and_completion() -> None:
     assert re.fullmatch(r"flowleak \d+\.\d+\.\d+\n", flowleak("--version"))
     for words, expected in (
-        ("list m", ["models"]), ("bench st", ["status"]), ("bench qu", ["quick"])
+        ("list m", ["models"]), ("bench st", ["states", "status"]), ("bench qu", ["quick"])
     ):  # fmt: skip
         complete = {
             "_FLOWLEAK_COMPLETE": "complete_bash",
