@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio
 
-from fl_app.audit import leakage_log, perceptual
+from fl_app.audit import auditor, leakage_log, perceptual
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import Score, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
@@ -415,9 +415,11 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", LABEL_LEVELS)
-def test_a_runs_log_and_table_name_what_was_granted_of_the_labels(
-    tmp_path: Path, level: str
+def test_a_runs_log_table_and_picture_name_what_was_granted_of_the_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
 ) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr(auditor, "save_picture", lambda *given: captions.extend(given[-1]))
     audit = Audit(tmp_path, AuditConfig(truth=True, labels=level))
     x = images(4)
     write_truth(audit.run_dir, truth_of(x))
@@ -427,6 +429,7 @@ def test_a_runs_log_and_table_name_what_was_granted_of_the_labels(
     audit.auditor.record_failure(audit.observation, "sme", "out of memory")
     lines = audit.auditor.lines()
     assert [line["labels"] for line in lines] == [level] * 2
+    assert captions[0] == f"round 1, client 2, sme, labels {level}"
     words = "labels unknown: 75% inferred, chance 40%" if level == "unknown" else f"labels {level}"
     assert words in printed(lines[:1], width=200)
 
