@@ -345,10 +345,10 @@ def test_words_from_others_are_printed_not_obeyed(tmp_path: Path) -> None:
 
 def test_truth_is_off_in_a_deployment_unless_it_is_asked_for() -> None:
     config = load_config()
-    assert (config.settled(True).audit.truth, config.settled(True).audit.labels) == (True, "given")
+    assert (config.settled(True).audit.truth, config.settled(True).audit.labels) == (True, "counts")
     deployed = config.settled(False)
     assert (deployed.audit.truth, deployed.audit.labels) == (False, "unknown")
     asked = load_config({"overrides": "audit.truth=true"})
     assert asked.settled(False).audit.truth is True
-    with pytest.raises(ConfigError, match="labels is 'given'"):
+    with pytest.raises(ConfigError, match="labels is 'counts'"):
         load_config({"overrides": "audit.truth=false"})

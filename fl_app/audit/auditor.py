@@ -388,7 +388,8 @@ class Auditor:
         images = reconstruction.images.detach().cpu()
         order = leakage.assignment if leakage else None
         caption = [
-            f"round {observation.round}, client {observation.client}, {reconstruction.attack}"
+            f"round {observation.round}, client {observation.client}, {reconstruction.attack}, "
+            f"labels {reconstruction.labels_level}"
         ]
         if leakage:
             caption += _caption(leakage)

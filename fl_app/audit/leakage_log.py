@@ -104,7 +104,7 @@ class LogLine:
     identification : mapping or None
         Which images are identified: identified, rank, candidates, by.
     label_accuracy, label_chance : float or None
-        Share of the images whose label the attack counted, and what is expected
+        Share of the images whose label the attack inferred, and what is expected
         without the update; None where the labels were given.
     labels_source : str or None
         "given", or the method that inferred them, or their order; None where no attack

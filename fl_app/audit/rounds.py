@@ -73,6 +73,8 @@ class RoundLine:
         Mean PSNR in dB of the best single colour of each image.
     identified : Identified or None
         Of the images of all updates.
+    labels : str
+        What attacks were given of the labels, see `Knowledge`.
     """
 
     round: int
@@ -83,6 +85,7 @@ class RoundLine:
     scores: Mapping[str, RoundScore]
     single_colour: float | None = None
     identified: Identified | None = None
+    labels: str = ""
 
 
 class _Round(TypedDict):
@@ -162,6 +165,7 @@ def _line(
         scores,
         mean_single_colour(good),
         identified_of(good),
+        ", ".join(dict.fromkeys(line["labels"] for line in lines)),
     )
 
 
@@ -179,7 +183,7 @@ def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
     The note says where the PSNR shows no reconstruction, see `verdict`.
     """
     there = [name for name in METRICS if any(name in line.scores for line in lines)]
-    head = ["round", "accuracy %", "attack", "updates", "identified"]
+    head = ["round", "accuracy %", "attack", "labels", "updates", "identified"]
     for name in there:
         head += [METRICS[name], "median", "worst tenth", "mean colour"]
         head += ["single colour"] * (name == "psnr")
@@ -188,7 +192,8 @@ def rounds_cells(lines: Sequence[RoundLine]) -> list[list[str]]:
         accuracy = "-" if line.accuracy is None else f"{100 * line.accuracy:.1f}"
         updates = f"{line.succeeded}/{line.updates}" if line.attack else "-"
         identified = count_words(line.identified)
-        cells = [str(line.round), accuracy, line.attack or "-", updates, identified]
+        attack, labels = line.attack or "-", line.labels or "-"
+        cells = [str(line.round), accuracy, attack, labels, updates, identified]
         for name in there:
             cells += _score_cells(line.scores.get(name), _DIGITS.get(name, 3))
             if name == "psnr":

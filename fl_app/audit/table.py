@@ -172,7 +172,8 @@ def _labels(line: Mapping[str, Any]) -> str:
     """Say what was given of a line's labels, and how many inferred ones are right."""
     if line["label_accuracy"] is None:
         return f"labels {line['labels']}"
-    return f"labels {line['label_accuracy']:.0%}, chance {line['label_chance']:.0%}"
+    right = f"{line['label_accuracy']:.0%} inferred, chance {line['label_chance']:.0%}"
+    return f"labels unknown: {right}"
 
 
 def _number(metrics: Mapping[str, Any], name: str, field: str, digits: int) -> str:

@@ -10,6 +10,7 @@ from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.common import ADAM, SGD, timed
 from fl_app.benchmarks.family import IN_SHORT
+from fl_app.benchmarks.rows import file_beside
 from fl_app.benchmarks.suite import AttackSuite, Setting
 
 STATES = ("init", "epoch-1", "epoch-3", "epoch-10", "converged")
@@ -24,7 +25,7 @@ class _States(AttackSuite):
         from fl_app.benchmarks.state_plot import save_state_plot
 
         if setting.path:
-            save_state_plot(setting.path.with_suffix(".png"), results)
+            save_state_plot(file_beside(setting.path, ".png"), results)
         return []
 
 

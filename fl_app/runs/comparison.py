@@ -129,14 +129,21 @@ class AttackComparison:
         names = ",".join(jobs)
         command = f"flowleak attack {folder.name} --attack {names} --budget {self.budget}"
         settings = {attack.name: asdict(attack) for attack in self.attacks}
-        content = {"command": command, "budget": self.budget, "settings": settings, **summary}
+        labels = config.audit.labels
+        content = {
+            "command": command,
+            "budget": self.budget,
+            "labels": labels,
+            "settings": settings,
+            **summary,
+        }
         path = folder / "comparison.json"
         write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
         cells = _cells(summary)
-        lines = [*markdown_table(cells), "", *_notes(summary, self.budget)]
+        lines = [*markdown_table(cells), "", *_notes(summary, self.budget, labels)]
         facts = {**host(), "commit": git_commit()}
         write_text(path.with_suffix(".md"), sections_markdown("Comparison", command, lines, facts))
-        caption = [f"{folder.name}, budget: {self.budget}"]
+        caption = [f"{folder.name}, budget: {self.budget}, labels {labels}"]
         save_comparison_picture(path.with_suffix(".png"), auditor, store, comparison, caption)
         console.print(_table(cells))
         for words in _failures(summary):
@@ -255,7 +262,7 @@ def _note(entry: Mapping[str, Any]) -> str:
     return "; ".join(words)
 
 
-def _notes(summary: Mapping[str, Any], budget: str) -> list[str]:
+def _notes(summary: Mapping[str, Any], budget: str, labels: str) -> list[str]:
     """Return the lines below the table: what it shows, and what is missing and why."""
     count = len(summary["observations"])
     lines = [
@@ -268,7 +275,8 @@ def _notes(summary: Mapping[str, Any], budget: str) -> list[str]:
         "- One assignment of reconstructions to private images (least MSE) serves all metrics, for "
         "attacks and baselines alike. What is no better than the best baseline in PSNR is no "
         "reconstruction.",
-        f"- Budget: {budget}. Costs are means over observations.",
+        f"- Labels: {labels} (what attacks were given of them). Budget: {budget}. Costs are means "
+        "over observations.",
     ]
     lines += [f"- {printable(f'{name}: {why}')}" for name, why in summary["reasons"].items()]
     return lines + [f"- {words}" for words in _failures(summary)]

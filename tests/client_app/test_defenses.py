@@ -433,7 +433,8 @@ def test_under_secure_aggregation_the_server_sees_the_sum_alone(tmp_path: Path) 
 
 
 def test_a_sums_truth_is_that_of_its_clients_one_after_another(tmp_path: Path) -> None:
-    config = load_config({"defense": "secagg", "overrides": f"runs_dir={tmp_path}"})
+    overrides = f"runs_dir={tmp_path} audit.labels=by-step"
+    config = load_config({"defense": "secagg", "overrides": overrides})
     config = replace(config, client=replace(config.client, batch_size=2))
     known = config.knowledge(dataset_info(config.dataset))
     auditor = Auditor(tmp_path, config, replace(known, image_shape=(3, 4, 4), num_classes=10))
@@ -443,10 +444,11 @@ def test_a_sums_truth_is_that_of_its_clients_one_after_another(tmp_path: Path) -
     )
     write_truth(tmp_path, Truth(images[:2], (7, 8), ((0,), (1,)), 1, node=9))
     assert not auditor.has_truth(total)
-    with pytest.raises(ValueError, match=r"audit\.labels is given, but"):
+    with pytest.raises(ValueError, match=r"audit\.labels is by-step, but"):
         auditor.grant(total)
     write_truth(tmp_path, Truth(images[2:], (1, 2, 3), ((0, 1), (2,), (0, 1)), 1, node=4))
     assert auditor.has_truth(total) and auditor.grant(total).labels == (7, 8, 1, 2, 3)
+    assert auditor.grant(total).granting("counts").labels == (1, 2, 3, 7, 8)  # of all together
     whole = auditor.truth(total)
     assert whole is not None and torch.equal(whole.images, images)
     assert whole.batches == ((0, 2, 3), (1, 4), (2, 3))
@@ -461,7 +463,7 @@ def run_with(folder: Path, name: str, defense: str, psnr: float, accuracy: float
     run = create_run(config)
     score = {"mean": psnr, "low": None, "high": None, "baseline": 12}
     line = LogLine(
-        1, 5, 0, "sme", "ok", "given", metrics={"psnr": score}, defense=str(config.defense)
+        1, 5, 0, "sme", "ok", "counts", metrics={"psnr": score}, defense=str(config.defense)
     )
     append_line(run / "leakage.jsonl", line)
     rounds = [{"round": 1, "train": {}, "evaluate": {"accuracy": accuracy}}]

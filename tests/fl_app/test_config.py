@@ -92,6 +92,7 @@ def test_nothing_in_a_configuration_is_resolved(
         ({"overrides": "name=../x"}, "name is '../x'; allowed: a folder's name"),
         ({"overrides": "audit.training=some"}, "training is 'some'; allowed: given, unknown"),
         ({"overrides": "client.max_grad_norm=-1"}, "max_grad_norm is -1.0; allowed: 0"),
+        ({"overrides": "audit.labels=given"}, "labels is 'given'; allowed: by-step, counts, unkn"),
         ({"overrides": "audit.truth=false"}, "labels is 'counts'; allowed without truth: unknown"),
         ({"dataset": "imagefolder"}, "dataset.source is empty"),
         ({"overrides": "strategy.fraction_evaluate=2"}, "allowed: 0 to 1"),

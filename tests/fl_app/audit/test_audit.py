@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio
 
-from fl_app.audit import leakage_log, perceptual
+from fl_app.audit import auditor, leakage_log, perceptual
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.leakage_log import Score, append_line, read_lines, thinned
 from fl_app.audit.metrics import (
@@ -43,7 +43,7 @@ from fl_app.audit.report import save_picture
 from fl_app.audit.truth import write_truth
 from fl_app.config import AuditConfig, Config, from_yaml
 from fl_app.models import create_model
-from fl_app.protocol import Knowledge, LocalTraining, Observation
+from fl_app.protocol import LABEL_LEVELS, Knowledge, LocalTraining, Observation
 from fl_app.runs import folder as runs
 from fl_app.util.vision import import_lpips, import_torchvision
 
@@ -296,6 +296,7 @@ def test_a_line_of_an_older_version_has_every_field(tmp_path: Path) -> None:
     path.write_text(json.dumps({**old, "explanation": "of another name"}))
     (line,), bad = read_lines(path)
     assert bad == [] and line == json.loads(json.dumps(asdict(line_of())))
+    assert line["labels"] == "by-step"  # which is what 0.1 granted
 
 
 def test_a_line_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
@@ -411,6 +412,26 @@ def test_auditor_scores_draws_and_logs(tmp_path: Path) -> None:
     assert "client 2 (node 7), sme failed: out of memory [/oops]" in text
     assert "client 2 (node 7), sme: noisy" in text
     assert "(node 9), flow_matching skipped: the update has no arrays" in text
+
+
+@pytest.mark.parametrize("level", LABEL_LEVELS)
+def test_a_runs_log_table_and_picture_name_what_was_granted_of_the_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr(auditor, "save_picture", lambda *given: captions.extend(given[-1]))
+    audit = Audit(tmp_path, AuditConfig(truth=True, labels=level))
+    x = images(4)
+    write_truth(audit.run_dir, truth_of(x))
+    assert audit.auditor.grant(audit.observation).labels_level == level
+    found = replace(reconstruction_of(x, (0, 1, 2, 2)), labels_level=level)
+    audit.auditor.record(audit.observation, found)
+    audit.auditor.record_failure(audit.observation, "sme", "out of memory")
+    lines = audit.auditor.lines()
+    assert [line["labels"] for line in lines] == [level] * 2
+    assert captions[0] == f"round 1, client 2, sme, labels {level}"
+    words = "labels unknown: 75% inferred, chance 40%" if level == "unknown" else f"labels {level}"
+    assert words in printed(lines[:1], width=200)
 
 
 def test_without_truth_there_are_no_scores(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fl_app.config import AttackConfig, load_config
 from fl_app.data import ImageSet, dataset_info, load_split
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
-from fl_app.registry import BENCHMARKS, OURS, Entry
+from fl_app.registry import BENCHMARKS
 from server_strategies.attacks.run import create_attack
 
 CASE = Case(
@@ -63,6 +63,29 @@ def test_a_threshold_above_the_mean_colour() -> None:
     assert "| mean colour +3 |" in benchmark.markdown("command")
     benchmark.rows = [row(case, 0, 15.5, 0.5)]
     assert benchmark.shortfalls() == []
+
+
+def test_what_knowing_less_may_cost_and_how_many_are_to_be_identified() -> None:
+    by_step, counts = (
+        replace(CASE, threshold=None, labels="by-step"),
+        replace(CASE, threshold=None, labels="counts", within=1.0, identified=0.9),
+    )
+    assert "labels by-step, sme x2" in by_step.name and "labels counts, sme x2" in counts.name
+    benchmark = AttackResults("known", (by_step, counts))
+    assert benchmark.reference(counts) == by_step  # the same client, and the same trials
+
+    def shortfalls(psnr: float, *identified: bool) -> list[str]:
+        found = {"identified": identified, "rank": (1, 1), "candidates": (9, 9), "by": "pixels"}
+        benchmark.rows = [row(by_step, 0, 25.0, 0.5), row(counts, 0, psnr, 0.5)]
+        benchmark.rows[1]["identification"] = found
+        return benchmark.shortfalls()
+
+    assert shortfalls(24.1, True, True) == []
+    assert shortfalls(23.5, True, False) == [
+        f"{counts.name}: 1 of 2 identified, the threshold is 90%",
+        f"{counts.name}: -1.50 dB to its first, the threshold is -1 dB",
+    ]
+    assert "| 90% identified; first -1 dB |" in benchmark.markdown("command")
 
 
 def test_benchmark_resumes_and_fails_below_its_threshold(
@@ -177,7 +200,7 @@ def test_a_part_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     table = out.with_suffix(".md").read_text()
     assert "--cases '^sgd.*tv=0.5 x'`" in table
     assert "(sgd, B=2; at most 0.5 was asked for)" in table
-    with pytest.raises(ValueError, match=r"no case of prior .* like 'sgd 0\.01 K=2 B=2, sme x2'"):
+    with pytest.raises(ValueError, match=r"no case of prior .* like 'sgd 0\.01 K=2 B=2, labels c"):
         flowleak(*command, "--cases", "tv=7")
     with pytest.raises(ValueError, match=r"cases is '\(': no regular expression, missing \)"):
         flowleak(*command, "--cases", "(")
@@ -188,8 +211,7 @@ def test_a_part_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_benchmark_can_run() -> None:
     for name, suite in BENCHMARKS.items():
-        entry = Entry(name, f"fl_app.benchmarks.{name.replace('-', '_')}:SUITE", OURS)
-        assert entry.docstring().splitlines()[0].endswith(".")
+        assert BENCHMARKS.entries[name].docstring().splitlines()[0].endswith(".")
         assert len({case.name for case in suite.cases}) == len(suite.cases)
         for case in suite.cases:
             create_attack(case.attack)

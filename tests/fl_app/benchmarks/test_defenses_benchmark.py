@@ -107,7 +107,7 @@ def test_the_benchmark_knows_or_hides_the_defence_and_resumes(
     assert changed[plain.name] == 0 and changed[cases[1].name] > 0.1
     table = out.with_suffix(".md").read_text()
     line = next(words for words in table.splitlines() if "| no |" in words)
-    assert f"| sgd 0.05 K=2 B=1 | {NOISY} | sme x2 | no | 1 |" in line
+    assert f"| sgd 0.05 K=2 B=1 | counts | {NOISY} | sme x2 | no | 1 |" in line
     assert f"{accuracies[1]['accuracy']:.1%} |" in line
     with Image.open(out.with_suffix(".png")) as plot:
         assert plot.width > 1000

@@ -51,7 +51,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = create_run(load_config({"overrides": f"runs_dir={folder} name=x"}))
     score = {"mean": 20.0, "low": None, "high": None, "baseline": 12.0}
     for node in (7, 8):
-        line = LogLine(1, node, node, "sme", "ok", "given", metrics={"psnr": score})
+        line = LogLine(1, node, node, "sme", "ok", "counts", metrics={"psnr": score})
         append_line(run / "leakage.jsonl", line)
     flowleak("rounds", "x", "--runs-dir", str(folder))
     return folder
@@ -115,7 +115,7 @@ def test_help_says_what_every_argument_and_option_allows() -> None:
 def test_the_version_and_completion() -> None:
     assert re.fullmatch(r"flowleak \d+\.\d+\.\d+\n", flowleak("--version"))
     for words, expected in (
-        ("list m", ["models"]), ("bench st", ["status"]), ("bench qu", ["quick"])
+        ("list m", ["models"]), ("bench st", ["states", "status"]), ("bench qu", ["quick"])
     ):  # fmt: skip
         complete = {
             "_FLOWLEAK_COMPLETE": "complete_bash",

@@ -108,6 +108,7 @@ def test_every_attack_is_lined_up_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert "lpips_vgg" in summary["reasons"]
     table = (folder / "comparison.md").read_text()
     assert f"| {PRIOR} |" in table and "--budget iterations=2`" in table
+    assert "- Labels: counts " in table and summary["labels"] == "counts"
     with Image.open(folder / "comparison.png") as picture:
         assert picture.width > (1 + len(ATTACKS)) * 96 and picture.height > 4 * 96
 

@@ -31,9 +31,9 @@ def finished_run(runs_dir: Path) -> Path:
     (run / "training.json").write_text("[]")
     score = {"mean": 20.0, "low": None, "high": None, "baseline": 12.0}
     for node in (7, 8):
-        line = LogLine(1, node, node - 7, "sme", "ok", "given", metrics={"psnr": score})
+        line = LogLine(1, node, node - 7, "sme", "ok", "counts", metrics={"psnr": score})
         append_line(run / "leakage.jsonl", line)
-    shown = LogLine(1, 7, 0, "dlg", "ok", "given", picture="reconstructions/a.png")
+    shown = LogLine(1, 7, 0, "dlg", "ok", "counts", picture="reconstructions/a.png")
     append_line(run / "leakage.jsonl", shown)
     with (run / "leakage.jsonl").open("ab") as log:
         log.write(b'{"torn')

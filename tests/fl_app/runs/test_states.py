@@ -206,7 +206,7 @@ def test_a_run_by_round(tmp_path: Path) -> None:
             for name, (mean, grey) in scores.items()
             if status == "ok"
         }
-        line = LogLine(round_, node, node, "sme", status, "given", metrics=metrics)
+        line = LogLine(round_, node, node, "sme", status, "counts", metrics=metrics)
         append_line(folder / "leakage.jsonl", line)
 
     log(1, 7, 0.9)
@@ -218,10 +218,10 @@ def test_a_run_by_round(tmp_path: Path) -> None:
     table = [line for line in (folder / "rounds.md").read_text().splitlines() if line[:1] == "|"]
     # Two updates have no interval, and lines of before no values by image.
     assert table[2:] == [
-        "| 1 | 10.0 | sme | 2/2 | - | 14.0 (12.0, 16.0) | - | - | 12.0 | - | 0.700 (0.600, 0.800) "
-        "| - | - | 0.100 |  |",
-        "| 2 | 20.0 | - | - | - | - | - | - | - | - | - | - | - | - |  |",
-        "| 3 | 30.0 | sme | 1/2 | - | 8.0 | - | - | 12.0 | - | 0.400 | - | - | 0.100 "
+        "| 1 | 10.0 | sme | counts | 2/2 | - | 14.0 (12.0, 16.0) | - | - | 12.0 | - "
+        "| 0.700 (0.600, 0.800) | - | - | 0.100 |  |",
+        "| 2 | 20.0 | - | - | - | - | - | - | - | - | - | - | - | - | - |  |",
+        "| 3 | 30.0 | sme | counts | 1/2 | - | 8.0 | - | - | 12.0 | - | 0.400 | - | - | 0.100 "
         "| no better than the mean colour |",
     ]
     assert str(folder / "rounds.png") in shown and "0.700" in shown

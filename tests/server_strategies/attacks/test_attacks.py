@@ -73,6 +73,29 @@ def test_the_loop_starts_where_the_objective_says() -> None:
     assert loop(target, observation, Budget(1)).losses[0] == pytest.approx(1.5**2)
 
 
+def test_without_their_order_labels_are_reassigned_with_their_images() -> None:
+    observation, knowledge, x = client(CLIENTS["sgd"], count=6)
+    counted = knowledge.granting("counts")
+    assert knowledge.labels and counted.labels != knowledge.labels
+    # The right labels and images, but for the first and the third: those of the first two steps.
+    swapped = [2, 1, 0, 3, 4, 5]
+    labels = tuple(knowledge.labels[place] for place in swapped)
+    assert labels != knowledge.labels
+    objective = matching_objective("trajectory", observation, replace(counted, labels=labels))
+    pairs = objective.reassignments()
+    steps = [step for step in range(3) for _ in range(2)]
+    assert pairs == [(a, b) for a in range(6) for b in range(a, 6) if steps[a] != steps[b]]
+    assert any(labels[a] != labels[b] for a, b in pairs)
+    objective.start = x[swapped]
+    found = loop(objective, observation, Budget(3 * len(pairs)), lr=1e-4)
+    right = (x * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)).clamp(0, 1)
+    assert found.labels == knowledge.labels
+    assert torch.allclose(found.images, right, atol=2e-2)
+    # By step the order is known, and another class has no place there.
+    by_step = matching_objective("trajectory", observation, knowledge)
+    assert all(knowledge.labels[a] == knowledge.labels[b] for a, b in by_step.reassignments())
+
+
 def test_images_of_a_class_in_each_others_step_are_reassigned() -> None:
     training = CLIENTS["sgd"]
     observation, knowledge, x = client(training, count=6)
@@ -102,10 +125,12 @@ def test_images_of_a_class_in_each_others_step_are_reassigned() -> None:
 def test_a_reassignment_may_raise_the_loss_a_little_at_first(
     loss: float, progress: float, made: bool
 ) -> None:
-    order = _better_order(
-        lambda *_: torch.tensor(loss), torch.zeros((3, 1)), progress, torch.tensor(1.0), (0, 2)
-    )
+    observation, knowledge, x = client(ONE_STEP, count=3)
+    objective = Target(observation, replace(knowledge, labels=(7, 8, 9)), x)
+    objective.__class__ = type("Flat", (Target,), {"__call__": lambda *_: torch.tensor(loss)})
+    order = _better_order(objective, x, progress, torch.tensor(1.0), (0, 2))
     assert order.tolist() == ([2, 1, 0] if made else [0, 1, 2])
+    assert objective.labels.tolist() == ([9, 8, 7] if made else [7, 8, 9])  # with the images
 
 
 @pytest.mark.parametrize("prior_strength", [0.5, 2.0])

@@ -15,10 +15,14 @@ from fl_app.models import create_model
 from fl_app.models.family import Family
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
 from fl_app.registry import MODELS
+from server_strategies.attacks.infer import infer
 from server_strategies.attacks.labels import (
+    _Head,
+    _Search,
     choose_method,
     displacement,
     infer_labels,
+    order_labels,
     random_images,
 )
 
@@ -128,6 +132,53 @@ def test_adams_labels_are_found_by_simulation() -> None:
             values.append(label_accuracy(found.counts, labels.tolist()))
     assert found.method == "dlf"
     assert sum(scores["auto"]) / 4 >= 0.85 > sum(scores["dlf"]) / 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_counted_labels_of_an_adam_client_are_put_at_their_steps(seed: int) -> None:
+    training = replace(ADAM, local_steps=5)
+    labels = torch.randint(10, (5,), generator=torch.Generator().manual_seed(seed))
+    true = tuple(labels.tolist())
+    observation, counted = client(training, labels, seed), known(training).granting("counts", true)
+    assert counted.labels == tuple(sorted(true)) != true
+    found = order_labels(observation, counted)
+    assert (found.labels, found.method) == (true, "simulate")
+    inferred = infer(observation, counted)
+    assert (inferred.labels, inferred.labels_level) == (true, "counts")
+    assert "labels assigned to the local steps by simulate" in inferred.inferred[-1]
+    by_step = counted.granting("by-step", true)
+    assert infer(observation, by_step) == by_step  # nothing is left to infer
+
+
+def test_signs_of_single_steps_show_no_class_that_the_step_does_not_hold() -> None:
+    for size, steps in ((1, 5), (2, 4)):
+        training = replace(ADAM, local_steps=steps, batch_size=size)
+        labels = torch.randint(10, (size * steps,), generator=torch.Generator().manual_seed(size))
+        observation, knowledge = client(training, labels, size), known(training)
+        head = _Head(observation, knowledge, torch.device("cpu"))
+        columns, negative, _ = _Search(head, observation, knowledge).shown
+        held = torch.stack([batch.bincount(minlength=10) for batch in labels.split(size)])
+        assert int(columns.count_nonzero()) >= steps - 1
+        assert not negative[held == 0].any()
+        assert negative[held > 0].count_nonzero() >= size * (steps - 1)
+    # SGD's update shows no single step.
+    training = replace(SGD, local_steps=5)
+    observation = client(training, labels[:5], 0)
+    head = _Head(observation, known(training), torch.device("cpu"))
+    assert not _Search(head, observation, known(training)).shown[0].any()
+
+
+def test_labels_without_an_order_to_find_are_left_ascending() -> None:
+    training = replace(SGD, batch_size=3)
+    counted = known(training).granting("counts", (8, 1, 4))
+    observation = client(training, torch.tensor([8, 1, 4]), 0)
+    assert infer(observation, counted) == counted  # one step has no order
+    with pytest.raises(ValueError, match="no order without labels"):
+        order_labels(observation, known(training))
+    several = replace(counted, training=replace(SGD, local_steps=3))
+    zero = infer(replace(observation, w1=observation.w0), several)
+    assert zero.labels == (1, 4, 8)
+    assert zero.inferred[-1].startswith("labels in ascending order at first: the update of class")
 
 
 def test_sgd_over_several_steps_and_passes() -> None:
