@@ -89,6 +89,13 @@ class Knowledge:
             )
         if self.labels is None and self.labels_level != "unknown":
             raise ValueError(f"labels_level is {self.labels_level!r}, but there are no labels")
+        if self.labels is not None and (self.labels_level, self.labels_source) == (
+            "unknown", "given",
+        ):  # fmt: skip
+            raise ValueError(
+                "labels are given, but labels_level is 'unknown'; allowed: by-step, counts, see "
+                "`granting`"
+            )
 
     def granting(self, level: str, labels: tuple[int, ...] | None = None) -> Knowledge:
         """Return this knowledge with the client's labels granted at a level, and no higher.

@@ -61,7 +61,9 @@ def infer(
             inferred.append(f"labels in ascending order at first: {error}")
         else:
             inferred.append(f"labels assigned to the local steps by {estimate.reason}")
-            knowledge = replace(knowledge, labels=estimate.labels)
+            source = knowledge.labels_source
+            source = estimate.method if source == "given" else source
+            knowledge = replace(knowledge, labels=estimate.labels, labels_source=source)
     return replace(knowledge, inferred=tuple(inferred))
 
 

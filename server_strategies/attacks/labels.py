@@ -510,7 +510,8 @@ class _Search:
         The gradient of class c at input j is ``mean_i (p_ic - [y_i = c]) h_ij`` with
         activations h >= 0: it is negative only where an image of the class activates the
         input. Inputs that only one batch activates have updates of that step's length,
-        see `single_step_rows`, whose signs are the gradient's.
+        see `single_step_rows`, whose signs are the gradient's. Of activations below 0, as
+        those of a LayerNorm, nothing follows.
 
         Returns
         -------
@@ -523,7 +524,11 @@ class _Search:
         """
         hidden = self.head.before.shape[1] - self.bias
         before, after = (w[:, :hidden].T for w in (self.head.before, self.head.after))
-        updates, _, of_step = single_step_rows(before, after, self.training, len(self.batch_of))
+        updates, _, of_step = single_step_rows(
+            before.contiguous(), after.contiguous(), self.training, len(self.batch_of)
+        )
+        if any(bool((features[:, :hidden] < 0).any()) for features in self.features):
+            of_step = torch.full_like(of_step, -1)
         columns = torch.zeros(len(self.sizes))
         negative = torch.zeros(len(self.sizes), len(self.head.before))
         for step, batch in enumerate(self.batch_of):

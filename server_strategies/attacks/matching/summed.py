@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fl_app.protocol import Defense
 from server_strategies.attacks.matching.base import MatchingObjective, Setting
-from server_strategies.attacks.matching.trajectory import Trajectory
+from server_strategies.attacks.matching.trajectory import Trajectory, swappable
 
 
 class Summed(MatchingObjective):
@@ -65,6 +65,27 @@ class Summed(MatchingObjective):
             for one, part, count in parts
         ]
         return self.distance([torch.stack(each).sum(0) for each in zip(*weighted, strict=True)])
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all clients' images, shape (N,), or their probabilities."""
+        return torch.cat([one.labels for one in self.each])
+
+    @labels.setter
+    def labels(self, labels: Tensor) -> None:
+        for one, part in zip(self.each, labels.split(self.counts), strict=True):
+            one.labels = part
+
+    def reassignments(self) -> list[tuple[int, int]]:
+        """See `MatchingObjective`: pairs of different clients or steps, as of a trajectory."""
+        if self.labels.requires_grad:
+            return []
+        places = [
+            (client, steps)
+            for client, one in enumerate(self.each)
+            for steps in one.steps_of_images()
+        ]
+        return swappable(self.labels.tolist(), places, self.knowledge.labels_level == "by-step")
 
     def found_labels(self) -> tuple[int, ...]:
         """See `MatchingObjective`; client by client."""

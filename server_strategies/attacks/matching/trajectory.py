@@ -7,7 +7,7 @@ elementwise and bound by memory, so its derivative is written out and done in pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, combinations
 from typing import Any, Protocol
@@ -293,6 +293,17 @@ class _Simulation(torch.autograd.Function):
         return None, None, None, *on_batches
 
 
+def swappable(
+    classes: Sequence[int], places: Sequence[Hashable], by_step: bool
+) -> list[tuple[int, int]]:
+    """Return the pairs of images in different places; of one class each, if labels are by step."""
+    return [
+        (a, b)
+        for a, b in combinations(range(len(places)), 2)
+        if places[a] != places[b] and (classes[a] == classes[b] or not by_step)
+    ]
+
+
 class Trajectory(MatchingObjective):
     """Distance between the simulated and the observed displacement of the weights.
 
@@ -337,14 +348,13 @@ class Trajectory(MatchingObjective):
         """
         if self.labels.requires_grad:
             return []
-        classes, places = self.labels.tolist(), range(len(self.labels))
-        steps = [
-            [step for step, batch in enumerate(self.batches) if place in batch] for place in places
-        ]
+        return swappable(self.labels.tolist(), self.steps_of_images(), self.by_step)
+
+    def steps_of_images(self) -> list[tuple[int, ...]]:
+        """Return by image the local steps that train on it."""
         return [
-            (a, b)
-            for a, b in combinations(places, 2)
-            if steps[a] != steps[b] and (classes[a] == classes[b] or not self.by_step)
+            tuple(step for step, batch in enumerate(self.batches) if image in batch)
+            for image in range(len(self.labels))
         ]
 
     def displacement(self, x: Tensor, progress: float) -> list[Tensor]:

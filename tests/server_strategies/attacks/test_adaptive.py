@@ -312,6 +312,14 @@ def test_a_sum_is_matched_by_all_clients_images() -> None:
     assert float(objective(x, 1.0)) < 1e-9
     swapped = x[torch.tensor([11, *range(1, 11), 0])]
     assert float(objective(swapped, 1.0)) > 1e-3
+    assert all(
+        knowledge.labels and knowledge.labels[a] == knowledge.labels[b]
+        for a, b in objective.reassignments()
+    )
+    counted = objective_of(Summed, observation, knowledge.granting("counts"))
+    assert (0, 11) in counted.reassignments()  # of the first client and the last
+    counted.labels = objective.labels
+    assert float(counted(x, 1.0)) < 1e-9
     unknown = knowledge.granting("unknown")
     objective = objective_of(Summed, observation, unknown)
     assert len(objective.found_labels()) == 12

@@ -207,7 +207,7 @@ def test_true_labels_are_not_read() -> None:
     training = replace(ADAM, local_steps=2, batch_size=2)
     observation = client(training, torch.tensor([3, 3, 0, 6]), 0)
     blind = infer_labels("simulate", observation, known(training))
-    wrong = replace(known(training), labels=(9, 9, 9, 9))
+    wrong = replace(known(training), labels=(9, 9, 9, 9), labels_source="llg")
     assert infer_labels("simulate", observation, wrong).labels == blind.labels
 
 

@@ -157,10 +157,10 @@ def test_auto_says_what_it_chose_and_why() -> None:
     several = {"local_steps": 0, "local_epochs": 2}
     for name, change, chosen, why in (
         ("sgd", {}, "low_rank", "exact features of 6 of 6 images"),
-        ("adam", {}, "trajectory", "order is known"),
+        ("adam", {}, "trajectory", "3 steps of adam"),
         ("epochs", {}, "fingerprints", "later passes in the first's order"),
         ("momentum", several, "trajectory", "later passes in the first's order"),
-        ("momentum", {**several, "reshuffle": False}, "trajectory", "order is known"),
+        ("momentum", {**several, "reshuffle": False}, "trajectory", "in one order"),
         ("momentum", one_step, "low_rank", "exact features of 6 of 6 images"),
         ("adamw", one_step, "inversion", "rounding leaves the gradient's size"),
     ):
