@@ -13,7 +13,7 @@ from torch import nn
 
 from fl_app.protocol import Budget, Knowledge, Observation, Reconstruction
 from server_strategies.attacks.evolve import evolve
-from server_strategies.attacks.gauss_newton import Decodable, gauss_newton
+from server_strategies.attacks.gauss_newton import decodes, gauss_newton
 from server_strategies.attacks.infer import infer
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.base import MatchingObjective
@@ -57,7 +57,7 @@ class Task:
         Images of known features are decoded from the mean colour: there is no start to vary.
         """
         first = self.matching(kind, **options)
-        if isinstance(first, Decodable):
+        if decodes(first):
             return first
         others = (self.matching(kind, **options) for _ in range(count - 1))
         return Restarts([first, *others])
@@ -183,7 +183,6 @@ def _search(parts: Parts) -> Callable[..., Reconstruction]:
     """Return the search that suits what an attack consists of."""
     if parts.population:
         return evolve
-    matching = parts.matching
-    if isinstance(matching, Decodable) and bool(matching.found.any()) and not parts.decode:
+    if decodes(parts.matching) and not parts.decode:
         return gauss_newton
     return optimise

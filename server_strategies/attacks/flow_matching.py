@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from server_strategies.attacks.attack import Attack, Parts, Task
-from server_strategies.attacks.gauss_newton import Decodable
+from server_strategies.attacks.gauss_newton import decodes
 from server_strategies.attacks.matching.base import MatchingObjective
 from server_strategies.attacks.matching.defended import noise_share
 from server_strategies.attacks.optimise import cosine_schedule
@@ -66,7 +66,7 @@ class FlowMatching(Attack):
             self.matching, distance=self.distance, relu_smoothing=self.relu_smoothing
         )
         search = self._parts(task, matching, *_SEARCHED)
-        if not (isinstance(matching, Decodable) and bool(matching.found.any())):
+        if not decodes(matching):
             return search
         return replace(self._parts(task, matching, *_DECODED), others=search)
 

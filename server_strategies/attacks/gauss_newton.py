@@ -96,6 +96,11 @@ class Decodable(Protocol):
         ...
 
 
+def decodes(matching: object) -> bool:
+    """Return whether a matching is `Decodable`, and knows the features of some image."""
+    return isinstance(matching, Decodable) and bool(matching.found.any())
+
+
 def gauss_newton(
     parts: Parts, observation: Observation, budget: Budget, report: Report | None = None
 ) -> Reconstruction:

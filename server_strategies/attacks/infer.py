@@ -43,6 +43,13 @@ def infer(
         words += "" if guess.confident else ", unsure"
         inferred.append(f"training guessed ({words}): {guess.reason}")
         knowledge = replace(knowledge, training=t)
+    if _sums_one_step(observation, knowledge):
+        inferred.append("every client made one step of sgd: their sum is one step on all images")
+        knowledge = replace(
+            knowledge,
+            training=replace(knowledge.client, local_steps=1, batch_size=observation.num_examples),
+            defense=replace(knowledge.defense, secagg=False),
+        )
     if knowledge.labels is None and labels == "fitted":
         knowledge = replace(knowledge, labels_source="fitted")
     elif knowledge.labels is None:
@@ -65,6 +72,21 @@ def infer(
             source = estimate.method if source == "given" else source
             knowledge = replace(knowledge, labels=estimate.labels, labels_source=source)
     return replace(knowledge, inferred=tuple(inferred))
+
+
+def _sums_one_step(observation: Observation, knowledge: Knowledge) -> bool:
+    """Return whether an update is a sum of several clients' single steps of SGD.
+
+    With weights n_c / N the mean of the clients' mean gradients is that of all images.
+    """
+    training = knowledge.client
+    return (
+        knowledge.defense.secagg
+        and training.optimizer == "sgd"
+        and not training.max_grad_norm
+        and sum(observation.examples) == observation.num_examples
+        and all(len(training.batches(count)) == 1 for count in observation.examples)
+    )
 
 
 def _lacks_order(observation: Observation, knowledge: Knowledge) -> bool:

@@ -17,7 +17,8 @@ from fl_app.data import ImageSet
 from fl_app.models import create_model, known_model
 from fl_app.models.extensions import RandomLayer, given_noise, local_loss, random_layers
 from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
-from server_strategies.attacks.matching import OBJECTIVES, choose
+from server_strategies.attacks.infer import infer
+from server_strategies.attacks.matching import OBJECTIVES, choose, matching_objective
 from server_strategies.attacks.matching.adam.decode import usable_fingerprints
 from server_strategies.attacks.matching.adam.one_step import EpsInversion
 from server_strategies.attacks.matching.defended import consistent
@@ -336,6 +337,20 @@ def test_a_sum_is_attacked_by_name_alone() -> None:
     )  # fmt: skip
     assert found.images.shape == (3, *SHAPE)
     assert "not from a sum" in found.matching
+
+
+def test_a_sum_of_single_steps_is_one_step_on_all_images() -> None:
+    seen = summed(replace(SGD, local_steps=1, batch_size=4), (4, 2, 3))
+    observation, knowledge, x = seen
+    known = infer(observation, knowledge)
+    assert not known.defense.secagg and "one step on all images" in known.inferred[0]
+    assert float(matching_objective("gradient", observation, known)(x, 0.0)) < 1e-9
+    w0, w1 = ({n: w.float() for n, w in of.items()} for of in (observation.w0, observation.w1))
+    single = replace(observation, w0=w0, w1=w1)
+    blind = infer(single, knowledge.granting("unknown"))
+    assert blind.labels is not None  # inferred, as from one client's update
+    several = summed(SGD, (4, 2, 3))
+    assert infer(*several[:2]).defense.secagg
 
 
 def test_the_dropout_inversion_fits_masks_jointly_with_the_image() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.matching.defended import hidden_size, norm_clipped
+from server_strategies.attacks.matching.low_rank.adam_steps import step_factors
 from server_strategies.attacks.matching.low_rank.head import Weights
 from server_strategies.attacks.matching.low_rank.layers import Layer, bounded_layers
 from server_strategies.attacks.matching.low_rank.replay import (
@@ -25,7 +26,6 @@ from server_strategies.attacks.matching.low_rank.spectrum import (
     known_part,
     spectrum,
 )
-from server_strategies.attacks.matching.low_rank.steps import step_factors
 from server_strategies.attacks.matching.low_rank.vertices import separate_bounded
 
 _PRECISE = 0.02  # relative noise of features up to which an image is decoded from them

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import LocalTraining
+from server_strategies.attacks.matching.low_rank.adam_steps import StepFactors
 from server_strategies.attacks.matching.low_rank.head import Head, Weights
-from server_strategies.attacks.matching.low_rank.steps import StepFactors
 from server_strategies.attacks.matching.trajectory import Adam, Sgd
 
 _WIDTH = 8  # orders that are followed at the same time

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from fl_app.models import clients_model
 from fl_app.protocol import LocalTraining
 from server_strategies.attacks.matching import matching_objective
-from server_strategies.attacks.matching.low_rank.exact import ExactFeatures, exact_features
-from server_strategies.attacks.matching.low_rank.objective import LowRank
-from server_strategies.attacks.matching.low_rank.steps import (
+from server_strategies.attacks.matching.low_rank.adam_steps import (
     StepFactors,
     adam_update,
     step_factors,
 )
+from server_strategies.attacks.matching.low_rank.exact import ExactFeatures, exact_features
+from server_strategies.attacks.matching.low_rank.objective import LowRank
 
 ADAM = LocalTraining("adam", lr=1e-3, batch_size=1, local_steps=4)
 ADAMW = replace(ADAM, optimizer="adamw", weight_decay=0.1)
