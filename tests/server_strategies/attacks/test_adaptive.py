@@ -18,7 +18,7 @@ from fl_app.models import create_model, known_model
 from fl_app.models.extensions import RandomLayer, given_noise, local_loss, random_layers
 from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks.infer import infer
-from server_strategies.attacks.matching import OBJECTIVES, choose, matching_objective
+from server_strategies.attacks.matching import OBJECTIVES, choose
 from server_strategies.attacks.matching.adam.decode import usable_fingerprints
 from server_strategies.attacks.matching.adam.one_step import EpsInversion
 from server_strategies.attacks.matching.defended import consistent
@@ -344,7 +344,7 @@ def test_a_sum_of_single_steps_is_one_step_on_all_images() -> None:
     observation, knowledge, x = seen
     known = infer(observation, knowledge)
     assert not known.defense.secagg and "one step on all images" in known.inferred[0]
-    assert float(matching_objective("gradient", observation, known)(x, 0.0)) < 1e-9
+    assert float(objective_of(GradientMatch, observation, known)(x, 0.0)) < 1e-9
     w0, w1 = ({n: w.float() for n, w in of.items()} for of in (observation.w0, observation.w1))
     single = replace(observation, w0=w0, w1=w1)
     blind = infer(single, knowledge.granting("unknown"))
