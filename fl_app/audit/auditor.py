@@ -57,12 +57,12 @@ from server_strategies.priors.flow import load_flow
 
 _SCORED = (  # of a leakage, in its line
     "metrics", "psnr_by_step", "single_colour", "recognisable", "recognisable_chance",
-    "identification", "label_accuracy", "label_chance",
+    "identification", "label_accuracy", "label_chance", "determined",
 )  # fmt: skip
 _NO_SCORE = ("metrics", "recognisable", "identification", "label_accuracy", "label_chance")
 _AS_FOUND = (  # of a reconstruction, in its line
     "matching", "labels_source", "seconds", "iterations", "peak_memory", "flops", "stop_reason",
-    "options", "diagnosis",
+    "options", "diagnosis", "determined",
 )  # fmt: skip
 
 
@@ -167,15 +167,16 @@ class Auditor:
         except OSError as error:  # the numbers matter more than the picture
             reasons["picture"] = str(error)
         rate = reconstruction.iterations / max(reconstruction.seconds, 1e-9)
-        fields: dict[str, Any] = dict(
-            status="ok",
-            reference_free=alone,
-            **{name: getattr(leakage, name) for name in _SCORED if leakage},
-            iterations_per_second=rate,
-            job=job,
-            losses=thinned(reconstruction.losses),
+        fields: dict[str, Any] = {
+            "status": "ok",
+            "reference_free": alone,
+            "iterations_per_second": rate,
+            "job": job,
+            "losses": thinned(reconstruction.losses),
             **{name: getattr(reconstruction, name) for name in _AS_FOUND},
-        )
+            # In the order of the private images.
+            **{name: getattr(leakage, name) for name in _SCORED if leakage},
+        }
         attack = reconstruction.attack
         try:
             self._append(observation, attack, picture=picture, reasons=reasons, **fields)

@@ -95,6 +95,8 @@ class LogLine:
         Scores that need no truth, see `reference_free`; empty where there is one.
     psnr_by_step : sequence of (float or None)
         Mean PSNR in dB of the images first used in each local step.
+    determined : sequence of (float or None)
+        See `Leakage`; without a truth in the order of the reconstruction.
     single_colour : sequence of (float or None)
         PSNR in dB of each image's own mean colour, in training order.
     recognisable : sequence of bool or None
@@ -150,6 +152,7 @@ class LogLine:
     reference_free: ReferenceFree = field(default_factory=ReferenceFree)
     psnr_by_step: Sequence[float | None] = ()
     single_colour: Sequence[float | None] = ()
+    determined: Sequence[float | None] = ()
     recognisable: Sequence[bool] | None = None
     recognisable_chance: float | None = None
     identification: Identification | None = None

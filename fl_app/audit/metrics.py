@@ -68,6 +68,8 @@ class Leakage:
     psnr_by_step : tuple of (float or None)
         For each local step the mean PSNR of the images first used in it; None
         where a step uses no new image.
+    determined : tuple of (float or None)
+        For each private image, as `Reconstruction.determined`; empty where that is.
     single_colour : tuple of float
         For each private image the PSNR in dB of its own mean colour, the best that an
         image of one colour can have: what is below shows no structure.
@@ -89,6 +91,7 @@ class Leakage:
     metrics: Mapping[str, MetricScore | None]
     psnr_by_step: tuple[float | None, ...]
     single_colour: tuple[float, ...]
+    determined: tuple[float | None, ...]
     recognisable: tuple[bool, ...] | None = None
     recognisable_chance: float | None = None
     identification: Identification | None = None
@@ -273,6 +276,9 @@ def score(
         metrics=metrics,
         psnr_by_step=by_step,
         single_colour=tuple(psnr(own_colour, true).tolist()),
+        determined=tuple(reconstruction.determined[i] for i in order.tolist())
+        if reconstruction.determined
+        else (),
         recognisable=recognisable,
         recognisable_chance=recognisable_chance,
         identification=identification,

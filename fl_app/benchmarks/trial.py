@@ -75,6 +75,7 @@ def attack_trial(
         "metrics": {k: v and asdict(v) for k, v in leakage.metrics.items()},
         "psnr_by_step": leakage.psnr_by_step,
         "single_colour": leakage.single_colour,
+        "determined": leakage.determined,
         "recognisable": leakage.recognisable,
         "recognisable_chance": leakage.recognisable_chance,
         "identification": leakage.identification and asdict(leakage.identification),

@@ -72,6 +72,10 @@ class Reconstruction:
     labels_source : str
         "given" by the auditor, or the method that inferred them, or their order, from the
         update.
+    determined : tuple of (float or None)
+        By image the share of it, in [0, 1], that features of it determine well which the update
+        holds exactly; the rest hangs on weak answers and on the prior. None where it holds none;
+        empty where the attack did not look for any.
     labels_level : {"by-step", "counts", "unknown"}
         What the attack was given of the labels, see `Knowledge`.
     """
@@ -90,3 +94,4 @@ class Reconstruction:
     diagnosis: tuple[str, ...] = ()
     labels_source: str = "given"
     labels_level: str = "by-step"
+    determined: tuple[float | None, ...] = ()

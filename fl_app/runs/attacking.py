@@ -34,7 +34,7 @@ _log = logging.getLogger("flwr")  # Flower streams it to the user
 _IN_MEMORY = 2 * 64  # jobs with their observations; all others stay on disk
 _KEPT = (  # of a reconstruction, in its line
     "attack", "matching", "losses", "iterations", "seconds", "peak_memory", "flops",
-    "stop_reason", "options", "diagnosis", "labels_source",
+    "stop_reason", "options", "diagnosis", "labels_source", "determined",
 )  # fmt: skip
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 _RESTART_AFTER = 5.0  # seconds before the attacks' process is started again

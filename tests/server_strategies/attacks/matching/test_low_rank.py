@@ -15,7 +15,7 @@ from client_app.defenses import defended_weights, noise_generator
 from fl_app.models import clients_model, create_model
 from fl_app.protocol import Budget, Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks.flow_matching import FlowMatching
-from server_strategies.attacks.gauss_newton import _joint_step
+from server_strategies.attacks.gauss_newton import _joint_step, determined
 from server_strategies.attacks.matching import choose, matching_objective
 from server_strategies.attacks.matching.low_rank.exact import (
     ExactFeatures,
@@ -275,6 +275,31 @@ def test_images_are_decoded_from_their_features(architecture: str) -> None:
     assert (-10 * errors.min(1).values.log10()).min() > 30
     assert sorted(found.labels) == sorted(knowledge.labels or ())
     assert found.labels_source == "replay"
+    assert len(found.determined) == len(x)
+    if architecture == "mlp":  # its features are the pixels
+        assert all(share and share > 0.99 for share in found.determined)
+
+
+class HalfSeen(LowRank):
+    """Features that are half of an image's numbers, and of the second image none."""
+
+    def __init__(self) -> None:
+        self.found = torch.tensor([True, False])
+
+    def groups(self) -> list[tuple[int, Tensor]]:
+        return [(0, torch.tensor([0]))]
+
+    def features(self, step: int, images: Tensor, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, ::2]
+
+    def wanted(self, step: int, images: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        return given, torch.ones_like(given)
+
+
+def test_features_of_half_the_numbers_determine_half_of_an_image() -> None:
+    share, unknown = determined(HalfSeen(), torch.ones(2, 3, 4, 4))
+    assert share == pytest.approx(0.5, abs=1e-3)
+    assert unknown is None
 
 
 def test_soft_gates_change_the_derivative_alone() -> None:
