@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.common import ADAM, SGD, timed
 from fl_app.benchmarks.suite import AttackSuite
+from fl_app.protocol import Defense
 
 STATES = ("init", "epoch-10", "epoch-20")
 """At about 10, 60 and 67% accuracy on CIFAR-10."""
+
+_OPEN: dict[str, Any] = {"threshold": None, "recognised": None}
+_DEFENSES = (
+    Defense(noise="gaussian", sigma=1.0, relative=True),
+    Defense(quantize="bf16"),
+    Defense(quantize="int8"),
+)
+"""Under which the terms of an update are mostly lost, so that other objectives are left."""
 
 
 def _cases() -> tuple[Case, ...]:
@@ -31,7 +41,7 @@ def _cases() -> tuple[Case, ...]:
         (adam, most, 60, 24.0, None),
         (adam_four, sixty, 180, 16.0, 0.3),
     )
-    return tuple(
+    cases = [
         Case(
             client,
             timed(seconds, "flow_matching"),
@@ -41,7 +51,13 @@ def _cases() -> tuple[Case, ...]:
             recognised=share,
         )
         for client, state, seconds, psnr, share in rows
-    )
+    ]
+    first = cases[0]
+    passes = replace(one, local_steps=10)
+    for state in (init, sixty):
+        cases.append(replace(first, training=passes, num_examples=5, state=state, **_OPEN))
+    cases += [replace(first, defense=defense, **_OPEN) for defense in _DEFENSES]
+    return tuple(cases)
 
 
 SUITE = AttackSuite(_cases())
