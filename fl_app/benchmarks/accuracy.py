@@ -25,6 +25,9 @@ from fl_app.benchmarks.suite import Setting
 from fl_app.data import ImageSet, load_split
 from fl_app.protocol import DatasetInfo
 
+_IMAGES = 20_000  # of all clients together
+_ROUNDS, _SAMPLED = 200, 10  # rounds, and clients that train in each
+
 
 def federated_accuracy(
     federation: Federation, train_set: ImageSet, test_set: ImageSet, info: DatasetInfo, seed: int
@@ -49,14 +52,21 @@ def federated_accuracy(
 def federation_of(case: Case) -> Federation | None:
     """Return the federation whose accuracy says what a case's defence costs.
 
-    Its clients train as the case's, but for whole epochs in batches of 32, or nothing
-    would be learnt in a few rounds. None for Soteria, which takes hundreds of
-    backward passes a step.
+    Its clients are the case's: as many images each, trained on alike. None for Soteria, which
+    takes hundreds of backward passes a step.
     """
     if case.defense.soteria:
         return None
-    training = replace(case.training, batch_size=32, local_steps=0, local_epochs=1, reshuffle=True)
-    return Federation(training, case.defense, model=case.model)
+    return Federation(
+        case.training,
+        case.defense,
+        clients=_IMAGES // case.count,
+        rounds=_ROUNDS,
+        images=_IMAGES,
+        model=case.model,
+        norm=case.norm,
+        sampled=_SAMPLED,
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Federation:
-    """A federation whose clients share the training images, and all train in every round.
+    """A federation whose clients share the training images.
 
     Attributes
     ----------
@@ -32,6 +32,8 @@ class Federation:
         They share the training images equally.
     rounds : int
         Of federated averaging.
+    sampled : int
+        Clients that train in a round, drawn anew; 0: all.
     images : int
         Training images of all clients together; all there are, if those are fewer.
     model, norm : str
@@ -45,6 +47,7 @@ class Federation:
     images: int = 20_000
     model: str = "convnet"
     norm: str = ""
+    sampled: int = 0
 
     @property
     def name(self) -> str:
@@ -52,7 +55,8 @@ class Federation:
         t = self.training
         local = f"K={t.local_steps}" if t.local_steps else f"{t.local_epochs} epochs"
         client = f"{t.optimizer} {t.lr:g} {local} B={t.batch_size}"
-        size = f"{self.clients} clients, {self.rounds} rounds, {self.images} images"
+        clients = f"{self.clients} clients" + f", {self.sampled} a round" * bool(self.sampled)
+        size = f"{clients}, {self.rounds} rounds, {self.images} images"
         model = f"{self.model} {self.norm} norm" if self.norm else self.model
         return f"{model}, {client}, {size}, {self.defense}"
 
@@ -103,13 +107,24 @@ def global_models(
     weights = _copy(model.state_dict()) if weights is None else weights
     for round_ in range(done + 1, federation.rounds + 1):
         sent = []
-        for client, share in enumerate(shares):
+        for client in _sampled(federation, seed, round_):
+            share = shares[client]
             model.load_state_dict(dict(weights))
             own = ImageSet(train_set.images[share], train_set.labels[share])
             place = (seed, client, round_)
             sent.append(_train_client(federation, model, weights, own, info, place))
         weights = weighted_mean([w1 for w1, _ in sent], [count for _, count in sent])
         yield weights
+
+
+def _sampled(federation: Federation, seed: int, round_: int) -> list[int]:
+    """Return the clients that train in a round."""
+    if not federation.sampled:
+        return list(range(federation.clients))
+    # As if of a client of its own, one after the last.
+    generator = torch.Generator().manual_seed(local_seed(seed, federation.clients, round_))
+    order = torch.randperm(federation.clients, generator=generator)
+    return sorted(order[: federation.sampled].tolist())
 
 
 def _train_client(

@@ -16,12 +16,13 @@ from helpers.federation import LocalGrid, real_client
 from PIL import Image
 
 from fl_app.benchmarks import accuracy
-from fl_app.benchmarks.accuracy import Federation, federated_accuracy
+from fl_app.benchmarks.accuracy import federated_accuracy
 from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
 from fl_app.benchmarks.defense_plot import kind, parameter
 from fl_app.benchmarks.defense_table import compare_with_sme
+from fl_app.benchmarks.federation import Federation, _sampled
 from fl_app.config import AttackConfig, load_config
 from fl_app.data import ImageSet, dataset_info, load_partition, load_split
 from fl_app.models import create_model
@@ -63,6 +64,15 @@ def test_the_loop_is_a_federation_of_real_clients(monkeypatch: pytest.MonkeyPatc
     assert federated_accuracy(federation, ImageSet(images, labels), parts[0], info, 0) == 0.5
     for name, value in ended[0].items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+def test_some_clients_train_in_a_round_the_same_with_a_defence() -> None:
+    plain = Federation(SGD, clients=5, sampled=2)
+    rounds = [_sampled(plain, 0, round_) for round_ in range(1, 20)]
+    assert {len(set(chosen)) for chosen in rounds} == {2}
+    assert set().union(*rounds) == set(range(5))
+    assert [_sampled(replace(plain, defense=NOISY), 0, r) for r in range(1, 20)] == rounds
+    assert "2 a round" in plain.name and _sampled(replace(plain, sampled=0), 0, 1) == [*range(5)]
 
 
 def test_a_defence_that_destroys_the_update_costs_accuracy() -> None:
