@@ -83,7 +83,7 @@ SUITE = _Defenses(_cases())
 """Every defence, attacked by who knows it and by who does not, and what it costs in accuracy.
 
 The accuracy is that of a federation of the very clients that are attacked. 45 attacks a trial on
-clients with SGD, 22 and 28 on clients with Adam: with 8 trials 3, 1.5 and 2 hours of one thread, and
-5 minutes for each federation, more for those with DP-SGD. `--cases` runs a part, for example
+clients with SGD, 22 and 28 on clients with Adam: with 8 trials 3, 1.5 and 2 hours of one thread,
+and 5 minutes for each federation, more for those with DP-SGD. `--cases` runs a part, for example
 `--cases noise=gaussian`.
 """
