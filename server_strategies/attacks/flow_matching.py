@@ -22,8 +22,8 @@ from server_strategies.priors.total_variation import TotalVariation
 
 PRIOR_STRENGTH = {"sgd": (0.1, 0.05), "adam": (1.5, 0.45)}
 """The default `prior_strength` and `final_prior_strength`. A smoothed Adam needs more of the
-priors: its late batches hardly enter the update. Chosen on trials 1000 to 1007, Adam's of K=5,
-B=4, SGD's of four clients (`flowleak bench prior-strength`). Decoded images with Adam need more
+priors: its late batches hardly enter the update. Chosen by `flowleak bench prior-strength`, Adam's
+on K=5, B=4, SGD's on four clients. Decoded images with Adam need more
 as well: not all of their features are known."""
 
 _SEARCHED, _DECODED = (0.03, 0.8), (0.0, 0.6)  # the default `tv` and `t_start`
