@@ -149,7 +149,9 @@ class Decoded(Trajectory):
         optimizer = create_optimizer(weights.values(), self.training)
         fits: list[tuple[Tensor, Tensor]] = []
         last_inputs: list[Tensor] = []
-        for step, index in enumerate(self.indices):
+        # Labels are assigned again by all steps; features need those up to the last rows alone.
+        steps = len(self.indices) if self.last else max(self.prints) + 1
+        for step, index in enumerate(self.indices[:steps]):
             if step in self.prints:
                 self.weights_at[step] = {name: w.detach().clone() for name, w in weights.items()}
                 inputs, outputs, logits = self._traced(step, x[index])
