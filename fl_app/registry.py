@@ -281,8 +281,9 @@ BENCHMARKS = Registry(
     {
         "quick": "fl_app.benchmarks.quick:SUITE",
         "matching": "fl_app.benchmarks.matching:SUITE",
+        "headline": "fl_app.benchmarks.headline:SUITE",
         "honest": "fl_app.benchmarks.honest:SUITE",
-        "states": "fl_app.benchmarks.training_states:SUITE",
+        "states": "fl_app.benchmarks.figure_4:SUITE",
         "exact": "fl_app.benchmarks.exact:SUITE",
         "exact-grey": "fl_app.benchmarks.exact_grey:SUITE",
         "ablation": "fl_app.benchmarks.ablation:SUITE",

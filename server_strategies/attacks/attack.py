@@ -23,6 +23,7 @@ from server_strategies.attacks.optimise import Parts, Report, optimise
 from server_strategies.attacks.options import Option
 from server_strategies.priors.flow import load_flow
 
+_BEFORE = 0.6  # share of the seconds that may go before the search
 _LEFT = 0.1  # share of the seconds that the search has in any case
 
 
@@ -49,7 +50,10 @@ class Task:
 
     def matching(self, kind: str, **options: Any) -> MatchingObjective:
         """Return the update's matching objective; parameters as `matching_objective`."""
-        return matching_objective(kind, self.seen, self.known, self.budget.device, **options)
+        seconds = _BEFORE * self.budget.seconds
+        return matching_objective(
+            kind, self.seen, self.known, self.budget.device, seconds=seconds, **options
+        )
 
     def restarts(self, count: int, kind: str, **options: Any) -> MatchingObjective:
         """Return the objective of so many restarts, see `Restarts`.

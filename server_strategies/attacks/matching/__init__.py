@@ -56,6 +56,7 @@ def matching_objective(
     alpha: float | None = None,
     distance: str = "cosine",
     relu_smoothing: float | None = 0.0,
+    seconds: float = 0.0,
 ) -> MatchingObjective:
     """Return the matching objective of an observation.
 
@@ -83,6 +84,8 @@ def matching_objective(
         `smooth_relu`; 0: none, as in autograd. None: `RELU_SMOOTHING`, but 0 where
         Adam is smoothed. Adam's steps are largest where gradients are smallest, at
         inactive units, and there the surrogate gradient misleads the search.
+    seconds : float
+        For finding exact features, see `exact_features`.
 
     Raises
     ------
@@ -98,7 +101,7 @@ def matching_objective(
     # Where Adam left enough rows of batches, no more follows from exact features, in a minute.
     rows = kind == Decoded.name and knowledge.client.batch_size > 1
     if kind == LowRank.name or (auto and not (rows or knowledge.defense.secagg)):
-        exact = exact_features(model, observation, knowledge)
+        exact = exact_features(model, observation, knowledge, seconds)
         if isinstance(exact, str) and not auto:
             raise ValueError(f"matching is {kind!r}, but {exact}")
     if isinstance(exact, ExactFeatures):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,9 @@ from server_strategies.attacks.matching.low_rank.vertices import separate_bounde
 
 _PRECISE = 0.02  # relative noise of features up to which an image is decoded from them
 _LEAST = 0.5  # share of the client's images that have to be found
-_DRAWS = 6  # tries to separate the terms
+_DRAWS = 6  # tries to separate the terms, at most
+_DRAWN = 120  # terms of all tries; two are made in any case
+_PATIENCE = 240.0  # seconds for separating the terms, without a limit
 _ZERO = 6.0  # deviations of the noise within which a slope is zero
 _CLOSED = 0.3  # share of live units that every image leaves closed, or further draws are tried
 _SHOWN = 0.05  # share of an image's square features that has to be known
@@ -75,7 +78,7 @@ class ExactFeatures:
 
 
 def exact_features(
-    model: nn.Module, observation: Observation, knowledge: Knowledge
+    model: nn.Module, observation: Observation, knowledge: Knowledge, seconds: float = 0.0
 ) -> ExactFeatures | str:
     """Return the features that an update gives away; where it gives none, why.
 
@@ -86,14 +89,17 @@ def exact_features(
     observation : Observation
     knowledge : Knowledge
         With the client's training.
+    seconds : float
+        After which no more terms of SGD are looked for; 0: some minutes.
     """
     if knowledge.client.optimizer == "sgd":
-        return _of_terms(model, observation, knowledge)
+        until = time.monotonic() + (seconds or _PATIENCE)
+        return _of_terms(model, observation, knowledge, until)
     return _of_steps(model, observation, knowledge)
 
 
 def _of_terms(
-    model: nn.Module, observation: Observation, knowledge: Knowledge
+    model: nn.Module, observation: Observation, knowledge: Knowledge, until: float
 ) -> ExactFeatures | str:
     """Return `exact_features` of SGD, whose update is a sum of one term for each image."""
     training = knowledge.client
@@ -111,7 +117,7 @@ def _of_terms(
         if seen is None:
             why = f"the update of {layer.name} is not of rank {terms}"
             continue
-        places = _separated(layer, seen)
+        places = _separated(layer, seen, until)
         if len(places) < _LEAST * terms:
             why = f"{layer.name} shows {len(places)} of {terms} images"
             continue
@@ -173,15 +179,17 @@ def _weights(model: nn.Module, observation: Observation) -> tuple[Weights, Weigh
     return before, after
 
 
-def _separated(layer: Layer, seen: Spectrum) -> Matrix:
+def _separated(layer: Layer, seen: Spectrum, until: float) -> Matrix:
     """Return the places of the terms, by those draws that leave their slopes most zeros.
 
     Each slope is zero where the image leaves the unit behind the layer closed. A place that
     is none of a term's blends the slopes of all, which then have no zeros.
     """
     best, most = np.zeros((0, seen.rank)), -1
-    for seed in range(_DRAWS):
-        places = separate_bounded(seen, layer.low, layer.high, seed)
+    for seed in range(min(_DRAWS, max(2, _DRAWN // seen.rank))):
+        if seed and time.monotonic() > until:
+            break
+        places = separate_bounded(seen, layer.low, layer.high, seed, until)
         if len(places) < seen.rank:  # a layer may be followed by a ReLU, too
             other = separate_sparse(seen, seed)
             places = other if len(other) > len(places) else places

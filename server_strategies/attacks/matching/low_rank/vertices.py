@@ -16,6 +16,8 @@ et al., NeurIPS 2024) terms are separated by the other factor, see `sparse`.
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +41,11 @@ ALONE = 0.9
 
 
 def separate_bounded(
-    seen: Spectrum, low: float | Matrix, high: float | Matrix | None = None, seed: int = 0
+    seen: Spectrum,
+    low: float | Matrix,
+    high: float | Matrix | None = None,
+    seed: int = 0,
+    until: float = math.inf,
 ) -> Matrix:
     """Return the vertices that are terms' features, as their coordinates r, shape (m, r).
 
@@ -52,6 +58,8 @@ def separate_bounded(
         Least upper bound; None: there is none.
     seed : int
         Of the draws of c.
+    until : float
+        When the search ends in any case, in seconds of `time.monotonic`.
 
     Returns
     -------
@@ -71,7 +79,7 @@ def separate_bounded(
     generator = np.random.default_rng(seed)
     found: list[_Vertex] = []
     misses = 0
-    while len(found) < seen.rank and misses < _MISSES:
+    while len(found) < seen.rank and misses < _MISSES and time.monotonic() < until:
         direction = generator.standard_normal(seen.rank)
         if found:
             known = np.linalg.qr(np.stack([vertex.place for vertex in found], 1))[0]
@@ -134,28 +142,34 @@ class _Programme:
     def vertex(self, direction: Matrix) -> _Vertex | None:
         """Return the vertex of least ``direction' r``, refined; None: it is no term's."""
         while True:
-            solved = linprog(
-                direction,
-                A_ub=-self.faces[self.kept],
-                b_ub=np.full(len(self.kept), self.slack),
-                A_eq=self.bias[None],
-                b_eq=[1.0],
-                bounds=(None, None),
-                method="highs-ds",
-            )
-            if solved.status == 3:  # unbounded by these faces: the vertex is far away
-                solved_at = -direction * 1e3 / np.linalg.norm(direction)
-            elif solved.status != 0:
-                return None
-            else:
-                solved_at = solved.x
-            values = self.faces @ solved_at
+            solved = self._solved(direction)
+            # Unbounded by these faces: the vertex is far away.
+            far = -direction * 1e3 / np.linalg.norm(direction)
+            values = self.faces @ (far if solved is None else solved)
             outside = np.flatnonzero(values < -1.5 * self.slack)
             outside = np.setdiff1d(outside, self.kept, assume_unique=True)
             if not len(outside):
-                return self._refined(solved.x) if solved.status == 0 else None
+                return None if solved is None else self._refined(solved)
             worst = outside[np.argsort(values[outside])[:_ADDED]]
             self.kept = np.concatenate([self.kept, worst])
+
+    def _solved(self, direction: Matrix) -> Matrix | None:
+        """Return the r of least ``direction' r`` on the faces that are kept; None: there is none.
+
+        By the dual programme, ``max z - slack 1'y`` with ``F'y + z v_b = direction`` and ``y >=
+        0``: its basis has as many rows as r, not as many as there are faces. Its multipliers
+        are r.
+        """
+        kept = self.faces[self.kept]
+        dual = linprog(
+            np.append(np.full(len(kept), self.slack), -1.0),
+            A_eq=np.column_stack([kept.T, self.bias]),
+            b_eq=direction,
+            bounds=[(0, None)] * len(kept) + [(None, None)],
+            method="highs-ds",
+            options={"presolve": False},  # slower than the programme itself
+        )
+        return -dual.eqlin.marginals if dual.status == 0 else None
 
     def _refined(self, vertex: Matrix) -> _Vertex | None:
         """Return a vertex by all its faces, by least squares; None: it is no term's.
