@@ -2,6 +2,8 @@
 
 The public API: everything that is not re-exported here may change without notice.
 
+- `flowleak.Client`: what a server knows of its clients, described by you
+- `flowleak.watch`: your own strategy records what its server sees
 - `flowleak.attacks`: the attacks, and what a new one is made of
 - `flowleak.matching`: how an update follows from data
 - `flowleak.priors`: image priors
@@ -12,14 +14,26 @@ The public API: everything that is not re-exported here may change without notic
 """
 
 from importlib import metadata as _metadata
+from typing import Any as _Any
 
 from fl_app.config import ConfigError as ConfigError
 from fl_app.protocol import Budget as Budget
+from fl_app.protocol import Client as Client
 from fl_app.protocol import DatasetInfo as DatasetInfo
 from fl_app.protocol import Defense as Defense
 from fl_app.protocol import Knowledge as Knowledge
 from fl_app.protocol import LocalTraining as LocalTraining
 from fl_app.protocol import Observation as Observation
 from fl_app.protocol import Reconstruction as Reconstruction
+
+
+def __getattr__(name: str) -> _Any:
+    """Return `watch`, which needs Flower and torch, when it is asked for."""
+    if name == "watch":
+        from flowleak.strategies import watch
+
+        return watch
+    raise AttributeError(f"module 'flowleak' has no attribute {name!r}")
+
 
 __version__ = _metadata.version("flowleak")

@@ -56,6 +56,10 @@ class HonestButCurious(Wrapper):
     most_examples : float
         Images that the protocol lets a client train on in a round; who claims more is
         not observed.
+    examples_key : str
+        Where a reply says how many images its client trained on.
+    examples : int
+        Images of every client, whatever its reply says; 0: as that says.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class HonestButCurious(Wrapper):
         settings: Mapping[str, str] | None = None,
         secagg: bool = False,
         most_examples: float = math.inf,
+        examples_key: str = "num-examples",
+        examples: int = 0,
     ) -> None:
         super().__init__(inner)
         self._watch = watch
@@ -78,6 +84,7 @@ class HonestButCurious(Wrapper):
         self._settings = settings or {}
         self._secagg = secagg
         self._most_examples = most_examples
+        self._examples_key, self._examples = examples_key, examples
         self._sent: dict[int, Mapping[str, Tensor]] = {}
 
     def configure_train(
@@ -160,7 +167,8 @@ class HonestButCurious(Wrapper):
         return Observation(
             w0={name: _as_loaded(w0[name], w1[name]) for name in w0},
             w1=w1,
-            num_examples=num_examples(reply, self._most_examples),
+            num_examples=self._examples
+            or num_examples(reply, self._most_examples, self._examples_key),
             round=server_round,
             node=node,
             client=_client(reply),

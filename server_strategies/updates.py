@@ -69,7 +69,7 @@ def array_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array.numpy())  # decoded into memory of its own
 
 
-def num_examples(reply: Message, most: float) -> int:
+def num_examples(reply: Message, most: float, key: str = "num-examples") -> int:
     """Return how many images the client says it trained on.
 
     The claim weighs its update in the average, so one beyond what the protocol allows
@@ -80,22 +80,22 @@ def num_examples(reply: Message, most: float) -> int:
     reply : Message
     most : float
         Images that the protocol allows.
+    key : str
+        Where it says that.
 
     Raises
     ------
     ValueError
         If that is no whole number from 1 to `most`, or said not exactly once.
     """
-    counts = [
-        r["num-examples"] for r in reply.content.metric_records.values() if "num-examples" in r
-    ]
+    counts = [r[key] for r in reply.content.metric_records.values() if key in r]
     if len(counts) != 1:
-        raise ValueError("the reply has no num-examples" if not counts else "two num-examples")
+        raise ValueError(f"the reply has no {key}" if not counts else f"two {key}")
     count = counts[0]
     if isinstance(count, list) or not math.isfinite(count) or count < 1 or count != int(count):
-        raise ValueError(f"num-examples is {count}; allowed: a whole number of 1 or more")
+        raise ValueError(f"{key} is {count}; allowed: a whole number of 1 or more")
     if count > most:
-        raise ValueError(f"num-examples is {count}; the protocol allows {most} at most")
+        raise ValueError(f"{key} is {count}; the protocol allows {most} at most")
     return int(count)
 
 

@@ -52,6 +52,7 @@ from fl_app.config import Config
 from fl_app.data import draw_class
 from fl_app.models import chosen_norm
 from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_node
+from fl_app.util.plain import plain_settings
 from fl_app.util.reading import BrokenFileError
 from server_strategies.priors.flow import load_flow
 
@@ -279,11 +280,12 @@ class Auditor:
 
     def _write(self, **fields: Any) -> None:
         """Append a line: the given fields, and what all lines of the run have in common."""
-        model = self.config.model
+        known = self.knowledge
+        ours = isinstance(known.model, str)
         protocol = {
-            "model": model.name,
-            "norm": chosen_norm(model.name, model.norm),
-            **asdict(self.config.client),
+            "model": known.model_name,
+            "norm": chosen_norm(known.model, known.norm) if ours else "",
+            **plain_settings(self.config.client),
         }
         line = LogLine(
             labels=self.config.audit.labels,
@@ -349,7 +351,7 @@ class Auditor:
             features = target_features(observation, self.knowledge)
             measures["fmse"] = feature_mse(features)
         except RuntimeError as error:
-            reasons = {**reasons, "fmse": f"w0 does not fit {self.knowledge.model}: {error}"}
+            reasons = {**reasons, "fmse": f"w0 does not fit {self.knowledge.model_name}: {error}"}
         return score(
             reconstruction,
             truth,

@@ -14,7 +14,7 @@ from torch import Tensor
 from fl_app.audit.exposure import MAX_PSNR, RECOGNISABLE, summary_of
 from fl_app.audit.identification import Identification, Identify, nothing_to_tell_from
 from fl_app.audit.truth import Truth
-from fl_app.models import known_model
+from fl_app.models import known_model, model_features
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 
 _SSIM_WINDOW = 11  # pixels a side: sigma 1.5, cut at 3.5 sigma
@@ -193,10 +193,11 @@ def target_features(observation: Observation, knowledge: Knowledge) -> Callable[
         If w0 does not fit the model.
     """
     model = known_model(knowledge)
-    model.load_state_dict(dict(observation.w0))
+    model.load_state_dict(dict(observation.w0), strict=isinstance(knowledge.model, str))
     model.eval()
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (knowledge.mean, knowledge.std))
-    return lambda images: model.features((images - mean) / std)  # type: ignore[operator]
+    before_classifier = model_features(knowledge, model)
+    return lambda images: before_classifier((images - mean) / std)
 
 
 MEASURES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim, "mse": mse, "tv": total_variation}

@@ -21,10 +21,11 @@ def _run_names(incomplete: str) -> list[str]:
     return [run.name for run in list_runs(runs_folder()) if run.name.startswith(incomplete)]
 
 
-RunName = Annotated[
-    str,
-    typer.Argument(help="A run's name, as `flowleak runs` lists it.", autocompletion=_run_names),
-]
+_RUN = typer.Argument(
+    help="A run's name, as `flowleak runs` lists it, or its folder's path.",
+    autocompletion=_run_names,
+)
+RunName = Annotated[str, _RUN]
 RunsDir = Annotated[
     Path, typer.Option(help="Folder that holds the runs; the setting runs_dir of their run.")
 ]

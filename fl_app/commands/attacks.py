@@ -12,10 +12,21 @@ from fl_app.commands.output import screen, tell, warn
 
 if TYPE_CHECKING:
     from fl_app.config import AttackConfig
+    from fl_app.runs.pairs import Pair
+
+
+ClientFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--client",
+        help="The file that describes the clients of your own federation (flowleak.Client); "
+        "default: audit.py here. It is run.",
+    ),
+]
 
 
 def attack(
-    run: RunName,
+    run: RunName = "",
     attack: Annotated[
         str,
         typer.Option(
@@ -41,13 +52,57 @@ def attack(
     follow: Annotated[
         bool, typer.Option(help="Take jobs that join the queue, until standard input ends.")
     ] = False,
+    client: ClientFile = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a run: weights that a client was sent (.pt, .pth, .safetensors, .npz)."
+        ),
+    ] = None,
+    after: Annotated[
+        Path | None, typer.Option(help="With --before: the weights that it returned.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(help="With --before: images that it trained on.", min=0)
+    ] = 0,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --before: its private images, for scores: torch.save of images (N, C, H, W) "
+            "in [0, 1] and labels (N)."
+        ),
+    ] = None,
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="With --truth: what the attack is granted of the labels: unknown, counts, by-step."
+        ),
+    ] = "unknown",
+    out: Annotated[
+        Path, typer.Option(help="With --before: folder that the result is written to.")
+    ] = Path("leak"),
+    lpips_weights: Annotated[
+        str, typer.Option(help="With --truth: LPIPS weights, as audit.lpips_weights.")
+    ] = "",
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Attack a run's recorded Observations again; the lines join its log.
+    """Attack a run's recorded Observations again, or one update from two files of weights.
 
-    Several attacks, or one with a budget, make a comparison: what has its line already
-    is not run again, and comparison.md, .json and .png in the run's folder compare them.
+    The lines join the run's log. Several attacks, or one with a budget, make a comparison: what
+    has its line already is not run again, and comparison.md, .json and .png in the run's folder
+    compare them. With --before and --after the result is a run of its own.
     """
+    if before or after:
+        from fl_app.runs.pairs import Pair
+
+        if not (before and after) or run or budget or follow:
+            raise typer.BadParameter("--before goes with --after, and with no run or budget")
+        file = client or Path("audit.py")
+        pair = Pair(before, after, file, examples, truth, labels)
+        _attack_pair(pair, attack or "flow_matching", set_ or [], out, lpips_weights)
+        return
+    if not run:
+        raise typer.BadParameter("name a run, or give --before and --after")
     from fl_app.audit.table import leakage_table
     from fl_app.config import ConfigError
     from fl_app.runs.attacking import finish_attacks, watch_input
@@ -64,12 +119,12 @@ def attack(
     if budget or attack == "all" or "," in attack:
         if set_ or follow:
             raise ConfigError("--set and --follow are allowed with one attack, without --budget")
-        AttackComparison.of(attack or "all", budget or "authors").run(folder, console)
+        AttackComparison.of(attack or "all", budget or "authors").run(folder, console, client)
         return
-    store, auditor = ObservationStore(folder), open_auditor(folder, tell)
+    store, auditor = ObservationStore(folder), open_auditor(folder, tell, client=client)
     config = auditor.config
     warn(auditor.bad_lines())
-    before = len(auditor.lines())
+    earlier = len(auditor.lines())
     if attack:
         chosen = _attack_config(attack, set_ or [])
         with only_one(folder):
@@ -77,7 +132,7 @@ def attack(
                 new = new_id(id_, chosen)
                 enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
     finish_attacks(auditor, console, watch_input() if follow else lambda: True)
-    lines, left = auditor.lines()[before:], len(pending(folder))
+    lines, left = auditor.lines()[earlier:], len(pending(folder))
     if left:
         warn([f"{left} attacks are still queued: flowleak attack {run} goes on with them"])
     if follow:  # the training shows the table
@@ -93,6 +148,7 @@ def score(
     truth: Annotated[
         Path, typer.Option(help="Folder whose truth/ holds the clients' private batches.")
     ],
+    client: ClientFile = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Score a run's reconstructions where the ground truth comes later; the lines join its log."""
@@ -103,12 +159,29 @@ def score(
     from fl_app.util.files import runs_folder
 
     folder = find_run(runs_folder(str(runs_dir)), run)
-    lines, problems = score_later(folder, truth, tell)
+    lines, problems = score_later(folder, truth, tell, client)
     warn([*read_lines(folder / "leakage.jsonl")[1], *problems])
     if not lines and not problems:
         typer.echo(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
     if lines:
         screen().print(leakage_table(lines))
+
+
+def _attack_pair(
+    pair: Pair, attack: str, settings: list[str], out: Path, lpips_weights: str
+) -> None:
+    from fl_app.audit.table import leakage_table
+    from fl_app.runs.pairs import attack_pair
+
+    console = screen()
+    auditor = attack_pair(pair, _attack_config(attack, settings), out, console, lpips_weights)
+    lines = auditor.lines()
+    console.print(leakage_table(lines))
+    for line in lines:
+        for words in line["diagnosis"]:
+            console.print(f"Note: {words}", markup=False, highlight=False, soft_wrap=True)
+    for name in ("leakage.jsonl", *(line["picture"] for line in lines if line["picture"])):
+        console.print(f"{auditor.run_dir / name}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _attack_config(name: str, settings: list[str]) -> AttackConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fl_app.models.extensions import extend
+from fl_app.models.foreign import foreign_model
 from fl_app.models.norms import batch_norms, set_batch_norm
 from fl_app.protocol import Knowledge
 from fl_app.registry import MODELS
@@ -91,8 +92,13 @@ def known_model(knowledge: Knowledge, seed: int | None = None) -> nn.Module:
     Raises
     ------
     ValueError
-        See `create_model`.
+        See `create_model`, and `foreign_model` where the model is a user's own.
     """
+    if not isinstance(knowledge.model, str):
+        model = foreign_model(knowledge, seed)
+        if knowledge.precode or knowledge.dropout:
+            raise ValueError("precode and dropout are allowed with flowleak's own models")
+        return model
     return create_model(
         knowledge.model,
         knowledge.num_classes,
@@ -104,6 +110,38 @@ def known_model(knowledge: Knowledge, seed: int | None = None) -> nn.Module:
     )
 
 
+def model_features(knowledge: Knowledge, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what a model makes of normalised images before its classifier: (N, ...) each.
+
+    Of flowleak's own models `features`; of others, what goes into the last linear layer, or
+    their logits where there is none.
+
+    Parameters
+    ----------
+    knowledge : Knowledge
+        Whose model it is.
+    model : nn.Module
+        In evaluation mode.
+    """
+    if isinstance(knowledge.model, str):
+        return model.features  # type: ignore[return-value]
+    last = model.get_submodule(classifier(model)) if classifier(model) else None
+
+    def features(images: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(inputs[0])
+
+        hook = last.register_forward_pre_hook(keep) if last else None
+        logits: Tensor = model(images)
+        if hook:
+            hook.remove()
+        return (seen[-1] if seen else logits).flatten(1)
+
+    return features
+
+
 def classifier(model: nn.Module) -> str:
     """Return the name of a model's last linear layer, which has an output a class; "": none."""
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
@@ -111,9 +149,9 @@ def classifier(model: nn.Module) -> str:
 
 
 def clients_model(knowledge: Knowledge, w0: Mapping[str, Tensor]) -> nn.Module:
-    """Return the model in the client's mode, with the running statistics that it was sent.
+    """Return the model in the client's mode, with the weights that it was sent.
 
-    They stay as they are however often it is called: where a client trains with its
+    Running statistics stay as they are however often it is called: where a client trains with its
     batches' own they do not enter its updates, and otherwise they do not change.
 
     Parameters
@@ -121,7 +159,7 @@ def clients_model(knowledge: Knowledge, w0: Mapping[str, Tensor]) -> nn.Module:
     knowledge : Knowledge
         With the client's training.
     w0 : mapping of str to Tensor
-        The weights that the client was sent. The model's parameters are its own.
+        The weights that the client was sent. The model has copies of its own.
 
     Raises
     ------
@@ -129,8 +167,9 @@ def clients_model(knowledge: Knowledge, w0: Mapping[str, Tensor]) -> nn.Module:
         See `create_model`.
     """
     model = known_model(knowledge)
-    statistics = {name: w0[name] for name, _ in model.named_buffers()}
-    model.load_state_dict(statistics, strict=False)
+    # Frozen weights and buffers that are not sent are the model's own.
+    received = {name: value for name, value in w0.items() if name in model.state_dict()}
+    model.load_state_dict(received, strict=False)
     set_batch_norm(model, knowledge.client.batch_norm)
     for _, layer in batch_norms(model):
         layer.track_running_stats = False

@@ -98,14 +98,17 @@ class MaskDropout(RandomLayer):
     Parameters
     ----------
     width : int
-        Of the input.
+        Numbers of the input, for each image.
     p : float
         Share of zeros in a mask, in (0, 1).
+    own : bool
+        Whether the layer is the model's own, which who knows the model knows, or a defence
+        (`Defense.dropout`).
     """
 
-    def __init__(self, width: int, p: float) -> None:
+    def __init__(self, width: int, p: float, own: bool = False) -> None:
         super().__init__(width, 1 - p, 0.0, 1.0)
-        self.p = p
+        self.p, self.own = p, own
 
     def draw(self, like: Tensor) -> Tensor:
         """See `RandomLayer`."""
@@ -113,8 +116,8 @@ class MaskDropout(RandomLayer):
         return kept.to(like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output, shape (batch, width); in evaluation x itself."""
-        return x * self.noise(x) / (1 - self.p) if self.training else x
+        """Return the output, of x's shape (batch, ...); in evaluation x itself."""
+        return x * self.noise(x).view_as(x) / (1 - self.p) if self.training else x
 
 
 def extend(model: nn.Module, precode: int, dropout: float) -> None:

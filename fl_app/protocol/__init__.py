@@ -4,6 +4,7 @@ Observation, Knowledge and Reconstruction are three of the project's five
 nouns; Truth and Leakage belong to the auditor (`fl_app.audit`). Free of torch.
 """
 
+from fl_app.protocol.client import Client
 from fl_app.protocol.defense import Defense
 from fl_app.protocol.knowledge import LABEL_LEVELS, DatasetInfo, Knowledge
 from fl_app.protocol.observation import Observation, observation_id, round_and_node, trained_names
@@ -13,6 +14,7 @@ from fl_app.protocol.training import LocalTraining
 __all__ = [
     "LABEL_LEVELS",
     "Budget",
+    "Client",
     "DatasetInfo",
     "Defense",
     "Knowledge",

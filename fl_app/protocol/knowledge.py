@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fl_app.protocol.defense import Defense
 from fl_app.protocol.training import LocalTraining
@@ -10,6 +11,14 @@ from fl_app.protocol.training import LocalTraining
 LABEL_LEVELS = ("by-step", "counts", "unknown")
 """What an attack may be given of a client's labels: which label in which local step; how many
 of each class, as the published attacks assume (iDLG, GradInversion, SME); nothing."""
+
+
+def model_name(model: Any) -> str:
+    """Return what a model is called: a registry's name, or ``module:name`` of a user's own."""
+    if isinstance(model, str):
+        return model
+    kind = model if hasattr(model, "__qualname__") else type(model)
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,8 @@ class Knowledge:
 
     Attributes
     ----------
-    model : str
-        A name in `fl_app.models`.
+    model : str, callable or nn.Module
+        A name in `fl_app.models`, or a user's own model, see `Client`.
     num_classes : int
     image_shape : tuple of int
         (C, H, W) of a client's image.
@@ -67,7 +76,7 @@ class Knowledge:
         they are a defence, to be attacked, is what `defense` says.
     """
 
-    model: str
+    model: Any
     num_classes: int
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -113,6 +122,11 @@ class Knowledge:
         elif level == "counts":
             labels = tuple(sorted(labels))
         return replace(self, labels=labels, labels_level=level, labels_source="given")
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called: a registry's name, or ``module:name`` of a user's own."""
+        return model_name(self.model)
 
     @property
     def client(self) -> LocalTraining:

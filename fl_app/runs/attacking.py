@@ -217,7 +217,10 @@ def watch_input() -> Callable[[], bool]:
 
 
 def score_later(
-    run_dir: Path, truth_dir: Path, tell: Callable[[str], None] = _log.warning
+    run_dir: Path,
+    truth_dir: Path,
+    tell: Callable[[str], None] = _log.warning,
+    client: Path | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Score the reconstructions of a run without Truth, now that there is one.
 
@@ -227,7 +230,7 @@ def score_later(
     truth_dir : Path
         Holds ``truth/round-NNNN-node-ID.safetensors``, as clients write it; what
         it lacks stays unscored. It is not copied, but the pictures show it.
-    tell : callable
+    tell, client
         See `open_auditor`.
 
     Returns
@@ -244,7 +247,7 @@ def score_later(
     """
     if not (truth_dir / "truth").is_dir():
         raise FileNotFoundError(f"{truth_dir / 'truth'} is no folder; clients write it there")
-    auditor, store = open_auditor(run_dir, tell, truth_dir), ObservationStore(run_dir)
+    auditor, store = open_auditor(run_dir, tell, truth_dir, client), ObservationStore(run_dir)
     lines = auditor.lines()
     scored = {line["job"] for line in lines if line["metrics"]}
     problems = []

@@ -91,7 +91,7 @@ class AttackComparison:
             create_attack(attack)
         return cls(attacks, budget)
 
-    def run(self, folder: Path, console: Console) -> None:
+    def run(self, folder: Path, console: Console, client: Path | None = None) -> None:
         """Run what has no line in the log, then write ``comparison.md``, ``.json`` and ``.png``.
 
         Parameters
@@ -100,13 +100,15 @@ class AttackComparison:
             The run's; an earlier comparison's files there are replaced.
         console : Console
             Shows the progress and the table.
+        client : Path, optional
+            See `open_auditor`.
 
         Raises
         ------
         ConfigError
             If the run holds no Observation.
         """
-        auditor = open_auditor(folder, partial(console.print, **_TOLD))
+        auditor = open_auditor(folder, partial(console.print, **_TOLD), client=client)
         store, config = ObservationStore(folder), auditor.config
         for bad in auditor.bad_lines():
             console.print(str(bad), style="yellow", markup=False, highlight=False, soft_wrap=True)

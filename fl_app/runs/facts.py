@@ -17,7 +17,9 @@ from torch import nn
 from fl_app.audit.auditor import Auditor
 from fl_app.config import Config, ConfigError, DatasetConfig, from_settings, read_settings
 from fl_app.data import dataset_info, fingerprint, on_hub
-from fl_app.protocol import DatasetInfo, Knowledge
+from fl_app.protocol import Client, DatasetInfo, Knowledge
+from fl_app.runs.described import DESCRIBED, NO_DATA, client_of, described_config
+from fl_app.util.plain import plain_settings
 from fl_app.util.text import printable
 from server_strategies.priors.flow import weights_digest
 
@@ -68,7 +70,10 @@ def _letters(words: str) -> str:
 
 
 def open_auditor(
-    run_dir: Path, tell: Callable[[str], None], truth_dir: Path | None = None
+    run_dir: Path,
+    tell: Callable[[str], None],
+    truth_dir: Path | None = None,
+    client: Path | None = None,
 ) -> Auditor:
     """Return the auditor of a run that has ended, by what its folder says of the data.
 
@@ -79,17 +84,25 @@ def open_auditor(
         Takes a line where the data set that is there now is not the run's.
     truth_dir : Path, optional
         See `Auditor`.
+    client : Path, optional
+        The file that describes the clients of a user's own federation, see `client_of`.
 
     Raises
     ------
     ConfigError
-        If the run's configuration can't be used.
+        If the run's configuration can't be used, or describes clients that `client` does not.
     DataError
         If it says nothing of the data, as in older versions, and the data is not there.
     """
     path = run_dir / "config.yaml"
     settings = read_settings(path)
     config, facts = from_settings(settings, path), settings.get(_DATA)
+    described = settings.get(DESCRIBED)
+    if isinstance(described, Mapping):
+        own = client_of(described, client)
+        if described.get("training") != plain_settings(own.training):
+            tell(f"the clients' training is described otherwise than when {run_dir.name} began")
+        return described_auditor(run_dir, config, own, truth_dir)
     if facts is None:
         knowledge = config.knowledge(dataset_info(config.dataset))
         return Auditor(run_dir, config, knowledge, truth_dir)
@@ -102,6 +115,14 @@ def open_auditor(
     elsewhere = on_hub(config.dataset) and facts.get("fingerprint") is None
     why = "the data set is on the hub, and was not on this machine" if elsewhere else ""
     return Auditor(run_dir, config, config.knowledge(info), truth_dir, difference, why)
+
+
+def described_auditor(
+    run_dir: Path, config: Config, client: Client, truth_dir: Path | None = None
+) -> Auditor:
+    """Return the auditor of a run of described clients; its data set is the user's own."""
+    config = described_config(config, client)
+    return Auditor(run_dir, config, client.knowledge, truth_dir, NO_DATA)
 
 
 def _recorded(facts: Any, path: Path) -> DatasetInfo:

@@ -100,11 +100,20 @@ def _entries(folder: Path) -> list[Path]:
 def find_run(runs_dir: Path, name: str) -> Path:
     """Return a run's folder.
 
+    Parameters
+    ----------
+    runs_dir : Path
+        Where runs are looked for by their names.
+    name : str
+        A run's name, or the path of its folder.
+
     Raises
     ------
     FileNotFoundError
         If there is no such run; the message names those that there are.
     """
+    if Path(name).name != name and (Path(name) / "config.yaml").is_file():
+        return Path(name).absolute()
     runs = {run.name: run for run in list_runs(runs_dir)}
     if name not in runs:
         raise FileNotFoundError(

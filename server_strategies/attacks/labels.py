@@ -171,11 +171,13 @@ class _Head:
         self.together = self.training.batch_size if batch_norm else _RANDOM_IMAGES
         self.name = classifier(self.model)
         if not self.name:
-            raise ValueError(f"{knowledge.model} has no linear layer: its labels can't be inferred")
+            raise ValueError(
+                f"{knowledge.model_name} has no linear layer: its labels can't be inferred"
+            )
         self.layer = self.model.get_submodule(self.name)
         if self.layer.out_features != knowledge.num_classes:
             raise ValueError(
-                f"{self.name}, the last linear layer of {knowledge.model}, has "
+                f"{self.name}, the last linear layer of {knowledge.model_name}, has "
                 f"{self.layer.out_features} outputs for {knowledge.num_classes} classes"
             )
         names = [name for name, _ in self.model.named_parameters()]

@@ -143,8 +143,9 @@ class MatchingObjective(ABC):
             # Values of N(0, 1) lie further from their start than masks in [0, 1].
             precode = isinstance(layer, Bottleneck)
             known, lr = (defense.precode, 0.2) if precode else (defense.dropout, 0.05)
+            own = isinstance(layer, MaskDropout) and layer.own
             start = like.new_full((rows, layer.size), layer.mean).requires_grad_()
-            found.append(Unknown(start, lr, layer.low, layer.high) if known else None)
+            found.append(Unknown(start, lr, layer.low, layer.high) if known or own else None)
         return found
 
     def noise_of(self, first: int, x: Tensor) -> list[Tensor]:
