@@ -3,6 +3,7 @@
 The public API: everything that is not re-exported here may change without notice.
 
 - `flowleak.Client`: what a server knows of its clients, described by you
+- `flowleak.attack_update`: one update attacked in this process, as in a notebook
 - `flowleak.watch`: your own strategy records what its server sees
 - `flowleak.attacks`: the attacks, and what a new one is made of
 - `flowleak.matching`: how an update follows from data
@@ -28,11 +29,15 @@ from fl_app.protocol import Reconstruction as Reconstruction
 
 
 def __getattr__(name: str) -> _Any:
-    """Return `watch`, which needs Flower and torch, when it is asked for."""
+    """Return what needs Flower or torch when it is asked for."""
     if name == "watch":
         from flowleak.strategies import watch
 
         return watch
+    if name == "attack_update":
+        from flowleak.audit import attack_update
+
+        return attack_update
     raise AttributeError(f"module 'flowleak' has no attribute {name!r}")
 
 

@@ -8,3 +8,6 @@ with _extras():
     from fl_app.audit.metrics import score as score
     from fl_app.audit.report import save_picture as save_picture
     from fl_app.audit.truth import Truth as Truth
+    from fl_app.audit.truth import write_truth as write_truth
+    from fl_app.runs.verdict import Verdict as Verdict
+    from fl_app.runs.verdict import attack_update as attack_update

@@ -1,0 +1,1 @@
+"""A federation in the shape of Flower's quickstart-pytorch."""

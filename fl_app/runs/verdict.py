@@ -1,0 +1,110 @@
+"""One update attacked in this process, as in a notebook, and what it gave away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fl_app.audit.exposure import RECOGNISABLE
+from fl_app.audit.metrics import Leakage, score
+from fl_app.audit.report import save_picture
+from fl_app.audit.truth import Truth, check_truth
+from fl_app.protocol import Budget, Client, Reconstruction
+from fl_app.runs.weights import observed, read_weights
+from server_strategies.attacks.attack import Attack
+from server_strategies.attacks.flow_matching import FlowMatching
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one update gave away.
+
+    Attributes
+    ----------
+    found : Reconstruction
+        Its `images`, shape (N, C, H, W) in [0, 1], and `labels` are what the attack believes.
+    leakage : Leakage or None
+        Its scores, where the private images were given.
+    private : Tensor, shape (N, C, H, W), or None
+        These.
+    """
+
+    found: Reconstruction
+    leakage: Leakage | None
+    private: Tensor | None
+
+    def __str__(self) -> str:
+        found = self.found
+        words = [f"{len(found.images)} images reconstructed in {found.seconds:.0f} s by "
+                 f"{found.attack} ({found.matching})"]  # fmt: skip
+        if self.leakage:
+            psnr = self.leakage.metrics["psnr"]
+            assert psnr is not None
+            words.append(f"PSNR {psnr.mean:.1f} dB (the mean colour has {psnr.baseline:.1f})")
+            if self.leakage.recognisable:
+                count, of = sum(self.leakage.recognisable), len(found.images)
+                words.append(f"{count} of {of} recognisable (SSIM over {RECOGNISABLE})")
+        else:
+            words.append(f"matching loss at the end {found.losses[-1]:.3g}")
+        return "; ".join([*words, *found.diagnosis])
+
+    def save(self, path: Path | str) -> None:
+        """Draw the reconstructions as a PNG, beside the private images where they were given."""
+        order = self.leakage.assignment if self.leakage else range(len(self.found.images))
+        caption = str(self).split("; ")
+        save_picture(Path(path), self.found.images[list(order)], self.private, caption)
+
+
+def attack_update(
+    client: Client,
+    before: Mapping[str, Tensor] | Path | str,
+    after: Mapping[str, Tensor] | Path | str,
+    examples: int = 0,
+    *,
+    attack: Attack | None = None,
+    budget: Budget | None = None,
+    labels: Sequence[int] | None = None,
+    truth: tuple[Tensor, Sequence[int]] | None = None,
+) -> Verdict:
+    """Attack one update in this process, as in a notebook; nothing is written.
+
+    Parameters
+    ----------
+    client : Client
+        Of the update.
+    before, after : mapping of str to Tensor, or path
+        State dicts before and after local training, or files as `read_weights` takes them.
+    examples : int
+        Images that the client trained on, N; 0: as `client` says.
+    attack : Attack, optional
+        Default: `FlowMatching`.
+    budget : Budget, optional
+    labels : sequence of int, optional
+        The N labels in any order, where the attack is to know their counts; default: unknown.
+    truth : tuple of (Tensor (N, C, H, W) in [0, 1], sequence of N int), optional
+        The private images and labels, for the scores alone.
+
+    Raises
+    ------
+    ValueError
+        If the weights are not of the client's model, or N is missing.
+    """
+    known, count = client.knowledge, examples or client.examples
+    if count < 1:
+        raise ValueError("examples is 0; needed: the images that the client trained on")
+    w0, w1 = (read_weights(Path(w)) if isinstance(w, Path | str) else w for w in (before, after))
+    seen = observed(w0, w1, count, known)
+    if labels is not None:
+        known = known.granting("counts", tuple(int(label) for label in labels))
+    found = (attack or FlowMatching())(seen, known, budget=budget)
+    if truth is None:
+        return Verdict(found, None, None)
+    images, own = truth
+    batches = client.training.batches(count)
+    private = Truth(images, tuple(int(label) for label in own), batches, round=1, node=0)
+    check_truth(private, known, client.training, count)
+    leakage = score(found, private, known.mean, num_classes=known.num_classes)
+    return Verdict(found, leakage, images)

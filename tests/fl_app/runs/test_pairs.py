@@ -1,0 +1,117 @@
+"""Two files of weights, to a run with pictures; the same in one call."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.command import flowleak
+from helpers.foreign import Small, client, trained
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fl_app.config import ConfigError
+from fl_app.runs.weights import observed, read_weights
+from fl_app.util.reading import BrokenFileError
+from flowleak import Budget, attack_update
+
+DESCRIPTION = """
+import flowleak
+from helpers.foreign import Small
+client = flowleak.Client(model=Small, num_classes=10, image_shape=(3, 16, 16), mean=0.5, std=0.5,
+                         optimizer="sgd", lr=0.01, batch_size=1, steps=2)
+"""
+
+
+@pytest.fixture
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2, 3, 4, 4, generator=generator)
+    return nn.functional.interpolate(coarse, (16, 16), mode="bilinear")
+
+
+@pytest.fixture
+def pair(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with the weights before and after, the truth and audit.py."""
+    torch.manual_seed(0)
+    model = Small()
+    torch.save(model.state_dict(), tmp_path / "before.pt")
+    torch.save(trained(images, torch.tensor([3, 7]), model).state_dict(), tmp_path / "after.pt")
+    torch.save({"images": images, "labels": torch.tensor([3, 7])}, tmp_path / "truth.pt")
+    (tmp_path / "audit.py").write_text(DESCRIPTION)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_two_files_become_a_scored_run(pair: Path) -> None:
+    arguments = ("--before", "before.pt", "--after", "after.pt", "--examples", "2")
+    flowleak("attack", *arguments, "--truth", "truth.pt", "--set", "iterations=150")
+    line = json.loads((pair / "leak" / "leakage.jsonl").read_text())
+    assert line["status"] == "ok" and line["labels"] == "unknown" and line["label_accuracy"] == 1
+    assert line["protocol"]["model"] == "helpers.foreign:Small"
+    assert line["metrics"]["psnr"]["mean"] > line["metrics"]["psnr"]["baseline"] + 3
+    assert (pair / "leak" / line["picture"]).is_file()
+    # The run is attacked again as any other; audit.py here describes its clients.
+    flowleak("attack", "./leak", "--attack", "sme", "--set", "iterations=3")
+    lines = (pair / "leak" / "leakage.jsonl").read_text().splitlines()
+    assert [json.loads(each)["attack"] for each in lines] == ["flow_matching", "sme"]
+    (pair / "audit.py").unlink()
+    with pytest.raises(ConfigError, match=r"described by .*audit\.py: name the file by --client"):
+        flowleak("attack", "./leak", "--attack", "sme")
+
+
+def test_one_call_gives_a_verdict(pair: Path, images: Tensor) -> None:
+    verdict = attack_update(
+        client(), pair / "before.pt", pair / "after.pt", 2, budget=Budget(iterations=50),
+        truth=(images, [3, 7]),
+    )  # fmt: skip
+    assert sorted(verdict.found.labels) == [3, 7]
+    assert "2 images reconstructed" in str(verdict) and "the mean colour has" in str(verdict)
+    verdict.save(pair / "leak.png")
+    assert (pair / "leak.png").is_file()
+
+
+def test_weights_are_read_as_users_save_them(pair: Path) -> None:
+    state = read_weights(pair / "before.pt")
+    plain = {name: value.contiguous() for name, value in state.items()}
+    save_file(plain, pair / "w.safetensors")
+    np.savez(pair / "named.npz", **{name: value.numpy() for name, value in state.items()})
+    np.savez(pair / "listed.npz", *[value.numpy() for value in state.values()])
+    torch.save({"epoch": 3, "model_state_dict": state}, pair / "checkpoint.pth")
+    torch.save({f"module.{name}": value for name, value in state.items()}, pair / "parallel.pt")
+    after = read_weights(pair / "after.pt")
+    for name in ("w.safetensors", "named.npz", "listed.npz", "checkpoint.pth", "parallel.pt"):
+        seen = observed(read_weights(pair / name), after, 2, client().knowledge)
+        assert all(torch.equal(seen.w0[key], state[key]) for key in state), name
+        assert list(seen.w0) == list(state)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path("ran").touch, ())
+
+
+def test_no_file_runs_code(pair: Path) -> None:
+    torch.save({"state_dict": Payload()}, pair / "evil.pt")
+    with pytest.raises(BrokenFileError, match="could run code when it is read"):
+        read_weights(pair / "evil.pt")
+    np.savez(pair / "evil.npz", np.array([Payload()], dtype=object))
+    with pytest.raises(BrokenFileError):
+        read_weights(pair / "evil.npz")
+    assert not (pair / "ran").exists()
+
+
+def test_what_is_no_update_is_named(pair: Path) -> None:
+    before, after = read_weights(pair / "before.pt"), read_weights(pair / "after.pt")
+    known = client().knowledge
+    with pytest.raises(ValueError, match="there is no update"):
+        observed(before, before, 2, known)
+    with pytest.raises(ValueError, match=r"none of helpers\.foreign:Small's"):
+        observed({"other": before["fc2.bias"]}, after, 2, known)
+    with pytest.raises(ValueError, match=r"fc2.bias after has shape \(9,\)"):
+        observed(before, after | {"fc2.bias": torch.zeros(9)}, 2, known)
+    with pytest.raises(ConfigError, match="examples is 0; needed"):
+        flowleak("attack", "--before", "before.pt", "--after", "after.pt")
