@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.flower_home import PROJECT, FlowerHome, flower_home
+
+from fl_app.runs.described import load_client
+from flowleak import Budget, attack_update
+from server_strategies.observations import ObservationStore
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +70,27 @@ def test_missing_data_is_refused_before_anything_starts(home: FlowerHome, tmp_pa
     assert status == "finished:failed"
     assert f"{missing} is not a folder" in log
     assert not (tmp_path / "none").exists()
+
+
+def test_a_users_own_federation_is_recorded_attacked_and_scored(tmp_path: Path) -> None:
+    app, truth = tmp_path / "app", tmp_path / "truth"
+    shutil.copytree(PROJECT / "examples" / "quickstart", app)
+    truth.mkdir()
+    with flower_home(tmp_path / "home", app=app) as home:
+        status, log = home.audit(f'truth-dir="{truth}" batch-size=1')
+    assert status == "finished:completed", log
+    run = app / "leaks" / "watched"
+    assert f"flowleak attack {run}" in log
+    assert len(list((run / "observations").iterdir())) == 2
+    node = next(truth.iterdir())
+    held = torch.load(node, weights_only=True)
+    id_ = f"round-0001-{node.stem}"
+    seen = ObservationStore(run).load(id_)
+    assert seen.num_examples == 5
+    # What the strategy recorded is the user's own model, trained as audit.py describes it.
+    described = load_client(app / "audit.py")
+    private = (held["images"], held["labels"].tolist())
+    budget = Budget(iterations=20)
+    verdict = attack_update(described, seen.w0, seen.w1, 5, budget=budget, truth=private)
+    assert sorted(verdict.found.labels) == sorted(held["labels"].tolist())
+    assert verdict.leakage is not None and not verdict.found.diagnosis

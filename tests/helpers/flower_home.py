@@ -25,12 +25,13 @@ class FlowerHome:
     environment: Mapping[str, str]
     port: str
     enter: tuple[str, ...] = ()
+    app: Path = PROJECT
 
     def flwr(self, *arguments: str) -> str:
-        """Run `flwr` in the project's folder; return its output."""
+        """Run `flwr` in the app's folder; return its output."""
         done = subprocess.run(
             [*self.enter, str(SCRIPTS / "flwr"), *arguments],
-            cwd=PROJECT, env=self.environment, capture_output=True, text=True, timeout=600,
+            cwd=self.app, env=self.environment, capture_output=True, text=True, timeout=600,
             check=True,
         )  # fmt: skip
         return done.stdout
@@ -70,7 +71,9 @@ class FlowerHome:
 
 
 @contextmanager
-def flower_home(folder: Path, enter: Sequence[str] = (), **variables: str) -> Iterator[FlowerHome]:
+def flower_home(
+    folder: Path, enter: Sequence[str] = (), app: Path = PROJECT, **variables: str
+) -> Iterator[FlowerHome]:
     """Yield a Flower home in a folder; its SuperLink ends with it.
 
     Parameters
@@ -78,6 +81,8 @@ def flower_home(folder: Path, enter: Sequence[str] = (), **variables: str) -> It
     folder : Path
     enter : sequence of str
         What precedes every command, see `Host.enter`.
+    app : Path
+        Folder of the Flower app that it runs.
     variables : str
         Of the environment, beside its own.
     """
@@ -93,7 +98,7 @@ def flower_home(folder: Path, enter: Sequence[str] = (), **variables: str) -> It
         "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
         **variables,
     }
-    home = FlowerHome(environment, http, tuple(enter))
+    home = FlowerHome(environment, http, tuple(enter), app)
     yield home
     assert home.superlinks(), "the first run leaves a SuperLink behind; it must be found"
     for pid in home.superlinks():
