@@ -9,6 +9,7 @@ import typer
 
 from fl_app.commands.attacks import attack, score
 from fl_app.commands.bench import bench_app
+from fl_app.commands.check import check
 from fl_app.commands.delete import delete
 from fl_app.commands.group import group
 from fl_app.commands.listing import list_choices
@@ -24,7 +25,7 @@ app = group(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,  # keys are among them
 )
-for command in (runs, show, rounds, attack, score, delete, train_state):
+for command in (runs, show, rounds, check, attack, score, delete, train_state):
     app.command()(command)
 app.command("list")(list_choices)
 app.add_typer(bench_app, name="bench")

@@ -71,3 +71,8 @@ def trained(images: Tensor, labels: Tensor, model: nn.Module, lr: float = 0.01) 
         F.cross_entropy(getattr(output, "logits", output), labels[i : i + 1]).backward()
         optimizer.step()
     return model
+
+
+def own_loop(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Train as `trained` does, as a function that `flowleak check --trains` takes."""
+    trained(images, labels, model)
