@@ -120,8 +120,7 @@ def _pruned_representation(model: nn.Module, share: float) -> Iterator[None]:
     columns of the last layer's weight change. One backward pass an entry: a
     step takes about d times as long.
     """
-    classifier = model.get_submodule("classifier").modules()
-    last = [layer for layer in classifier if isinstance(layer, nn.Linear)][-1]
+    last = _last_linear(model)
     images: list[Tensor] = []
     masks: list[Tensor] = []
 
@@ -142,6 +141,11 @@ def _pruned_representation(model: nn.Module, share: float) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _last_linear(model: nn.Module) -> nn.Linear:
+    classifier = model.get_submodule("classifier").modules()
+    return [layer for layer in classifier if isinstance(layer, nn.Linear)][-1]
 
 
 def kept_entries(representation: Tensor, images: Tensor, share: float) -> Tensor:
@@ -188,6 +192,15 @@ def check_defense(defense: Defense, training: LocalTraining, model: nn.Module) -
                 f"dp_clip is {defense.dp_clip}; allowed with client.max_grad_norm "
                 f"{training.max_grad_norm}: 0, for DP-SGD clips the gradients itself"
             )
+        # They enter a gradient beside the images' own, or mix these before each is clipped.
+        words = training.beyond(
+            "optimizer", "optimizer_options", "loss", "label_smoothing", "schedule", "drop_last",
+            "trainable", "groups",
+        )  # fmt: skip
+        if words or callable(training.loss):
+            raise ValueError(
+                f"dp_clip is {defense.dp_clip}; allowed with client.{words or 'loss a callable'}: 0"
+            )
         with extras():
             from opacus.validators import ModuleValidator
 
@@ -198,12 +211,23 @@ def check_defense(defense: Defense, training: LocalTraining, model: nn.Module) -
                 f"dp_clip is {defense.dp_clip}; allowed with this model: 0{advice}, for "
                 f"{str(errors[0]).splitlines()[0]}"
             )
+    if defense.soteria and not _prunes(model, training):
+        raise ValueError(
+            f"soteria is {defense.soteria}; allowed where client.trainable leaves out the "
+            "classifier's weights, which it prunes: 0"
+        )
     if defense.local_dp and normalised:
         raise ValueError(
             f"local_dp is {defense.local_dp}; allowed with BatchNorm ({normalised[0]}): 0 (use "
             "model norm group, or clip and noise), for Flower's LocalDpMod adds noise to its "
             "statistics"
         )
+
+
+def _prunes(model: nn.Module, training: LocalTraining) -> bool:
+    """Return whether the weights whose gradient Soteria prunes are trained."""
+    last = _last_linear(model).weight
+    return any(training.trains(name) for name, each in model.named_parameters() if each is last)
 
 
 def _is_batch_norm(part: nn.Module) -> bool:

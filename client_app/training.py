@@ -58,7 +58,7 @@ def choose_batches(
     """Draw the images of each local step, as a shuffling DataLoader does.
 
     The client's data are shuffled again for each pass and split into batches of B. The
-    last batch of a pass may be smaller.
+    last batch of a pass may be smaller, or is left out (`LocalTraining.drop_last`).
 
     Parameters
     ----------
@@ -77,10 +77,11 @@ def choose_batches(
     Raises
     ------
     ValueError
-        If the client holds no image.
+        If the client holds no image, or no full batch where others are left out.
     """
     if num_local < 1:
         raise ValueError("the client holds no image; fewer clients or another partitioner help")
+    steps_a_pass = training.steps_a_pass(num_local)
     batches: list[Tensor] = []
     passes = 0
     order = torch.randperm(num_local, generator=generator)
@@ -89,7 +90,7 @@ def choose_batches(
     ):
         if passes and training.reshuffle:
             order = torch.randperm(num_local, generator=generator)
-        batches += order.split(training.batch_size)
+        batches += order.split(training.batch_size)[:steps_a_pass]
         passes += 1
     return batches[: training.local_steps or None]
 
@@ -125,20 +126,24 @@ def train(
     std: Sequence[float],
     defense: Defense = NO_DEFENSE,
 ) -> float:
-    """Train `model` in place with its `local_loss`, one optimiser step a batch.
+    """Train `model` in place with its `local_loss`, as `LocalTraining` says.
+
+    One optimiser step a batch, or for every `LocalTraining.accumulate` of them. At the end
+    the remainder makes a step too.
 
     Parameters
     ----------
     model : nn.Module
         In the images' float type and on their device; left in training mode, with
-        the running statistics it had where `training` sends none.
+        the running statistics it had where `training` sends none. Parameters that
+        `training` leaves out no longer require a gradient.
     images : Tensor, shape (N, C, H, W)
         In [0, 1].
     labels : Tensor of int64, shape (N,)
     batches : sequence of Tensor
         For each local step indices in [0, N).
     training : LocalTraining
-        The optimiser and its settings, and BatchNorm's mode.
+        The optimiser and its settings, the loss, and BatchNorm's mode.
     mean, std : sequence of float
         Per-channel normalisation.
     defense : Defense
@@ -147,25 +152,59 @@ def train(
     Returns
     -------
     float
-        The mean loss over the steps, each before its update.
+        The mean `local_loss` over the batches, each before its update.
+
+    Raises
+    ------
+    ValueError
+        See `create_optimizer` and `local_loss`.
     """
-    plain = create_optimizer(model.parameters(), training)
+    weights = dict(model.named_parameters())
+    plain = create_optimizer(weights, training)
+    for name, weight in weights.items():
+        if not training.trains(name):
+            weight.requires_grad_(False)
+    sent = {name: w.detach().clone() for name, w in weights.items() if training.proximal}
     set_batch_norm(model, training.batch_norm)
     received = {name: buffer.clone() for name, buffer in model.named_buffers()}
     losses = []
     with defended_steps(model, plain, defense) as (forward, optimizer):
-        for batch in batches:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
+        for number, batch in enumerate(batches, start=1):
             logits = forward(normalise(images[batch], mean, std))
-            loss = local_loss(model, logits, labels[batch])
-            loss.backward()
+            loss = local_loss(model, logits, labels[batch], training)
+            (loss / training.accumulate).backward()
+            losses.append(float(loss.detach()))
+            for name, before in sent.items():  # FedProx
+                weight = weights[name]
+                if weight.grad is not None:
+                    share = training.proximal / training.accumulate
+                    weight.grad.add_(weight.detach() - before, alpha=share)
+            if number % training.accumulate and number < len(batches):
+                continue
             if training.max_grad_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
             optimizer.step()
-            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
     if not training.send_buffers:
         model.load_state_dict(received, strict=False)
     return sum(losses) / len(losses)
+
+
+def check_training(training: LocalTraining, model: nn.Module, num_classes: int) -> None:
+    """Refuse a training that does not fit a model.
+
+    Raises
+    ------
+    ValueError
+        With the setting, its value, and what is allowed instead.
+    """
+    create_optimizer(dict(model.named_parameters()), training)
+    if len(training.class_weights) not in (0, num_classes):
+        raise ValueError(
+            f"class_weights has {len(training.class_weights)} numbers; allowed: {num_classes}, "
+            "one a class"
+        )
 
 
 @torch.no_grad()

@@ -499,6 +499,7 @@ def _refuse_interpolation(origin: str, layer: Any, key: str = "") -> None:
 def _merge(layers: list[tuple[str, Any]]) -> Config:
     merged: Any = OmegaConf.structured(Config)
     _unlock(merged)
+    merged.client.optimizer_options = None  # OmegaConf merges no mapping into an empty list
     for origin, layer in layers:
         _refuse_interpolation(origin, layer)
         try:

@@ -18,6 +18,7 @@ from rich.markup import escape
 from torch import nn
 
 from client_app.defended_steps import check_defense
+from client_app.training import check_training
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.table import leakage_table
 from fl_app.config import Config, ConfigError, load_config
@@ -101,6 +102,10 @@ def _prepare(
         model = known_model(config.knowledge(info), config.seed)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+    try:
+        check_training(config.client, model, info.num_classes)
+    except ValueError as error:
+        raise ConfigError(f"client.{error}") from error
     try:
         check_defense(config.defense, config.client, model)
     except ValueError as error:

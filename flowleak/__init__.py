@@ -25,6 +25,7 @@ from fl_app.protocol import Defense as Defense
 from fl_app.protocol import Knowledge as Knowledge
 from fl_app.protocol import LocalTraining as LocalTraining
 from fl_app.protocol import Observation as Observation
+from fl_app.protocol import ParameterGroup as ParameterGroup
 from fl_app.protocol import Reconstruction as Reconstruction
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fl_app.protocol import LocalTraining
+
 
 class RandomLayer(nn.Module, ABC):
     """A layer whose output depends on noise, sampled again for every batch.
@@ -176,8 +178,10 @@ def given_noise(model: nn.Module, noise: Sequence[Tensor]) -> Iterator[None]:
             layer.given = None
 
 
-def local_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return what a client minimises, shape (): the mean cross-entropy and its model's own part.
+def local_loss(model: nn.Module, logits: Tensor, labels: Tensor, training: LocalTraining) -> Tensor:
+    """Return what a client minimises, shape (): `LocalTraining.loss` and its model's own part.
+
+    Without FedProx's term, which depends on the weights alone.
 
     Parameters
     ----------
@@ -186,6 +190,38 @@ def local_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     logits : Tensor, shape (N, num_classes)
     labels : Tensor
         Classes, shape (N,) of int64, or their probabilities, shape (N, num_classes).
+    training : LocalTraining
+
+    Raises
+    ------
+    ValueError
+        If there are not as many class weights as classes.
     """
     own = [layer.penalty for layer in model.modules() if isinstance(layer, Bottleneck)]
-    return sum(own, F.cross_entropy(logits, labels))
+    return sum(own, _of_labels(logits, labels, training))
+
+
+def _of_labels(logits: Tensor, labels: Tensor, training: LocalTraining) -> Tensor:
+    """Return the loss of a batch's logits, shape ()."""
+    if callable(training.loss):
+        return training.loss(logits, labels)
+    if training.loss == "cross_entropy":
+        return _cross_entropy(logits, labels, training)
+    shares = labels if labels.dim() == 2 else F.one_hot(labels, logits.shape[1]).to(logits)
+    if training.loss == "mse":
+        return F.mse_loss(logits, shares)
+    return F.binary_cross_entropy_with_logits(logits, shares)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, training: LocalTraining) -> Tensor:
+    smoothing = training.label_smoothing
+    if not training.class_weights:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    weights = logits.new_tensor(training.class_weights)
+    if len(weights) != logits.shape[1]:
+        raise ValueError(f"{len(weights)} class_weights; allowed: {logits.shape[1]}, one a class")
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+    # For probabilities torch divides by the number of images, not by their weights.
+    total = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
+    return total / (labels @ weights).sum()

@@ -9,7 +9,7 @@ from fl_app.protocol.defense import Defense
 from fl_app.protocol.knowledge import LABEL_LEVELS, DatasetInfo, Knowledge
 from fl_app.protocol.observation import Observation, observation_id, round_and_node, trained_names
 from fl_app.protocol.reconstruction import Budget, Reconstruction
-from fl_app.protocol.training import LocalTraining
+from fl_app.protocol.training import LocalTraining, ParameterGroup
 
 __all__ = [
     "LABEL_LEVELS",
@@ -20,6 +20,7 @@ __all__ = [
     "Knowledge",
     "LocalTraining",
     "Observation",
+    "ParameterGroup",
     "Reconstruction",
     "observation_id",
     "round_and_node",

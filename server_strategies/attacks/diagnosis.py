@@ -93,19 +93,21 @@ def diagnose(
     rounding = rounded(update)
     # Coarse rounding is noise too, but has a better name.
     sigma = 0.0 if rounding else noise_sigma(update)
+    # How large steps are is known of plain SGD, Adam and AdamW with cross-entropy alone.
+    plain = not training.beyond("drop_last")
     # Adam's own steps can look like noise of their size.
-    own = training.optimizer != "sgd" and update.size.max() <= update.most
-    if own and sigma > training.lr / 4:
+    own = training.adaptive and (not plain or update.size.max() <= update.most)
+    if own and (not plain or sigma > training.lr / 4):
         sigma = 0.0
-    clamp = clipped(update)
+    clamp = clipped(update) if plain or not training.adaptive else None
     found = (
         rounding,
         noisy(sigma),
         clamp,
         sparse(update),
         # The spread shows the optimiser only where nothing has changed the update since.
-        None if rounding or sigma or clamp else wrong_optimiser(update),
-        converged(update),
+        None if rounding or sigma or clamp or not plain else wrong_optimiser(update),
+        converged(update) if plain else None,
         batch_norm(observation, training),
         unmatched(losses, at_truth(noise_part(update.size, sigma))),
         flat(losses),

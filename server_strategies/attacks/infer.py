@@ -84,6 +84,7 @@ def _sums_one_step(observation: Observation, knowledge: Knowledge) -> bool:
         knowledge.defense.secagg
         and training.optimizer == "sgd"
         and not training.max_grad_norm
+        and not training.beyond("label_smoothing", "trainable", "proximal")
         and sum(observation.examples) == observation.num_examples
         and all(len(training.batches(count)) == 1 for count in observation.examples)
     )

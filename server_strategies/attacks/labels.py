@@ -100,8 +100,16 @@ def infer_labels(
     if knowledge.defense.secagg:
         raise ValueError("labels are inferred from one client's update, not from a sum of several")
     reason = "asked for"
+    why = _unknown_training(knowledge.client, observation.num_examples)
+    if why:
+        raise ValueError(why)
     if method == "auto":
         method, reason = choose_method(knowledge.client, observation.num_examples)
+    elif method != "simulate" and knowledge.client.label_smoothing:
+        raise ValueError(
+            f"labels method is {method!r}; allowed with label_smoothing "
+            f"{knowledge.client.label_smoothing}: simulate"
+        )
     head = _Head(observation, knowledge, torch.device(device))
     if method == "simulate":
         return _by_step(_Search(head, observation, knowledge).run(), f"{method}: {reason}")
@@ -129,6 +137,9 @@ def order_labels(
     """
     if knowledge.labels is None:
         raise ValueError("the client's labels have no order without labels")
+    why = _unknown_training(knowledge.client, observation.num_examples)
+    if why:
+        raise ValueError(why)
     head = _Head(observation, knowledge, torch.device(device))
     given = torch.tensor(knowledge.labels).bincount(minlength=knowledge.num_classes)
     found = _Search(head, observation, knowledge, given).run()
@@ -140,15 +151,36 @@ def _by_step(found: Tensor, reason: str) -> LabelEstimate:
     return LabelEstimate(found.sum(0).cpu(), labels, "simulate", reason)
 
 
+def _unknown_training(training: LocalTraining, num_examples: int) -> str:
+    """Return why no label follows from a client's update, whatever its classifier; "": one may."""
+    beyond = training.beyond(
+        "optimizer", "optimizer_options", "label_smoothing", "schedule", "drop_last", "trainable",
+        "groups",
+    )  # fmt: skip
+    if beyond:
+        return f"labels are inferred from the gradient of cross-entropy in each step, and {beyond}"
+    used = {image for batch in training.batches(num_examples) for image in batch}
+    if len(used) < num_examples:
+        return (
+            f"num_examples is {num_examples}; allowed: at most the {len(used)} that the client's "
+            "local steps train on"
+        )
+    return ""
+
+
 def choose_method(training: LocalTraining, num_examples: int) -> tuple[str, str]:
     """Return the method that `auto` takes for a client with N examples, and why."""
     batches = training.batches(num_examples)
+    if training.label_smoothing:
+        return "simulate", "auto, smoothed labels give other classes a negative gradient"
     if num_examples == 1:
         return "idlg", "auto, one image has the only negative gradient"
     if training.optimizer != "sgd":
         return "simulate", f"auto, {training.optimizer} hides the size of a gradient"
     if training.momentum and len(batches) > 1:
         return "simulate", "auto, momentum weighs early steps more"
+    if (training.schedule or training.optimizer_options) and len(batches) > 1:
+        return "simulate", "auto, the learning rate weighs some steps more"
     if len({len(batch) for batch in batches}) > 1:
         return "simulate", "auto, an image weighs more in a smaller batch"
     return "dlf", "auto, sgd sums its gradients"
@@ -175,6 +207,13 @@ class _Head:
                 f"{knowledge.model_name} has no linear layer: its labels can't be inferred"
             )
         self.layer = self.model.get_submodule(self.name)
+        parts = [n for n, _ in self.model.named_parameters() if n.startswith(f"{self.name}.")]
+        rates = {self.training.rates(part) for part in parts if self.training.trains(part)}
+        if len(rates) != 1 or not all(map(self.training.trains, parts)):
+            raise ValueError(f"{self.name} is not trained as a whole at one rate and decay")
+        lr, decay = rates.pop()
+        # Only this layer is simulated below.
+        self.training = replace(self.training, lr=lr, weight_decay=decay, groups=(), trainable=())
         if self.layer.out_features != knowledge.num_classes:
             raise ValueError(
                 f"{self.name}, the last linear layer of {knowledge.model_name}, has "
@@ -278,7 +317,7 @@ def displacement(gradients: Sequence[Tensor], start: Tensor, training: LocalTrai
     """
     before = start.expand_as(gradients[0])
     weights = nn.Parameter(before.clone())
-    optimizer = create_optimizer([weights], training)
+    optimizer = create_optimizer({"classifier": weights}, training)
     for gradient in gradients:
         weights.grad = gradient
         optimizer.step()
@@ -384,12 +423,9 @@ class _Search:
         training, count = knowledge.client, observation.num_examples
         batches = training.batches(count)
         distinct = list(dict.fromkeys(batches))
-        if len({i for batch in distinct for i in batch}) != count:
-            raise ValueError(
-                f"num_examples is {count}; allowed: at most what {len(batches)} steps of "
-                f"{training.batch_size} images train on"
-            )
-        self.head, self.training, self.generator = head, training, head.generator
+        self.head, self.training, self.generator = head, head.training, head.generator
+        self.whole = training
+        self.smoothing = training.label_smoothing
         self.sizes = [len(batch) for batch in distinct]
         self.batch_of = [distinct.index(batch) for batch in batches]
         one = torch.eye(len(distinct), dtype=torch.long)
@@ -484,7 +520,7 @@ class _Search:
         model = self.head.model
         names = [name for name, _ in model.named_parameters()]
         model.load_state_dict({n: self.head.w0[n] for n in names}, strict=False)
-        optimizer = create_optimizer(model.parameters(), self.training)
+        optimizer = create_optimizer(dict(model.named_parameters()), self.whole)
         means = []
         for batch in self.batch_of:
             size = self.sizes[batch]
@@ -494,7 +530,7 @@ class _Search:
             means.append(float(inputs[:, : inputs.shape[1] - self.bias].abs().mean()))
             labels = torch.tensor(_labels(self._random_labels(size)), device=images.device)
             optimizer.zero_grad()
-            local_loss(model, model(images), labels).backward()
+            local_loss(model, model(images), labels, self.whole).backward()
             optimizer.step()
         return means
 
@@ -513,7 +549,7 @@ class _Search:
         activations h >= 0: it is negative only where an image of the class activates the
         input. Inputs that only one batch activates have updates of that step's length,
         see `single_step_rows`, whose signs are the gradient's. Of activations below 0, as
-        those of a LayerNorm, nothing follows.
+        those of a LayerNorm, nothing follows, nor where labels are smoothed.
 
         Returns
         -------
@@ -529,7 +565,8 @@ class _Search:
         updates, _, of_step = single_step_rows(
             before.contiguous(), after.contiguous(), self.training, len(self.batch_of)
         )
-        if any(bool((features[:, :hidden] < 0).any()) for features in self.features):
+        negative_features = any(bool((f[:, :hidden] < 0).any()) for f in self.features)
+        if negative_features or self.smoothing:
             of_step = torch.full_like(of_step, -1)
         columns = torch.zeros(len(self.sizes))
         negative = torch.zeros(len(self.sizes), len(self.head.before))
@@ -563,11 +600,12 @@ class _Search:
     def _softmax(self, counts: Tensor) -> Tensor:
         """Return the mean softmax before each step, shape (K, C), under these counts."""
         layer = nn.Parameter(self.head.before.clone())
-        optimizer = create_optimizer([layer], self.training)
+        optimizer = create_optimizer({self.head.name: layer}, self.training)
         means = []
         for inputs, batch in zip(self.features, self.batch_of, strict=True):
             p = (inputs @ layer.T).softmax(1)
             shares = counts[batch].to(layer) / self.sizes[batch]
+            shares = (1 - self.smoothing) * shares + self.smoothing / len(shares)
             layer.grad = p.T @ inputs / len(inputs) - shares[:, None] * inputs.mean(0)
             optimizer.step()
             means.append(p.mean(0))
@@ -600,7 +638,9 @@ class _Search:
         for step, batch in enumerate(self.batch_of):
             sums = self.sums[step]
             p = self.p[step, c] * torch.exp(self.spread[step] * self.noise[step])
-            gradients.append(p * sums[-1] - sums[table[:, batch].to(sums.device)])
+            p = p - self.smoothing / len(self.head.before)
+            own = sums[table[:, batch].to(sums.device)]
+            gradients.append(p * sums[-1] - (1 - self.smoothing) * own)
         start = self.head.before[c, self.columns]
         simulated = displacement(gradients, start, self.training)  # (sequences, samples, d)
         error = (simulated - self.seen[c, self.columns]).square()

@@ -13,7 +13,7 @@ from fl_app.models import clients_model
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.matching.adam.decode import Decoded, usable_fingerprints
 from server_strategies.attacks.matching.adam.one_step import EpsInversion, SignMatch
-from server_strategies.attacks.matching.base import MatchingObjective, Setting
+from server_strategies.attacks.matching.base import OF_A_GRADIENT, MatchingObjective, Setting
 from server_strategies.attacks.matching.defended import hidden_size
 from server_strategies.attacks.matching.distance import DISTANCES
 from server_strategies.attacks.matching.gradient_match import GradientMatch
@@ -91,7 +91,8 @@ def matching_objective(
     ------
     ValueError
         If `kind` or `distance` is unknown, `kind` does not fit the update or the
-        distance, `relu_smoothing` is negative, or there are not as many labels as examples.
+        distance, or does not model the client's training, `relu_smoothing` is negative, or
+        there are not as many labels as examples.
     """
     _check(kind, distance, observation, knowledge)
     model = clients_model(knowledge, observation.w0).to(device)
@@ -108,10 +109,11 @@ def matching_objective(
         kind, reason = LowRank.name, exact.reason
     if auto:
         if distance not in ("auto", "cosine") and _smooths(kind, knowledge):
-            distance, reason = "cosine", f"{reason}; by the cosine, as Adam is smoothed"
+            steps = "Adam is" if knowledge.client.optimizer == "adam" else "its steps are"
+            distance, reason = "cosine", f"{reason}; by the cosine, as {steps} smoothed"
         reason = f"auto, {reason}"
     if distance == "auto":
-        lengths = knowledge.client.optimizer == "sgd" and kind not in _OWN_DISTANCE
+        lengths = not knowledge.client.adaptive and kind not in _OWN_DISTANCE
         distance = "squared" if lengths else "cosine"
         reason += "; by the squared distance" * lengths
     if relu_smoothing is None:
@@ -147,9 +149,9 @@ def _check(kind: str, distance: str, observation: Observation, knowledge: Knowle
 
 
 def _smooths(kind: str, knowledge: Knowledge) -> bool:
-    """Return whether an objective simulates Adam, and so smooths it."""
+    """Return whether an objective simulates Adam, or an optimiser like it, and so smooths it."""
     simulates = issubclass(OBJECTIVES[kind], (Trajectory, Summed))
-    return simulates and knowledge.client.optimizer != "sgd"
+    return simulates and knowledge.client.adaptive
 
 
 def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> tuple[str, str]:
@@ -160,12 +162,16 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     enough single-step gradient rows ("fingerprints"), their images are decoded first.
     Later passes whose order is unknown are simulated in the order of the first, which
     changes the update far less than other images do. Where a known defence hides the
-    size of coordinate updates, Adam's steps can't be inverted.
+    size of coordinate updates, Adam's steps can't be inverted. Training beyond plain SGD, Adam
+    and AdamW (`LocalTraining.beyond`) is simulated.
     """
     training, count = knowledge.client, observation.num_examples
     if knowledge.defense.secagg:
         return "sum", f"secure aggregation of {len(observation.examples)} clients"
     optimizer, steps = training.optimizer, len(training.batches(count))
+    beyond = training.beyond(*OF_A_GRADIENT) if steps == 1 else training.beyond("drop_last")
+    if beyond:
+        return "trajectory", f"{steps} step{'s' * (steps > 1)} of {optimizer}, and {beyond}"
     if steps == 1 and optimizer == "sgd":
         return "gradient", "one step of sgd is its gradient"
     hidden = ""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from fl_app.models.extensions import Bottleneck, MaskDropout, random_layers
-from fl_app.protocol import Knowledge, Observation
+from fl_app.protocol import Knowledge, LocalTraining, Observation
 from server_strategies.attacks.matching.distance import CosineDistance, Distance
+
+OF_A_GRADIENT = (
+    "loss", "label_smoothing", "class_weights", "drop_last", "trainable", "proximal",
+)  # fmt: skip
+"""Settings of `LocalTraining` that a client's gradient at w0 has; FedProx's term is zero there."""
+
+EVERY_SETTING = tuple(each.name for each in fields(LocalTraining))
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,16 @@ class MatchingObjective(ABC):
     ----------
     setting : Setting
 
+    Raises
+    ------
+    ValueError
+        If the client's training is beyond what the objective models.
+
     Attributes
     ----------
     name : str
+    models : tuple of str
+        Settings of `LocalTraining` that it models beyond plain SGD, Adam and AdamW.
     measure : type of Distance
         What updates are compared by.
     relu_smoothing : float
@@ -106,6 +120,7 @@ class MatchingObjective(ABC):
     """
 
     name: str
+    models: tuple[str, ...] = ("drop_last",)
     measure: type[Distance] = CosineDistance
     relu_smoothing = 0.0
     restart = 0.0
@@ -117,6 +132,12 @@ class MatchingObjective(ABC):
         self.model, self.knowledge, self.reason = model, knowledge, setting.reason
         self.measure = setting.distance
         self.training = knowledge.client
+        beyond = self.training.beyond(*self.models)
+        if beyond:
+            raise ValueError(
+                f"matching is {self.name!r}, which does not know the client's training: {beyond}; "
+                "allowed for it: auto, trajectory, passes"
+            )
         self.batches = self.training.batches(observation.num_examples)
         like = next(model.parameters())
         names = [name for name, _ in model.named_parameters()]

@@ -17,26 +17,33 @@ def loss_gradient(
     weights: Mapping[str, Tensor],
     x: Tensor,
     labels: Tensor,
+    training: LocalTraining,
     noise: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Return the gradient of a client's `local_loss`, one tensor a weight.
+    """Return the gradient of a client's `local_loss`, one tensor a weight; 0 for frozen ones.
 
     Parameters
     ----------
     model : nn.Module
         Defines the architecture; its own weights are not read.
     weights : mapping of str to Tensor
-        By parameter name; each requires a gradient.
+        By parameter name; each that is trained requires a gradient.
     x : Tensor, shape (N, C, H, W)
         Normalised images.
     labels : Tensor
         Classes, shape (N,) of int64, or their probabilities, shape (N, classes).
+    training : LocalTraining
+        The loss, and which weights are trained.
     noise : sequence of Tensor
         Noise of the model's random layers, see `given_noise`.
     """
     with given_noise(model, noise):
-        loss = local_loss(model, functional_call(model, dict(weights), (x,)), labels)
-    return list(torch.autograd.grad(loss, list(weights.values()), create_graph=True))
+        logits = functional_call(model, dict(weights), (x,))
+        loss = local_loss(model, logits, labels, training)
+    trained = {name: w for name, w in weights.items() if training.trains(name)}
+    parts = torch.autograd.grad(loss, list(trained.values()), create_graph=True)
+    gradient = dict(zip(trained, parts, strict=True))
+    return [gradient[n] if n in gradient else torch.zeros_like(w) for n, w in weights.items()]
 
 
 def constant_gradient_speeds(training: LocalTraining, num_steps: int) -> list[float]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fl_app.protocol import LocalTraining
-from server_strategies.attacks.matching.base import MatchingObjective, Setting
+from server_strategies.attacks.matching.base import OF_A_GRADIENT, MatchingObjective, Setting
 from server_strategies.attacks.matching.closed_form import image_of
 from server_strategies.attacks.matching.defended import consistent
 from server_strategies.attacks.matching.distance import CosineDistance
@@ -67,11 +67,13 @@ class GradientMatch(MatchingObjective):
     """
 
     name = "gradient"
+    models = OF_A_GRADIENT
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.num_steps = len(self.batches)
-        self._prepare(list(self.w0.values()), list(self.w1.values()))
+        self.trained = [name for name in self.w0 if self.training.trains(name)]
+        self._prepare(*([w[name] for name in self.trained] for w in (self.w0, self.w1)))
         for w in self.w0.values():  # where the candidates' gradient is taken
             w.requires_grad_()
 
@@ -94,7 +96,7 @@ class GradientMatch(MatchingObjective):
 
         The gradient is NaN where it is not known.
         """
-        if self.num_steps == 1 and len(self.labels) == 1:
+        if self.num_steps == 1 and len(self.labels) == 1 and len(self.trained) == len(self.w0):
             by_name = dict(zip(self.w0, gradient, strict=True))
             self.start = image_of(self.model, by_name, self.knowledge.image_shape)
 
@@ -104,4 +106,6 @@ class GradientMatch(MatchingObjective):
 
     def _gradient(self, x: Tensor) -> list[Tensor]:
         noise = self.noise_of(0, x)
-        return loss_gradient(self.model, self.w0, x, self.targets(), noise)
+        parts = loss_gradient(self.model, self.w0, x, self.targets(), self.training, noise)
+        by_name = dict(zip(self.w0, parts, strict=True))
+        return [by_name[name] for name in self.trained]

@@ -108,7 +108,7 @@ class LastLayer:
         """
         classes = len(self.before)
         weights = nn.Parameter(self.before.expand(len(labels), *self.before.shape).clone())
-        optimizer = create_optimizer([weights], self.training)
+        optimizer = create_optimizer({"classifier": weights}, self.training)
         for batch, rows in zip(self.batches, inputs, strict=True):
             slopes = (rows @ weights.transpose(1, 2)).softmax(2)
             slopes = (slopes - F.one_hot(labels[:, batch], classes)) / len(rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import Defense
-from server_strategies.attacks.matching.base import MatchingObjective, Setting
+from server_strategies.attacks.matching.base import EVERY_SETTING, MatchingObjective, Setting
 from server_strategies.attacks.matching.trajectory import Trajectory, swappable
 
 
@@ -28,6 +28,7 @@ class Summed(MatchingObjective):
     """
 
     name = "sum"
+    models = EVERY_SETTING
 
     def __init__(self, setting: Setting) -> None:
         observation, knowledge = setting.observation, setting.knowledge

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import LocalTraining
-from server_strategies.attacks.matching.base import MatchingObjective, Setting, Unknown
+from server_strategies.attacks.matching.base import (
+    OF_A_GRADIENT,
+    MatchingObjective,
+    Setting,
+    Unknown,
+)
 from server_strategies.attacks.matching.defended import consistent
 from server_strategies.attacks.matching.distance import CosineDistance
 from server_strategies.attacks.matching.gradient import constant_gradient_speeds, loss_gradient
@@ -29,6 +34,7 @@ class Surrogate(MatchingObjective):
     """
 
     name = "surrogate"
+    models = OF_A_GRADIENT
 
     def __init__(self, setting: Setting, alpha: float | None = None) -> None:
         super().__init__(setting)
@@ -45,8 +51,10 @@ class Surrogate(MatchingObjective):
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
         pairs = zip(self.w0.items(), self.update, strict=True)
         weights = {name: w - self.alpha * u for (name, w), u in pairs}
-        noise = self.noise_of(0, x)
-        return self.distance(loss_gradient(self.model, weights, x, self.targets(), noise))
+        gradient = loss_gradient(
+            self.model, weights, x, self.targets(), self.training, self.noise_of(0, x)
+        )
+        return self.distance(gradient)
 
     def position(self) -> float:
         """See `MatchingObjective`."""

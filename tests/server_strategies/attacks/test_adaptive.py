@@ -192,7 +192,7 @@ def test_the_bottlenecks_loss_is_the_papers() -> None:
         assert not torch.equal(model.train(mode)(x), model(x))
     eps = torch.randn(4, 3, dtype=torch.float64)
     with given_noise(model, [eps]):
-        found = local_loss(model, model(x), y)
+        found = local_loss(model, model(x), y, LocalTraining())
     bottleneck, classifier = model.classifier[0], model.classifier[1]
     total, divergence = 0.0, 0.0
     for row, h in enumerate(model.features(x).detach()):

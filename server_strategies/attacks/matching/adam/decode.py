@@ -146,7 +146,7 @@ class Decoded(Trajectory):
         the other images are then assigned by the last layer's displacement, see `LastLayer`.
         """
         weights = {name: nn.Parameter(w.clone()) for name, w in self.w0.items()}
-        optimizer = create_optimizer(weights.values(), self.training)
+        optimizer = create_optimizer(weights, self.training)
         fits: list[tuple[Tensor, Tensor]] = []
         last_inputs: list[Tensor] = []
         # Labels are assigned again by all steps; features need those up to the last rows alone.
@@ -163,7 +163,7 @@ class Decoded(Trajectory):
             noise = given_noise(self.model, self._noise(step, x[index]))
             with noise, recorded(self.last, last_inputs):
                 logits = functional_call(self.model, {**weights}, (x[index],))
-                local_loss(self.model, logits, self.labels[index]).backward()
+                local_loss(self.model, logits, self.labels[index], self.training).backward()
             if self.training.max_grad_norm:
                 nn.utils.clip_grad_norm_(weights.values(), self.training.max_grad_norm)
             optimizer.step()

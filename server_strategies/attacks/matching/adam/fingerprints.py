@@ -187,8 +187,8 @@ def single_step_rows(
     rounding : Tensor of float64, shape (R, D)
         How far the weights' rounding may have moved them.
     step : Tensor of int64, shape (R,)
-        -1 where several steps changed a row, or none did. So everywhere for SGD, and for
-        Adam with weight decay.
+        -1 where several steps changed a row, or none did. So everywhere for SGD, for
+        Adam with weight decay, and where Adam's steps are no plain ones.
     """
     decay = training.lr * training.weight_decay
     # In units of lr, and in float64, so that only the weights' rounding remains.
@@ -198,7 +198,9 @@ def single_step_rows(
     rounding = unit * before.abs().double() * num_steps**0.5 / training.lr
     updates = torch.where(updates.abs() > rounding, updates, 0)
     none = torch.full((len(before),), -1, device=before.device)
-    if training.optimizer == "sgd" or (training.optimizer == "adam" and training.weight_decay):
+    beyond = training.beyond("loss", "label_smoothing", "class_weights", "drop_last", "trainable")
+    decayed = training.optimizer == "adam" and training.weight_decay
+    if training.optimizer == "sgd" or decayed or beyond:
         return updates, rounding, none
     limits = single_step_updates(num_steps, decay).flip(0)  # ascending
     most, place = _shares(updates, limits.to(updates.device)).max(1)

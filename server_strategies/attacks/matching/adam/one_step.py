@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import LocalTraining, Observation
+from server_strategies.attacks.matching.base import OF_A_GRADIENT
 from server_strategies.attacks.matching.defended import consistent
 from server_strategies.attacks.matching.gradient_match import GradientMatch, mean_step, step_units
 from server_strategies.attacks.matching.trajectory import EPS
@@ -72,7 +73,7 @@ class EpsInversion(GradientMatch):
         str
             The share of coordinates kept, or what prevents it.
         """
-        names = observation.trained
+        names = [name for name in observation.trained if training.trains(name)]
         w0, w1 = [observation.w0[n] for n in names], [observation.w1[n] for n in names]
         num_steps = len(training.batches(observation.num_examples))
         steps = mean_step(w0, w1, training, num_steps)
@@ -98,6 +99,9 @@ def _invertible(
     """Say whether Adam's steps can be inverted, and why; see `EpsInversion.usable`."""
     if training.optimizer == "sgd":
         return False, "the client uses sgd, whose step is its gradient already"
+    beyond = training.beyond(*OF_A_GRADIENT)
+    if beyond:
+        return False, f"of Adam's plain step alone a gradient follows, and {beyond}"
     if num_steps != 1:
         return False, f"the client makes {num_steps} local steps; allowed: 1"
     size = torch.cat([r.abs().flatten() for r in steps])

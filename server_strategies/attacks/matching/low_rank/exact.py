@@ -92,6 +92,13 @@ def exact_features(
     seconds : float
         After which no more terms of SGD are looked for; 0: some minutes.
     """
+    beyond = knowledge.client.beyond("drop_last")
+    if beyond:
+        return f"exact features follow from plain training alone, and {beyond}"
+    batches = knowledge.client.batches(observation.num_examples)
+    left_out = observation.num_examples - len({image for batch in batches for image in batch})
+    if left_out:
+        return f"{left_out} of the client's images are in no local step"
     if knowledge.client.optimizer == "sgd":
         until = time.monotonic() + (seconds or _PATIENCE)
         return _of_terms(model, observation, knowledge, until)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fl_app.protocol import LocalTraining
 from server_strategies.attacks.matching.gradient import loss_gradient
 from server_strategies.attacks.matching.relu_smoothing import smooth_relu
 
@@ -32,7 +33,7 @@ def _matching(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return a loss's gradient in the weights, and the gradient of its sum in x."""
     x = x.clone().requires_grad_()
     weights = {name: w.detach().requires_grad_() for name, w in model.named_parameters()}
-    gradient = loss_gradient(model, weights, x, torch.tensor([0, 2]))
+    gradient = loss_gradient(model, weights, x, torch.tensor([0, 2]), LocalTraining())
     (slope,) = torch.autograd.grad(sum((g.sum() for g in gradient), torch.zeros(())), x)
     return [g.detach() for g in gradient], slope
 
