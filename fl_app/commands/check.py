@@ -1,4 +1,4 @@
-"""`flowleak check`: is a client's description right?"""
+"""`flowleak check`: whether a client's description is right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fl_app.commands.output import screen
 
 def check(
     client: Annotated[
-        Path, typer.Argument(help="The file that describes the clients (flowleak.Client). It is run.")
+        Path,
+        typer.Argument(help="The file that describes the clients (flowleak.Client). It is run."),
     ] = Path("audit.py"),
     before: Annotated[
         Path | None,
@@ -32,7 +33,7 @@ def check(
         int, typer.Option(help="Made-up images; default: two batches and one.", min=0)
     ] = 0,
 ) -> None:
-    """Check a description of clients: can they be simulated, and do they train as it says?
+    """Check a description of clients: whether they can be simulated, and train as it says.
 
     Ends with 1 where something is wrong.
     """

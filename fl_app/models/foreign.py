@@ -140,16 +140,23 @@ def _logits(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _wrap(model: nn.Module) -> None:
-    """Let a model return its logits alone, and take images of any memory format."""
-    inner = model.forward
+class _Adapted(nn.Module):
+    """Returns a model's logits alone, and takes images of any memory format.
 
-    def forward(*inputs: Any, **named: Any) -> Any:
+    A base class before the model's own, so that a copy calls itself.
+    """
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         with _Reshaping():
-            output = inner(*inputs, **named)
+            output = super().forward(*inputs, **named)
         return output if isinstance(output, Tensor) else output.logits
 
-    model.forward = forward  # type: ignore[method-assign]
+
+def _wrap(model: nn.Module) -> None:
+    """Put `_Adapted` before a model's class, in place."""
+    kind = type(model)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    model.__class__ = type(kind.__name__, (_Adapted, kind), names)
 
 
 class _Reshaping(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Is a client's description right? Simulated on made-up images, and held to the user's own training.
+"""Whether a client's description is right, on images that are made up.
 
 Attacks need to know how a client trains. A wrong word in the description looks like an update that
 gives nothing away. So the user's own function trains on images that are made up, every step of its
@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from client_app.training import train
-from fl_app.models import classifier, known_model
+from fl_app.models import classifier, clients_model, known_model
 from fl_app.models.extensions import random_layers
-from fl_app.models.norms import batch_norms
-from fl_app.protocol import Client, Knowledge, LocalTraining, Observation
+from fl_app.protocol import Client, LocalTraining, Observation
 from fl_app.runs.weights import state_names
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.trajectory import simulate
@@ -35,11 +34,12 @@ _AT_TRUTH = 0.05  # matching loss at the true images up to which an update is ex
 _DEPENDS = 0.05  # share of an update that has to change with the images
 _ITERATIONS = 200  # of the default attack
 
-MODEL, LOADER = ("net", "model", "module", "network"), ("trainloader", "train_loader", "loader",
-                                                        "dataloader", "train_dataloader")  # fmt: skip
+MODEL = ("net", "model", "module", "network")
+LOADER = ("trainloader", "train_loader", "loader", "dataloader", "train_dataloader")
 IMAGES, LABELS = ("images", "x", "inputs"), ("labels", "y", "targets")
 EPOCHS = ("epochs", "num_epochs", "local_epochs", "n_epochs")
 RATE = ("lr", "learning_rate", "learningrate")
+_VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 _PIXELS = ("img", "image", "images", "pixel_values", "x")  # names of a batch's images
 
 
@@ -156,12 +156,9 @@ def _simulated(client: Client, given: Sample) -> Finding:
     batches = [torch.tensor(batch) for batch in training.batches(len(given.labels))]
     images = given.images.double()
     w0 = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    simulating = copy.deepcopy(model)
+    simulating = clients_model(known, state).double()
     train(model, images, given.labels, batches, training, known.mean, known.std)
     x = _normalised(client, images)
-    for _, layer in batch_norms(simulating):
-        layer.train(training.batch_norm == "train")
-        layer.track_running_stats = False
     w1 = simulate(simulating, w0, [(x[batch], given.labels[batch]) for batch in batches], training)
     off = _apart(w0, w1, dict(model.named_parameters()))
     return Finding(off < _SAME, f"the differentiable simulation is off by {off:.1g} of the update")
@@ -310,7 +307,10 @@ def run_own(function: Callable[..., Any], client: Client, given: Sample) -> OwnT
     for each in inspect.signature(function).parameters.values():
         if each.name in values:
             arguments[each.name] = values[each.name]
-        elif each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL):
+        elif each.default is each.empty and each.kind not in (
+            each.VAR_KEYWORD,
+            each.VAR_POSITIONAL,
+        ):
             raise ValueError(
                 f"{name} needs {each.name!r}, which can't be filled in; allowed: "
                 f"{', '.join(values)}. Write a function of these that calls it, in the file that "
@@ -370,7 +370,11 @@ def check_own(client: Client, own: OwnTraining, given: Sample) -> Iterator[Findi
     count = "" if made == expected else f"; it makes {made} steps, the description {expected}"
     yield Finding(False, f"your training differs from the description {where}, by "
                          f"{off:.0%} of the update{count}")  # fmt: skip
-    fits = [change for change in changes(client, own) if _fits(change, client, own, given)]
+    tried = sorted(changes(client, own), key=lambda change: change.last)
+    fits: list[Change] = []
+    for change in tried:
+        if not (change.last and fits) and _fits(change, client, own, given):
+            fits.append(change)
     for change in fits:
         yield Finding(False, f"with {change.words} the description fits")
     if not fits:
@@ -378,9 +382,7 @@ def check_own(client: Client, own: OwnTraining, given: Sample) -> Iterator[Findi
                              f"differs, or one that is not tried ({_facts(own)})")  # fmt: skip
 
 
-def _steps(
-    client: Client, training: LocalTraining, given: Sample
-) -> list[dict[str, Tensor]]:
+def _steps(client: Client, training: LocalTraining, given: Sample) -> list[dict[str, Tensor]]:
     """Return the parameters after each step of a described training."""
     model = _own_model(client, given)
     batches = [torch.tensor(batch) for batch in training.batches(len(given.labels))]
@@ -401,6 +403,8 @@ class Change:
     training : LocalTraining
     plain : bool
         Whether dropout is off.
+    last : bool
+        Whether it is tried only where nothing else fits, since it says what, not why.
     mean, std : tuple of float or None
         None: the description's.
     """
@@ -408,6 +412,7 @@ class Change:
     words: str
     training: LocalTraining
     plain: bool = False
+    last: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -431,10 +436,7 @@ _NORMALISATIONS = {
 
 
 def changes(client: Client, own: OwnTraining) -> Iterator[Change]:
-    """Yield the single changes of a description that are tried, the likeliest first.
-
-    Those that the user's own optimiser shows come first: what it holds is no guess.
-    """
+    """Yield the single changes of a description that are tried; first what the optimiser shows."""
     t = client.training
     seen: set[LocalTraining] = {t}
 
@@ -471,7 +473,8 @@ def changes(client: Client, own: OwnTraining) -> Iterator[Change]:
     if not t.local_steps:
         for epochs in range(1, 6):
             yield from new(f"epochs={epochs}", local_epochs=epochs)
-    yield from new(f"steps={len(own.steps)}", local_steps=len(own.steps))
+    for change in new(f"steps={len(own.steps)}", local_steps=len(own.steps)):
+        yield replace(change, last=True)
     for size in (1, 2, 4, 8, 16, 32, 64):
         yield from new(f"batch_size={size}", batch_size=size)
     for accumulate in (1, 2, 4, 8):
