@@ -10,6 +10,7 @@ client = flowleak.Client(
     image_shape=(3, 32, 32),
     mean=0.5,
     std=0.5,
+    loss="cross_entropy",
     optimizer="sgd",
     lr=0.01,
     momentum=0.9,
