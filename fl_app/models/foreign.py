@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fl_app.models.extensions import MaskDropout
@@ -49,6 +51,22 @@ def foreign_model(knowledge: Knowledge, seed: int | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _adapt(model, name, knowledge)
+    return model
+
+
+def own_model(knowledge: Knowledge, logits: bool = True) -> nn.Module:
+    """Return a model as its user makes it, dropout and all.
+
+    Parameters
+    ----------
+    knowledge : Knowledge
+        Whose `model` is a callable or a module.
+    logits : bool
+        Whether it returns logits alone.
+    """
+    model = _made(knowledge.model)
+    if logits:
+        _wrap(model)
     return model
 
 
@@ -141,13 +159,14 @@ def _logits(output: Any) -> Tensor | None:
 
 
 class _Adapted(nn.Module):
-    """Returns a model's logits alone, and takes images of any memory format.
+    """Returns logits alone, takes any memory format, and can be differentiated twice.
 
     A base class before the model's own, so that a copy calls itself.
     """
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        with _Reshaping():
+        # Torch's fused attention kernels have no second derivative.
+        with _Equivalents(), sdpa_kernel(SDPBackend.MATH):
             output = super().forward(*inputs, **named)
         return output if isinstance(output, Tensor) else output.logits
 
@@ -159,12 +178,18 @@ def _wrap(model: nn.Module) -> None:
     model.__class__ = type(kind.__name__, (_Adapted, kind), names)
 
 
-class _Reshaping(TorchFunctionMode):
-    """Lets ``x.view(-1, 400)`` take what is not contiguous, such as channels-last activations."""
+class _Equivalents(TorchFunctionMode):
+    """Puts what attacks can use in the place of a function of the same values.
+
+    ``x.view(-1, 400)`` takes only what is contiguous, which channels-last activations are not.
+    Torch's hard sigmoid has no second derivative.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         if func is Tensor.view and not isinstance(args[1], torch.dtype):
             func = Tensor.reshape
+        elif func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
         return func(*args, **(kwargs or {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fl_app.protocol.defense import Defense
@@ -17,6 +18,8 @@ def model_name(model: Any) -> str:
     """Return what a model is called: a registry's name, or ``module:name`` of a user's own."""
     if isinstance(model, str):
         return model
+    while isinstance(model, partial):
+        model = model.func
     kind = model if hasattr(model, "__qualname__") else type(model)
     return f"{kind.__module__}:{kind.__qualname__}"
 

@@ -8,7 +8,6 @@ are tried until one fits.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from client_app.training import train
 from fl_app.models import classifier, clients_model, known_model
 from fl_app.models.extensions import random_layers
+from fl_app.models.foreign import own_model
 from fl_app.protocol import Client, LocalTraining, Observation
 from fl_app.runs.weights import state_names
 from server_strategies.attacks.matching import matching_objective
@@ -193,13 +193,10 @@ def trained(
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _own_model(client: Client, given: Sample) -> nn.Module:
-    """Return the user's model as it is, dropout and all, with the sample's weights."""
-    own = client.model
-    if isinstance(own, str):
-        model = known_model(client.knowledge)
-    else:
-        model = copy.deepcopy(own) if isinstance(own, nn.Module) else own()
+def _own_model(client: Client, given: Sample, logits: bool = True) -> nn.Module:
+    """Return the user's model, see `own_model`, with the sample's weights."""
+    known = client.knowledge
+    model = known_model(known) if isinstance(known.model, str) else own_model(known, logits)
     model.load_state_dict(dict(given.w0))
     return model
 
@@ -293,7 +290,7 @@ def run_own(function: Callable[..., Any], client: Client, given: Sample) -> OwnT
     ValueError
         If it needs an argument of another name, or raises.
     """
-    model, training = _own_model(client, given), client.training
+    model, training = _own_model(client, given, logits=False), client.training
     loader = _Loader(_normalised(client, given.images), given.labels, training.batch_size,
                      training.drop_last)  # fmt: skip
     values = {

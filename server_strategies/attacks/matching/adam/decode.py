@@ -407,7 +407,7 @@ def usable_fingerprints(
     layers = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
     linear = [f"{layer}.weight" for layer in layers]
     weights = dict(model.named_parameters())
-    images = next(iter(weights.values())).new_zeros(1, *knowledge.image_shape)
+    images = next(iter(weights.values())).new_zeros(2, *knowledge.image_shape)
     with torch.no_grad():
         inputs, _, _ = traced(model, weights, images, linear)
     names = [n for n, value in inputs.items() if value.dim() == 2 and n in observation.trained]
