@@ -282,6 +282,7 @@ BENCHMARKS = Registry(
         "quick": "fl_app.benchmarks.quick:SUITE",
         "matching": "fl_app.benchmarks.matching:SUITE",
         "headline": "fl_app.benchmarks.headline:SUITE",
+        "examples": "fl_app.benchmarks.examples:SUITE",
         "honest": "fl_app.benchmarks.honest:SUITE",
         "states": "fl_app.benchmarks.figure_4:SUITE",
         "exact": "fl_app.benchmarks.exact:SUITE",
