@@ -459,6 +459,8 @@ class _Search:
             self.p = self._softmax(counts)
             drift = (self.p / self.p[0]).log().square().mean(1).sqrt()
             self.spread = _P_ERROR + _P_DRIFT * drift
+            if not self.spread.isfinite().all():
+                raise ValueError(f"the simulated training of {self.head.name} diverges")
             self.likelihoods = {}
             gains = torch.stack([self._gains(counts, c) for c in self.classes.tolist()])
             temperature = _HOT * (1 - sweep / (_SWEEPS - 1))
