@@ -257,7 +257,7 @@ def test_attacks_run_with_their_defaults(attack: Attack, name: str) -> None:
     assert found.matching.startswith("trajectory: auto, 5 steps of")
     assert found.losses[-1] < found.losses[0]
     objective = matching_objective("auto", observation, knowledge)
-    assert objective(x, 1.0).item() < 0.01
+    assert objective(x, 1.0).item() < (0.02 if name == "rmsprop" else 1e-5)  # it is smoothed
     assert objective(torch.zeros_like(x), 1.0).item() > 0.1
 
 
