@@ -499,7 +499,11 @@ def _refuse_interpolation(origin: str, layer: Any, key: str = "") -> None:
 def _merge(layers: list[tuple[str, Any]]) -> Config:
     merged: Any = OmegaConf.structured(Config)
     _unlock(merged)
-    merged.client.optimizer_options = None  # OmegaConf merges no mapping into an empty list
+    # OmegaConf merges no mapping into an empty tuple, and takes both into nothing.
+    OmegaConf.set_struct(merged.client, False)
+    merged.client.pop("optimizer_options")
+    merged.client.optimizer_options = None
+    OmegaConf.set_struct(merged.client, None)
     for origin, layer in layers:
         _refuse_interpolation(origin, layer)
         try:

@@ -175,8 +175,10 @@ def choose_method(training: LocalTraining, num_examples: int) -> tuple[str, str]
         return "simulate", "auto, smoothed labels give other classes a negative gradient"
     if num_examples == 1:
         return "idlg", "auto, one image has the only negative gradient"
-    if training.optimizer != "sgd":
+    if training.adaptive:
         return "simulate", f"auto, {training.optimizer} hides the size of a gradient"
+    if training.optimizer != "sgd":
+        return "simulate", f"auto, {training.optimizer} has a rate and a decay of its own"
     if training.momentum and len(batches) > 1:
         return "simulate", "auto, momentum weighs early steps more"
     if (training.schedule or training.optimizer_options) and len(batches) > 1:
@@ -461,6 +463,8 @@ class _Search:
             self.p = self._softmax(counts)
             drift = (self.p / self.p[0]).log().square().mean(1).sqrt()
             self.spread = _P_ERROR + _P_DRIFT * drift
+            if not self.spread.isfinite().all():
+                raise ValueError(f"the simulated training of {self.head.name} diverges")
             self.likelihoods = {}
             gains = torch.stack([self._gains(counts, c) for c in self.classes.tolist()])
             temperature = _HOT * (1 - sweep / (_SWEEPS - 1))

@@ -16,7 +16,7 @@ import yaml
 from helpers.command import flowleak
 
 from fl_app.config import Config, ConfigError, from_yaml, load_config, to_yaml
-from fl_app.protocol import DatasetInfo
+from fl_app.protocol import DatasetInfo, ParameterGroup
 
 
 def test_groups_and_overrides_win_over_defaults() -> None:
@@ -37,6 +37,21 @@ def test_a_runs_configuration_reads_back(tmp_path: Path) -> None:
     config = load_config({"attack": "sme", "overrides": "watch.rounds=[1,3] rounds=3 name=x"})
     (tmp_path / "config.yaml").write_text(to_yaml(config, {"versions": {"torch": "2"}}))
     assert from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_any_training_reads_back(tmp_path: Path) -> None:
+    overrides = (
+        "client.optimizer=rmsprop client.optimizer_options.eps=1e-6 client.loss=cross_entropy "
+        "client.optimizer_options.centered=true client.schedule=[1,0.5] client.drop_last=true "
+        "client.trainable=[fc1.*] 'client.groups=[{pattern: \"*.bias\", weight_decay: 0}]'"
+    )
+    config = load_config({"overrides": overrides})
+    assert config.client.optimizer_options == (("centered", True), ("eps", 1e-6))
+    assert config.client.groups == (ParameterGroup("*.bias", weight_decay=0.0),)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
+    with pytest.raises(ConfigError, match=r"client.loss is 'focal'; allowed: cross_entropy"):
+        load_config({"overrides": "client.loss=focal"})
 
 
 @pytest.mark.parametrize("setting", ["name", "dataset.source", "attack.options.x", "client.lr"])
@@ -70,7 +85,10 @@ def test_nothing_in_a_configuration_is_resolved(
         ({"nonsense": "1"}, "unknown run-config key 'nonsense'; allowed: dataset"),
         ({"attack": 3}, "attack is 3; allowed: a string"),
         ({"overrides": "rounds"}, "allowed: key=value"),
-        ({"overrides": "client.speed=1"}, "client.speed .*unknown key; allowed: batch_norm"),
+        (
+            {"overrides": "client.speed=1"},
+            "client.speed .*unknown key; allowed: accumulate, batch_norm",
+        ),
         ({"overrides": "client.lr=fast"}, "client.lr .*'fast'"),
         ({"overrides": "client.lr=0"}, "client.lr is 0.0; allowed: more than 0"),
         ({"overrides": "client.batch_size=1.5"}, "client.batch_size"),
@@ -150,7 +168,7 @@ def test_words_stay_as_they_are_typed() -> None:
         (lambda text: text.replace("seed: 0", "seed: zero"), "seed .*config.yaml.*'zero'"),
         (
             lambda text: text.replace("  lr:", "  pace:"),
-            "client.pace .*unknown key; allowed: batch",
+            "client.pace .*unknown key; allowed: accumulate, batch",
         ),
         (lambda text: text.replace("every: 0", "every: [1]"), "watch.every"),
         (lambda text: text.replace("watch:\n", "watch: 3\nx:\n"), "a value where a section should"),

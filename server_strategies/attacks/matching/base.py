@@ -97,6 +97,8 @@ class MatchingObjective(ABC):
         Settings of `LocalTraining` that it models beyond plain SGD, Adam and AdamW.
     measure : type of Distance
         What updates are compared by.
+    used : int
+        Images that some local step trains on: the first ones.
     relu_smoothing : float
         Width of the surrogate gradient for ReLU's second derivative, see `smooth_relu`;
         0: none.
@@ -139,6 +141,7 @@ class MatchingObjective(ABC):
                 "allowed for it: auto, trajectory, passes"
             )
         self.batches = self.training.batches(observation.num_examples)
+        self.used = len({image for batch in self.batches for image in batch})
         like = next(model.parameters())
         names = [name for name, _ in model.named_parameters()]
         self.w0 = {n: observation.w0[n].to(like).detach() for n in names}

@@ -105,7 +105,8 @@ class GradientMatch(MatchingObjective):
         return self.distance(self._gradient(x))
 
     def _gradient(self, x: Tensor) -> list[Tensor]:
+        x, y = x[: self.used], self.targets()[: self.used]
         noise = self.noise_of(0, x)
-        parts = loss_gradient(self.model, self.w0, x, self.targets(), self.training, noise)
+        parts = loss_gradient(self.model, self.w0, x, y, self.training, noise)
         by_name = dict(zip(self.w0, parts, strict=True))
         return [by_name[name] for name in self.trained]

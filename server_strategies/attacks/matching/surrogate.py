@@ -51,10 +51,9 @@ class Surrogate(MatchingObjective):
         """Return the cosine distance, shape (), of normalised images (N, C, H, W)."""
         pairs = zip(self.w0.items(), self.update, strict=True)
         weights = {name: w - self.alpha * u for (name, w), u in pairs}
-        gradient = loss_gradient(
-            self.model, weights, x, self.targets(), self.training, self.noise_of(0, x)
-        )
-        return self.distance(gradient)
+        x, y = x[: self.used], self.targets()[: self.used]
+        noise = self.noise_of(0, x)
+        return self.distance(loss_gradient(self.model, weights, x, y, self.training, noise))
 
     def position(self) -> float:
         """See `MatchingObjective`."""

@@ -68,6 +68,7 @@ class Decoded(Trajectory):
     """
 
     name = "fingerprints"
+    models = ("drop_last",)
     restart = 0.6  # decoding is cheap per iteration; images that it misses need the rest
 
     def __init__(self, setting: Setting) -> None:

@@ -63,6 +63,7 @@ class LowRank(Trajectory):
     """
 
     name = "low_rank"
+    models = ("drop_last",)
     decoding_steps = 120
     joint_steps = 120
 
