@@ -167,9 +167,15 @@ def clients_model(knowledge: Knowledge, w0: Mapping[str, Tensor]) -> nn.Module:
         See `create_model`.
     """
     model = known_model(knowledge)
-    # Frozen weights and buffers that are not sent are the model's own.
     received = {name: value for name, value in w0.items() if name in model.state_dict()}
     model.load_state_dict(received, strict=False)
+    # What is not sent, such as the weights beside an adapter, is frozen: no parameter of it.
+    for name, weight in list(model.named_parameters()):
+        if name not in w0:
+            place, _, own = name.rpartition(".")
+            module = model.get_submodule(place)
+            delattr(module, own)
+            module.register_buffer(own, weight.detach())
     set_batch_norm(model, knowledge.client.batch_norm)
     for _, layer in batch_norms(model):
         layer.track_running_stats = False

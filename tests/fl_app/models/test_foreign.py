@@ -53,9 +53,10 @@ def test_weights_that_are_not_sent_are_the_models_own() -> None:
     module = Small()
     sent = {"fc2.weight": torch.ones(10, 32), "fc2.bias": torch.zeros(10)}
     model = clients_model(client(module).knowledge, sent)
-    assert torch.equal(model.get_parameter("conv.weight"), module.conv.weight)
+    assert torch.equal(model.state_dict()["conv.weight"], module.conv.weight)
     assert torch.equal(model.get_parameter("fc2.weight"), sent["fc2.weight"])
     assert not torch.equal(module.fc2.weight, sent["fc2.weight"])  # the user's is untouched
+    assert [name for name, _ in model.named_parameters()] == list(sent)  # the others are frozen
 
 
 def test_features_are_what_the_classifier_takes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -115,3 +116,19 @@ def test_what_is_no_update_is_named(pair: Path) -> None:
         observed(before, after | {"fc2.bias": torch.zeros(9)}, 2, known)
     with pytest.raises(ConfigError, match="examples is 0; needed"):
         flowleak("attack", "--before", "before.pt", "--after", "after.pt")
+
+
+def test_an_adapter_alone_is_an_update(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Small()
+    own = copy.deepcopy(model)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name.startswith("fc"))
+    before = {name: value.clone() for name, value in model.state_dict().items() if "fc" in name}
+    trained(images, torch.tensor([3, 7]), model)
+    after = {name: value for name, value in model.state_dict().items() if "fc" in name}
+    budget = Budget(iterations=60)
+    verdict = attack_update(client(own), before, after, 2, budget=budget, truth=(images, [3, 7]))
+    assert sorted(verdict.found.labels) == [3, 7]
+    psnr = verdict.leakage.metrics["psnr"]  # type: ignore[union-attr]
+    assert psnr.mean > psnr.baseline  # type: ignore[union-attr]
