@@ -29,6 +29,7 @@ _MISSES = 6  # draws of c in a row that lead to no new vertex, after which the s
 _FIRST = 12  # constraints of a programme for each of its unknowns, at the start
 _ADDED = 200  # constraints that are added at once, the most violated ones
 _SLACK = 6.0  # deviations of the noise by which a constraint may be violated
+_TIE = 30.0  # of that slack, within which two vertices are as low
 _ON_FACE = 12.0  # deviations within which a feature counts as at its bound
 _FACES = 3  # faces that meet at a term's vertex, for each that it takes
 _BESIDE = 0.1  # relative distance within which a vertex may be another one's shadow
@@ -87,7 +88,7 @@ def separate_bounded(
         # On one side of the known ones there are others.
         before = len(found)
         for sign in (1, -1):
-            vertex = programme.vertex(sign * direction)
+            vertex = programme.vertex(sign * direction, known=bool(found))
             if vertex is not None:
                 found = _with(found, vertex)
             if len(found) > before:
@@ -139,8 +140,16 @@ class _Programme:
         order = np.random.default_rng(0).permutation(len(faces))
         self.kept = order[:first]
 
-    def vertex(self, direction: Matrix) -> _Vertex | None:
-        """Return the vertex of least ``direction' r``, refined; None: it is no term's."""
+    def vertex(self, direction: Matrix, known: bool = False) -> _Vertex | None:
+        """Return the vertex of least ``direction' r``, refined; None: it is no term's.
+
+        Parameters
+        ----------
+        direction : array, shape (r,)
+        known : bool
+            Whether vertices are known; `direction` is orthogonal to them, so that 0 is theirs,
+            and where nothing is below there is no other one on this side.
+        """
         while True:
             solved = self._solved(direction)
             # Unbounded by these faces: the vertex is far away.
@@ -149,7 +158,9 @@ class _Programme:
             outside = np.flatnonzero(values < -1.5 * self.slack)
             outside = np.setdiff1d(outside, self.kept, assume_unique=True)
             if not len(outside):
-                return None if solved is None else self._refined(solved)
+                if solved is None or (known and direction @ solved > -_TIE * self.slack):
+                    return None
+                return self._refined(solved)
             worst = outside[np.argsort(values[outside])[:_ADDED]]
             self.kept = np.concatenate([self.kept, worst])
 
