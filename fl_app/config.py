@@ -105,10 +105,12 @@ class AttackConfig:
     iterations: int = 200
     seconds: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    recovery_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("iterations", self.iterations, 1)
         at_least("seconds", self.seconds, 0)
+        at_least("recovery_threshold", self.recovery_threshold, 0)
 
 
 @dataclass(frozen=True)

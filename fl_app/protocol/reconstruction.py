@@ -24,18 +24,26 @@ class Budget:
         Restarts the start images and the prior's noise.
     device : str
         The torch device to work on.
+    recovery_threshold : float
+        Matching loss that ends a search once it is as low: an attacker sees this loss, and
+        so can stop by it (the paper, experimental set-up). 0: none.
     """
 
     iterations: int = 300
     seconds: float = 0.0
     seed: int = 0
     device: str = "cpu"
+    recovery_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; allowed: 1 or more")
         if self.seconds < 0:
             raise ValueError(f"seconds is {self.seconds}; allowed: 0 (no limit) or more")
+        if self.recovery_threshold < 0:
+            raise ValueError(
+                f"recovery_threshold is {self.recovery_threshold}; allowed: 0 (none) or more"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ Report = Callable[[int, float], None]
 """Called about once a second with the iteration and the matching loss."""
 
 _COUNTED = 8
+_LOOK = 25  # iterations from one look at the recovery threshold to the next: each waits for a GPU
 
 
 class AttackError(RuntimeError):
@@ -70,13 +71,23 @@ class Run:
     def iterations(self) -> Iterator[float]:
         """Yield the progress in [0, 1] at the start of every iteration that the budget holds."""
         total, seconds = self._budget.iterations, self._budget.seconds
+        threshold = self._budget.recovery_threshold
         for iteration in range(total):
             progress, spent = iteration / total, time.monotonic() - self._began
             if seconds and spent > seconds and iteration:
                 self._stop_reason = "seconds"
                 return
+            if threshold and iteration % _LOOK == 0 and self._reached(threshold, progress):
+                self._stop_reason = "recovery threshold"
+                return
             # The schedules are to end when the time does.
             yield max(progress, min(spent / seconds, 1.0)) if seconds else progress
+
+    def _reached(self, threshold: float, progress: float) -> bool:
+        """Return whether the last loss is as low, and is that of the whole matching."""
+        if not self._done or progress < self._objective.restart:
+            return False
+        return bool(self._losses[self._done - 1] <= threshold)
 
     def counted(self, progress: float) -> AbstractContextManager[object]:
         """Return a context for an iteration's work on the objective and the priors."""

@@ -134,7 +134,8 @@ def gauss_newton(
     cycles = 2 if steps == matching.decoding_steps else 1
     all_found, joint = bool(matching.found.all()), matching.convolution is not None
     seconds = budget.seconds * (1.0 if all_found and not joint else _ONLY_SOME)
-    decoding = replace(budget, iterations=steps, seconds=seconds)
+    # The misfit of features is no matching loss of the update: no threshold is meant for it.
+    decoding = replace(budget, iterations=steps, seconds=seconds, recovery_threshold=0.0)
     run = Run(matching, observation, decoding, report, counted=1)
     scale = (run.mean, run.std)
     low, high = -run.mean / run.std, (1 - run.mean) / run.std

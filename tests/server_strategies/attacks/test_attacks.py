@@ -195,6 +195,11 @@ def test_the_loop_stops_in_time_and_on_nonsense() -> None:
     found = loop(Target(observation, knowledge, x), observation, budget)
     assert found.stop_reason == "seconds"
     assert 0 < found.iterations < 10**6
+    found = loop(
+        Target(observation, knowledge, x), observation, Budget(10**6, recovery_threshold=1e-3)
+    )
+    assert found.stop_reason == "recovery threshold"
+    assert found.losses[-1] <= 1e-3 < found.losses[-26]
     with pytest.raises(AttackError, match="not finite"):
         loop(Target(observation, knowledge, x * torch.nan), observation, Budget(3))
 
