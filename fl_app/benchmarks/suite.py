@@ -29,7 +29,7 @@ from fl_app.benchmarks.results import Results
 from fl_app.benchmarks.rows import SUFFIXES, Row
 from fl_app.benchmarks.states import trained_state
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
-from fl_app.data import ImageSet, dataset_info, fingerprint, load_split
+from fl_app.data import ImageSet, dataset_info, fingerprint, halves, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
 from fl_app.registry import PRIORS
 from fl_app.runs.folder import git_commit
@@ -107,8 +107,9 @@ class Setting:
             If those of another folder do not fit the data set.
         """
         if self.private is None and self.split in ("test", "tuning"):
-            both, first = load_split(self.data, "test"), int(self.split == "test")
-            return ImageSet(both.images[first::2], both.labels[first::2])
+            both = load_split(self.data, "test")
+            half = halves(both.labels.tolist())[self.split == "test"]
+            return ImageSet(both.images[half], both.labels[half])
         if self.private is None:
             return load_split(self.data, self.split)
         theirs = dataset_info(self.private)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,7 @@ __all__ = [
     "draw_class",
     "draw_images",
     "fingerprint",
+    "halves",
     "load_evaluation",
     "load_partition",
     "load_split",
@@ -66,17 +69,40 @@ def _encoded_split(config: DatasetConfig, split: str) -> datasets.Dataset:
     return encoded
 
 
+def halves(labels: Iterable[int]) -> tuple[list[int], list[int]]:
+    """Return the indices of images in two halves that hold every class alike.
+
+    In each class the images take turns, whatever their order: every second image of a data set
+    whose classes alternate would be of every second class.
+
+    Parameters
+    ----------
+    labels : iterable of int
+
+    Returns
+    -------
+    two lists of int, each ascending
+        The first has the one image more of a class whose count is odd.
+    """
+    seen: Counter[int] = Counter()
+    parts: tuple[list[int], list[int]] = ([], [])
+    for index, label in enumerate(labels):
+        parts[seen[label] % 2].append(index)
+        seen[label] += 1
+    return parts
+
+
 def _clients_rows(config: DatasetConfig) -> datasets.Dataset:
-    """Return what all clients hold together: the train split, or every second test image."""
+    """Return what all clients hold together: the train split, or half of the test images."""
     rows = _encoded_split(config, config.split)
     # Of benchmarks, the half by which no constant is chosen.
-    return rows if config.split == "train" else rows.select(range(1, len(rows), 2))
+    return rows if config.split == "train" else rows.select(halves(rows["label"][:])[1])
 
 
 def _evaluation_rows(config: DatasetConfig) -> datasets.Dataset:
     """Return what evaluates the global model: the test images that no client holds."""
     rows = _encoded_split(config, "test")
-    return rows if config.split == "train" else rows.select(range(0, len(rows), 2))
+    return rows if config.split == "train" else rows.select(halves(rows["label"][:])[0])
 
 
 @lru_cache(maxsize=2)

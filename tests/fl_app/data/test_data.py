@@ -25,6 +25,7 @@ from fl_app.data import (
     DataError,
     dataset_info,
     fingerprint,
+    halves,
     load_evaluation,
     load_partition,
     load_split,
@@ -60,9 +61,22 @@ def test_clients_may_hold_test_images_and_the_others_evaluate() -> None:
     both = torch.cat([*held, load_evaluation(config).images])
     test = load_split(PHOTOS, "test").images
     assert sorted(map(bytes_of, both)) == sorted(map(bytes_of, test))
-    assert abs(len(load_evaluation(config)) - len(test) / 2) < 1
+    counts = [
+        torch.cat(labels).bincount(minlength=10)
+        for labels in (
+            [load_partition(config, client, 3, seed=1).labels for client in range(3)],
+            [load_evaluation(config).labels],
+        )
+    ]
+    assert (counts[1] - counts[0]).abs().max() <= 1
     assert torch.equal(load_evaluation(PHOTOS).images, test)
     assert fingerprint(config) != fingerprint(PHOTOS)
+
+
+def test_halves_hold_every_class_whatever_the_order() -> None:
+    assert halves([0, 1, 0, 1, 0, 1, 1]) == ([0, 1, 4, 5], [2, 3, 6])
+    assert halves([0, 0, 0, 1, 1]) == ([0, 2, 3], [1, 4])
+    assert halves([]) == ([], [])
 
 
 def bytes_of(image: torch.Tensor) -> bytes:
