@@ -21,6 +21,7 @@ once refines them.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +38,7 @@ from server_strategies.attacks.matching.low_rank.components import opened_units
 from server_strategies.attacks.matching.low_rank.gates import kinds, opened_and_there
 from server_strategies.attacks.matching.trajectory import BETA1, BETA2, EPS
 
+_SEEN = 0.3  # share of the images that has to show at all
 _LEAST = 8  # inputs at a step's length, by which its unit counts as open at first
 _TYPICAL = 0.2  # of the inputs that a step's units usually have at its length
 _SWEEPS = 50  # of non-negative least squares
@@ -93,6 +95,7 @@ def step_factors(
     w1: tuple[Tensor, Tensor],
     training: LocalTraining,
     sizes: Sequence[int],
+    until: float = math.inf,
 ) -> StepFactors | None:
     """Return the factors of the gradients of a linear layer; None: they don't show.
 
@@ -105,6 +108,8 @@ def step_factors(
         that nothing shows.
     sizes : sequence of int
         Images by local step; together N.
+    until : float
+        By `time.monotonic`, after which the search ends: nothing shows in time.
     """
     if training.optimizer == "adam" and training.weight_decay:
         return None
@@ -126,11 +131,14 @@ def step_factors(
     live, wide = update.any(1), update.any(0)
     layer = _Seen(update[live][:, wide], error[live][:, wide], of, steps, decay)
     kind = kinds(layer.update, lengths)
-    first = _first_units(layer, kind, sizes)
-    signs, there = opened_and_there(layer.update, kind, first, of)
+    first = _first_units(layer, kind, sizes, until)
+    # What follows takes minutes for many images, and adds none to those that are seen here.
+    if int(first.any(1).sum()) < _SEEN * len(of):
+        return None
+    signs, there = opened_and_there(layer.update, kind, first, of, until)
     # An image that shows has units of its own, and inputs.
     found = signs.any(1) & there[:, :-1].any(1)
-    if not bool(found.any()):
+    if int(found.sum()) < _SEEN * len(of) or time.monotonic() > until:
         return None
     seen = replace(layer, of=of[found], signs=signs[found], there=there[found])
     fit = _fitted(seen)
@@ -157,7 +165,7 @@ def step_factors(
     return StepFactors(features, deviation, slopes * length, found)
 
 
-def _first_units(layer: _Seen, kind: Tensor, sizes: Sequence[int]) -> Tensor:
+def _first_units(layer: _Seen, kind: Tensor, sizes: Sequence[int], until: float) -> Tensor:
     """Return which units each image is first taken to open, shape (N, R) of bool."""
     steps = range(len(sizes))
     if max(sizes) == 1:
@@ -174,6 +182,7 @@ def _first_units(layer: _Seen, kind: Tensor, sizes: Sequence[int]) -> Tensor:
             layer.update.sign().cpu().numpy(),
             known.cpu().numpy(),
             count,
+            until,
         )
         units = torch.zeros(count, len(kind), dtype=torch.bool, device=kind.device)
         units[: len(found)] = torch.from_numpy(found).to(kind.device)

@@ -10,6 +10,9 @@ left out (random sample consensus, Fischler & Bolles, 1981).
 
 from __future__ import annotations
 
+import math
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +29,9 @@ _LEAST = 60  # coordinates of an image, at the least
 _TRIES = 4  # starts that may lead nowhere
 
 
-def opened_units(sizes: Floats, signs: Floats, known: Mask, count: int) -> Mask:
+def opened_units(
+    sizes: Floats, signs: Floats, known: Mask, count: int, until: float = math.inf
+) -> Mask:
     """Return the units that each of a step's images opens, shape (m, R); m is `count` at most.
 
     Parameters
@@ -39,10 +44,12 @@ def opened_units(sizes: Floats, signs: Floats, known: Mask, count: int) -> Mask:
         Where it is known.
     count : int
         The step's images.
+    until : float
+        By `time.monotonic`, after which no more images are looked for.
     """
     found: list[Mask] = []
     left, failed = known.copy(), 0
-    while len(found) < count and failed < _TRIES:
+    while len(found) < count and failed < _TRIES and time.monotonic() < until:
         start = _start(sizes, signs, left)
         if start is None:
             break

@@ -90,7 +90,7 @@ def exact_features(
     knowledge : Knowledge
         With the client's training.
     seconds : float
-        After which no more terms of SGD are looked for; 0: some minutes.
+        After which nothing more is looked for; 0: some minutes.
     """
     beyond = knowledge.client.beyond("drop_last")
     if beyond:
@@ -99,10 +99,9 @@ def exact_features(
     left_out = observation.num_examples - len({image for batch in batches for image in batch})
     if left_out:
         return f"{left_out} of the client's images are in no local step"
-    if knowledge.client.optimizer == "sgd":
-        until = time.monotonic() + (seconds or _PATIENCE)
-        return _of_terms(model, observation, knowledge, until)
-    return _of_steps(model, observation, knowledge)
+    until = time.monotonic() + (seconds or _PATIENCE)
+    of = _of_terms if knowledge.client.optimizer == "sgd" else _of_steps
+    return of(model, observation, knowledge, until)
 
 
 def _of_terms(
@@ -136,7 +135,7 @@ def _of_terms(
 
 
 def _of_steps(
-    model: nn.Module, observation: Observation, knowledge: Knowledge
+    model: nn.Module, observation: Observation, knowledge: Knowledge, until: float
 ) -> ExactFeatures | str:
     """Return `exact_features` of Adam, see `step_factors`."""
     training = knowledge.client
@@ -154,9 +153,10 @@ def _of_steps(
         if layer.high is not None:
             continue
         before, after = ((w[f"{layer.name}.weight"], w[f"{layer.name}.bias"]) for w in (w0, w1))
-        factors = step_factors(before, after, training, sizes)
+        factors = step_factors(before, after, training, sizes, until)
         if factors is None:
             why = f"the steps of {layer.name} don't show"
+            why += " in time" * (time.monotonic() > until)
             continue
         order, lengths = replay_steps(layer.head, w0, factors, training, sizes)
         known = factors.features.square() * factors.spread.isfinite()

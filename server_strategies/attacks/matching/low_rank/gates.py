@@ -7,6 +7,9 @@ So what kinds the coordinates are tells which image has which input, and opens w
 
 from __future__ import annotations
 
+import math
+import time
+
 import torch
 from torch import Tensor
 
@@ -37,7 +40,7 @@ def kinds(update: Tensor, lengths: Tensor) -> Tensor:
 
 
 def opened_and_there(
-    update: Tensor, kind: Tensor, units: Tensor, of: Tensor
+    update: Tensor, kind: Tensor, units: Tensor, of: Tensor, until: float = math.inf
 ) -> tuple[Tensor, Tensor]:
     """Return which units and inputs have gradients, by image.
 
@@ -53,6 +56,8 @@ def opened_and_there(
         To begin with.
     of : Tensor of int64, shape (N,)
         The images' local steps.
+    until : float
+        By `time.monotonic`, after which no more turn is made.
 
     Returns
     -------
@@ -65,7 +70,9 @@ def opened_and_there(
     inputs &= units.any(1)[:, None]
     # Units that were told apart by their products stay.
     sure = units if len(of) > int(of.max()) + 1 else torch.zeros_like(units)
-    for _ in range(_TURNS):
+    for turn in range(_TURNS):
+        if turn and time.monotonic() > until:
+            break
         before = units, inputs
         units = _flipped(kind, units, inputs, of) | sure
         inputs = _flipped(kind.T, inputs, units, of)
