@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fl_app.models import classifier, known_model
 from fl_app.protocol import Knowledge, Observation
-from server_strategies.attacks.labels import infer_labels, order_labels
+from server_strategies.attacks.labels import infer_labels, order_labels, spread_labels
 from server_strategies.attacks.matching.guess import guess_training
 
 
@@ -18,8 +18,8 @@ def infer(
     What is known stays as it is. The training is guessed by `guess_training`, the
     labels are inferred by `infer_labels`, or their order where their counts are known, by
     `order_labels`. Where labels can't be inferred they stay unknown, and the matching
-    objective fits them jointly with the images; where their order can't, it starts
-    ascending.
+    objective fits them jointly with the images; where their order can't, every step
+    starts with its share of each class.
 
     Parameters
     ----------
@@ -65,7 +65,9 @@ def infer(
         try:
             estimate = order_labels(observation, knowledge, device)
         except ValueError as error:
-            inferred.append(f"labels in ascending order at first: {error}")
+            inferred.append(f"labels spread over the local steps at first: {error}")
+            assert knowledge.labels is not None
+            knowledge = replace(knowledge, labels=spread_labels(sorted(knowledge.labels)))
         else:
             inferred.append(f"labels assigned to the local steps by {estimate.reason}")
             source = knowledge.labels_source

@@ -11,10 +11,12 @@ See docs/labels.md.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -42,6 +44,11 @@ _P_ERROR, _P_DRIFT = 0.02, 0.5
 # Of columns that one step changed: share of false signs, and how many of a step's count.
 _FALSE_SIGN, _MOST_COLUMNS = 1e-4, 20
 _FEATURE_FLOOR, _BIAS_FLOOR = -4.0, -12.0  # log likelihood of a coordinate that does not fit at all
+_ORDERED = 20  # distinct batches up to which labels are assigned to them: the search is cubic
+# Of counts over more batches than that: rounds, and totals of a class that are tried in each.
+_ROUNDS, _TOTALS = 5, 33
+_CLOSER = 3.0  # factor by which the range of them shrinks from round to round
+_BEYOND = 100.0  # log likelihood that a count loses for each image outside its range
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,13 @@ def infer_labels(
             f"{knowledge.client.label_smoothing}: simulate"
         )
     head = _Head(observation, knowledge, torch.device(device))
+    if (
+        method == "simulate"
+        and len(_distinct(knowledge.client, observation.num_examples)) > _ORDERED
+    ):
+        counts = _Totals(head, observation, knowledge).totals()
+        words = f"{method}: {reason}; over all local steps alone"
+        return LabelEstimate(counts.cpu(), spread_labels(_labels(counts)), method, words)
     if method == "simulate":
         return _by_step(_Search(head, observation, knowledge).run(), f"{method}: {reason}")
     counts = {"idlg": _idlg, "llg": _llg, "dlf": _dlf}[method](head)
@@ -133,7 +147,7 @@ def order_labels(
     Raises
     ------
     ValueError
-        As `infer_labels`, or if the knowledge has no labels.
+        As `infer_labels`, or if the knowledge has no labels, or there are too many steps.
     """
     if knowledge.labels is None:
         raise ValueError("the client's labels have no order without labels")
@@ -141,9 +155,27 @@ def order_labels(
     if why:
         raise ValueError(why)
     head = _Head(observation, knowledge, torch.device(device))
+    steps = len(_distinct(knowledge.client, observation.num_examples))
+    if steps > _ORDERED:
+        raise ValueError(f"labels are assigned to at most {_ORDERED} local steps, not to {steps}")
     given = torch.tensor(knowledge.labels).bincount(minlength=knowledge.num_classes)
     found = _Search(head, observation, knowledge, given).run()
     return _by_step(found, "simulate: their counts are given")
+
+
+def spread_labels(labels: Sequence[int]) -> tuple[int, ...]:
+    """Return labels so that every part of the sequence has its share of each class."""
+    counts, seen = Counter(labels), Counter[int]()
+    places = []
+    for label in labels:
+        places.append(((seen[label] + 0.5) / counts[label], label))
+        seen[label] += 1
+    return tuple(label for _, label in sorted(places))
+
+
+def _distinct(training: LocalTraining, num_examples: int) -> list[tuple[int, ...]]:
+    """Return a client's batches without repeats: a later pass may see the first's again."""
+    return list(dict.fromkeys(training.batches(num_examples)))
 
 
 def _by_step(found: Tensor, reason: str) -> LabelEstimate:
@@ -424,7 +456,7 @@ class _Search:
     ) -> None:
         training, count = knowledge.client, observation.num_examples
         batches = training.batches(count)
-        distinct = list(dict.fromkeys(batches))
+        distinct = _distinct(training, count)
         self.head, self.training, self.generator = head, head.training, head.generator
         self.whole = training
         self.smoothing = training.label_smoothing
@@ -460,11 +492,7 @@ class _Search:
         """Return the log likelihood of the counts found from random labels, and the counts."""
         counts = self._random_counts()
         for sweep in range(_SWEEPS):
-            self.p = self._softmax(counts)
-            drift = (self.p / self.p[0]).log().square().mean(1).sqrt()
-            self.spread = _P_ERROR + _P_DRIFT * drift
-            if not self.spread.isfinite().all():
-                raise ValueError(f"the simulated training of {self.head.name} diverges")
+            self._simulate(counts)
             self.likelihoods = {}
             gains = torch.stack([self._gains(counts, c) for c in self.classes.tolist()])
             temperature = _HOT * (1 - sweep / (_SWEEPS - 1))
@@ -490,6 +518,20 @@ class _Search:
                     gains[place] = self._gains(counts, c)
         total = sum(self.likelihoods[c, (*counts[:, c].tolist(),)] for c in self.classes.tolist())
         return total, counts
+
+    def _simulate(self, counts: Tensor) -> None:
+        """Simulate the softmax at each step under counts (batches, C), and how sure it is.
+
+        Raises
+        ------
+        ValueError
+            If the training diverges.
+        """
+        self.p = self._softmax(counts)
+        drift = (self.p / self.p[0]).log().square().mean(1).sqrt()
+        self.spread = _P_ERROR + _P_DRIFT * drift
+        if not self.spread.isfinite().all():
+            raise ValueError(f"the simulated training of {self.head.name} diverges")
 
     def _random_counts(self) -> Tensor:
         """Return counts by batch and class at random, shape (batches, C)."""
@@ -638,12 +680,27 @@ class _Search:
         if not sequences:
             return
         table = torch.tensor(sequences)
+        total = self._fit(c, table[:, None]) - torch.lgamma(table + 1.0).sum(1)
+        total += self._signs(c, table)
+        for sequence, value in zip(sequences, total.tolist(), strict=True):
+            self.likelihoods[c, sequence] = value
+
+    def _fit(self, c: int, table: Tensor) -> Tensor:
+        """Return the log likelihood of a class's displacement by its counts, shape (sequences,).
+
+        Parameters
+        ----------
+        c : int
+        table : Tensor of int64, shape (sequences, samples, batches)
+            One sample stands for all.
+        """
         gradients = []
         for step, batch in enumerate(self.batch_of):
             sums = self.sums[step]
             p = self.p[step, c] * torch.exp(self.spread[step] * self.noise[step])
             p = p - self.smoothing / len(self.head.before)
-            own = sums[table[:, batch].to(sums.device)]
+            sample = torch.arange(sums.shape[1], device=sums.device)
+            own = sums[table[..., batch].to(sums.device), sample]
             gradients.append(p * sums[-1] - (1 - self.smoothing) * own)
         start = self.head.before[c, self.columns]
         simulated = displacement(gradients, start, self.training)  # (sequences, samples, d)
@@ -657,9 +714,73 @@ class _Search:
         ).sum(1)
         if self.bias:
             total += _density(error[..., hidden:], _BIAS_WIDTH * rms[hidden:], _BIAS_FLOOR).sum(1)
-        total = total.cpu() - torch.lgamma(table + 1.0).sum(1) + self._signs(c, table)
-        for sequence, value in zip(sequences, total.tolist(), strict=True):
-            self.likelihoods[c, sequence] = value
+        return total.cpu()
+
+
+class _Totals(_Search):
+    """A client's label counts over all its local steps, without their order.
+
+    The order's search grows with the cube of the steps. Here a class's count over all steps
+    gets its likelihood as there, over samples that spread its images at random over the
+    steps, and the likeliest counts that sum to N are found exactly, class by class. p is
+    that of evenly spread counts, and simulated again with those found.
+    """
+
+    def totals(self) -> Tensor:
+        """Return the likeliest counts found by class, shape (C,), int64."""
+        places = torch.tensor(self.sizes).cumsum(0)
+        every, classes = int(places[-1]), len(self.seen)
+        counts = torch.full((classes,), every / classes)
+        of_place = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        for turn in range(_ROUNDS):
+            self._simulate(counts / every * torch.tensor(self.sizes)[:, None])
+            likely = []
+            for c, count in enumerate(counts.tolist()):
+                near = count + torch.linspace(-1, 1, _TOTALS) * every / _CLOSER**turn
+                tried = near.round().clamp(0, every).long().unique()
+                found = self._fit(c, self._spread(tried, of_place))
+                likely.append(_interpolated(found, tried, every))
+            counts = _likeliest(np.stack(likely), every).float()
+        return counts.long()
+
+    def _spread(self, totals: Tensor, of_place: Tensor) -> Tensor:
+        """Return counts by batch of so many images at random places: (T, samples, batches)."""
+        table = torch.zeros(len(totals), _SAMPLES, len(self.sizes), dtype=torch.long)
+        for sample in range(_SAMPLES):
+            order = of_place[torch.randperm(len(of_place), generator=self.generator)]
+            for row, total in enumerate(totals.tolist()):
+                table[row, sample] = order[:total].bincount(minlength=len(self.sizes))
+        return table
+
+
+def _interpolated(likely: Tensor, tried: Tensor, every: int) -> np.ndarray:
+    """Return log likelihoods at all counts, shape (every + 1,), by those at the tried ones."""
+    counts = np.arange(every + 1)
+    beyond = np.abs(counts - counts.clip(int(tried[0]), int(tried[-1])))
+    between = np.interp(counts, tried.numpy(), likely.double().numpy())
+    return np.asarray(between - _BEYOND * beyond)
+
+
+def _likeliest(likely: np.ndarray, every: int) -> Tensor:
+    """Return the counts, one a class, that sum to `every` and whose log likelihoods sum highest.
+
+    Class by class, the best of each sum so far is kept (dynamic programming).
+    """
+    best = np.full(every + 1, -np.inf)
+    best[0] = 0.0
+    choices = []
+    for row in likely:
+        # By sum s and the class's own count n: best[s - n] + row[n].
+        padded = np.concatenate([np.full(every, -np.inf), best])
+        before = np.lib.stride_tricks.sliding_window_view(padded, every + 1)[:, ::-1]
+        sums = before + row
+        choices.append(sums.argmax(1))
+        best = sums.max(1)
+    left, counts = every, []
+    for choice in reversed(choices):
+        counts.append(int(choice[left]))
+        left -= counts[-1]
+    return torch.tensor(counts[::-1])
 
 
 def _density(error: Tensor, width: Tensor, floor: float) -> Tensor:

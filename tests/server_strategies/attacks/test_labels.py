@@ -18,6 +18,7 @@ from fl_app.registry import MODELS
 from server_strategies.attacks.infer import infer
 from server_strategies.attacks.labels import (
     _Head,
+    _likeliest,
     _Search,
     choose_method,
     displacement,
@@ -168,7 +169,7 @@ def test_signs_of_single_steps_show_no_class_that_the_step_does_not_hold() -> No
     assert not _Search(head, observation, known(training)).shown[0].any()
 
 
-def test_labels_without_an_order_to_find_are_left_ascending() -> None:
+def test_labels_without_an_order_to_find_are_spread_over_the_steps() -> None:
     training = replace(SGD, batch_size=3)
     counted = known(training).granting("counts", (8, 1, 4))
     observation = client(training, torch.tensor([8, 1, 4]), 0)
@@ -178,7 +179,33 @@ def test_labels_without_an_order_to_find_are_left_ascending() -> None:
     several = replace(counted, training=replace(SGD, local_steps=3))
     zero = infer(replace(observation, w1=observation.w0), several)
     assert zero.labels == (1, 4, 8)
-    assert zero.inferred[-1].startswith("labels in ascending order at first: the update of class")
+    assert zero.inferred[-1].startswith(
+        "labels spread over the local steps at first: the update of class"
+    )
+
+
+def test_counts_over_many_steps_are_found_without_their_order() -> None:
+    training = replace(ADAM, local_steps=30, batch_size=4)
+    labels = torch.tensor([1] * 60 + [2] * 10 + [7] * 50)
+    shuffled = labels[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
+    observation = client(training, shuffled, 0)
+    found = infer_labels("auto", observation, known(training))
+    assert found.method == "simulate" and found.counts.sum() == 120
+    # Even counts would have 86 labels wrong.
+    assert (found.counts - labels.bincount(minlength=10)).abs().sum() / 2 < 40
+    # Every step has its share, as far as nothing is known of the order.
+    first = torch.tensor(found.labels[:60]).bincount(minlength=10)
+    assert (2 * first - found.counts).abs().max() <= 1
+    inferred = infer(observation, known(training).granting("counts", tuple(labels.tolist())))
+    assert inferred.labels is not None and sorted(inferred.labels) == labels.tolist()
+    assert "at most 20 local steps" in inferred.inferred[-1]
+
+
+def test_likeliest_counts_are_those_of_every_choice() -> None:
+    likely = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).numpy()
+    every = [(a, b, 5 - a - b) for a in range(6) for b in range(6 - a)]
+    best = max(every, key=lambda c: sum(row[n] for row, n in zip(likely, c, strict=True)))
+    assert tuple(_likeliest(likely, 5).tolist()) == best
 
 
 def test_sgd_over_several_steps_and_passes() -> None:
