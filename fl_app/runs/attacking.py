@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -17,7 +18,8 @@ from rich.console import Console
 
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.reconstructions import read_reconstruction
-from fl_app.protocol import Reconstruction, observation_id
+from fl_app.config import AttackConfig
+from fl_app.protocol import Knowledge, Observation, Reconstruction, observation_id
 from fl_app.runs.facts import open_auditor
 from fl_app.runs.lock import only_one
 from server_strategies.attack_pool import (
@@ -27,6 +29,7 @@ from server_strategies.attack_pool import (
     queue_path,
     read_queue,
 )
+from server_strategies.attacks.forecast import forecast
 from server_strategies.observations import ObservationStore
 
 _log = logging.getLogger("flwr")  # Flower streams it to the user
@@ -76,6 +79,7 @@ def finish_attacks(
     """
     folder, store = auditor.run_dir, ObservationStore(auditor.run_dir)
     seen: set[str] = set()
+    told: set[int] = set()
     with only_one(folder), open_pool(auditor) as pool:
         logged = {line.get("job") for line in auditor.lines()}
 
@@ -91,7 +95,7 @@ def finish_attacks(
                     if entry.id in logged:
                         queue_path(folder, entry.id).unlink(missing_ok=True)
                     else:
-                        _take(pool, store, auditor, entry)
+                        _take(pool, store, auditor, entry, told, console)
                 except OSError as error:  # say, a full disk
                     why = f"Left in the queue: {entry.id}: {error}"
                     console.print(why, style="yellow", **_PLAIN)
@@ -101,8 +105,18 @@ def finish_attacks(
     return len(seen)
 
 
-def _take(pool: AttackPool, store: ObservationStore, auditor: Auditor, entry: QueueEntry) -> None:
-    """Hand a queue entry to the pool, or log why that can't be."""
+def _take(
+    pool: AttackPool,
+    store: ObservationStore,
+    auditor: Auditor,
+    entry: QueueEntry,
+    told: set[int],
+    console: Console,
+) -> None:
+    """Hand a queue entry to the pool, or log why that can't be.
+
+    What to expect is printed of the first update of so many images; `told` keeps their numbers.
+    """
     try:
         observation = store.load(entry.observation)
     except Exception as error:  # whatever is wrong with the file, the others are attacked
@@ -115,7 +129,19 @@ def _take(pool: AttackPool, store: ObservationStore, auditor: Auditor, entry: Qu
         auditor.record_failure(observation, entry.attack.name, str(error), entry.id)
         queue_path(auditor.run_dir, entry.id).unlink(missing_ok=True)
         return
+    if observation.num_examples not in told:
+        told.add(observation.num_examples)
+        tell_forecast(observation, knowledge, entry.attack, console)
     pool.take(Job(observation, knowledge, entry.attack, entry.prior, entry.seed, entry.id))
+
+
+def tell_forecast(
+    observation: Observation, knowledge: Knowledge, attack: AttackConfig, console: Console
+) -> None:
+    """Print what to expect of an attack, see `forecast`; nothing where it can't be run."""
+    with contextlib.suppress(ValueError, RuntimeError):  # the attack itself says why
+        words = forecast(observation, knowledge).words(attack.iterations, attack.seconds)
+        console.print(words, **_PLAIN)
 
 
 class AttackProcess:

@@ -9,7 +9,6 @@ are tried until one fits.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from fl_app.models.extensions import random_layers
 from fl_app.models.foreign import own_model
 from fl_app.protocol import Client, LocalTraining, Observation
 from fl_app.runs.weights import state_names
+from server_strategies.attacks.forecast import forecast
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.trajectory import simulate
 
@@ -131,18 +131,14 @@ def check_description(client: Client, given: Sample) -> Iterator[Finding]:
     truth = known.granting("by-step", tuple(given.labels.tolist()))
     seen = _observation(model, given, w1)
     objective = matching_objective("auto", seen, truth)
-    x = _normalised(client, given.images).requires_grad_()
-    began = time.monotonic()
-    loss = objective(x, 1.0)
-    torch.autograd.grad(loss, x, allow_unused=True)
-    minutes = _ITERATIONS * (time.monotonic() - began) / 60
+    x = _normalised(client, given.images)
+    at_truth = float(objective(x, 1.0).detach())
     if layers:
         yield Finding(True, f"{len(layers)} dropout layers: their masks are fitted with the images")
     else:
-        at_truth = float(loss.detach())
         yield Finding(at_truth < _AT_TRUTH, f"the matching loss at the true images is "
                       f"{at_truth:.2g} ({objective.reason})")  # fmt: skip
-    yield Finding(True, f"the default attack takes about {max(minutes, 0.1):.1f} minutes for them")
+    yield Finding(True, forecast(seen, truth).words(_ITERATIONS))
     yield _depends(client, given, w1)
 
 

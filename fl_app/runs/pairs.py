@@ -14,6 +14,7 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.truth import Truth, check_truth, write_truth
 from fl_app.config import AttackConfig, AuditConfig, Config, ConfigError, load_config
 from fl_app.protocol import Client, Knowledge, Observation
+from fl_app.runs.attacking import tell_forecast
 from fl_app.runs.described import create_described_run, load_client
 from fl_app.runs.facts import described_auditor
 from fl_app.runs.weights import observed, read_weights
@@ -109,6 +110,7 @@ def _config(pair: Pair, attack: AttackConfig, out: Path, lpips_weights: str) -> 
 
 def _attack(seen: Observation, known: Knowledge, auditor: Auditor, console: Console) -> None:
     config = auditor.config
+    tell_forecast(seen, known, config.attack, console)
     columns = (TextColumn("attack"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("{task.description}"))  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
