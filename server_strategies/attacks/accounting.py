@@ -139,7 +139,7 @@ class Run:
                 objective.position(),
                 objective.at_truth,
                 self._budget.device,
-            ),  # fmt: skip
+            ),
         )
 
     def _check_finite(self, losses: Tensor) -> None:

@@ -16,7 +16,7 @@ from server_strategies.attacks.matching.surrogate import mean_position
 # Factors by which a statistic has to be beyond those of healthy clients, chosen on clients of
 # `flowleak bench diagnosis` with other seeds.
 _BEYOND = 3.0
-_SCALE = 8.0  # of a layer's update, which depends on the images most
+_SCALE = 5.0  # of a layer's update, which depends on the images most
 _DOUBTFUL = 0.02  # matching loss at the end above which layers are compared
 _INSENSITIVE = 0.01  # matching loss between healthy clients that differ in images alone
 _FEW = 8  # numbers of a layer that healthy clients change, at least
@@ -90,12 +90,13 @@ def wrong_optimiser(update: Update, healthy: Healthy) -> str | None:
     """Report that the update is not one by the optimiser that the protocol names.
 
     Adam changes no weight by more than `_adam_limit`. Its coordinate updates have a
-    narrow spread where those of SGD have a heavy tail, see `guess_training`. If over
-    90% are within 1% of the largest, they are those of a single step.
+    narrow spread where those of SGD have a heavy tail, see `guess_training`; in the largest
+    layer, too, where layers have rates of their own. If over 90% are within 1% of the largest,
+    they are those of a single step.
     """
     training, steps, longest = update.training, update.steps, update.longest
-    odds = _odds(update.spread)
-    narrow = update.spread > SIGN_LIKE
+    spread = update.spread
+    odds, narrow = _odds(spread), spread > SIGN_LIKE
     if not training.adaptive:
         if narrow and odds > _BEYOND * healthy.most(lambda each: _odds(each.spread)):
             return (
@@ -103,7 +104,12 @@ def wrong_optimiser(update: Update, healthy: Healthy) -> str | None:
                 f"(Adam, signSGD), not as by {training.optimizer}"
             )
         return None
-    if not narrow and _BEYOND * odds < healthy.least(lambda each: _odds(each.spread)):
+    if (
+        not narrow
+        and _BEYOND * odds < healthy.least(lambda each: _odds(each.spread))
+        and _BEYOND * _odds(update.largest_spread)
+        < healthy.least(lambda each: _odds(each.largest_spread))
+    ):
         return f"coordinate updates have a heavy tail, as SGD's, not {training.optimizer}'s"
     limit = _adam_limit(update) if _is_adam(training) else 0.0
     if longest > limit:

@@ -62,6 +62,12 @@ class Update:
         return spread(self.size)
 
     @property
+    def largest_spread(self) -> float:
+        """`spread` of the layer of most numbers alone; of the whole update where it has none."""
+        layer = max(self.layers.values(), key=len).abs()
+        return spread(layer) if layer.any() else self.spread
+
+    @property
     def alike(self) -> float:
         """The share of changed coordinates within 1% of the largest."""
         changed = self.size[self.size > 0]
