@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -51,9 +51,9 @@ class Healthy:
             model = clients_model(self.knowledge, self.observation.w0).to(self.device)
             labels = self._labels(generator)
             after = [self._after(model, labels, generator) for _ in range(CLIENTS)]
-        before = {name: self.observation.w0[name].detach().to(w) for name, w in after[0].items()}
-        steps = Update.of(self.observation, training).steps
-        found = [Update(before, w1, training, steps) for w1 in after]
+        seen = Update.of(self.observation, training)
+        # What is no parameter, such as a buffer of a user's model, stays.
+        found = [replace(seen, w1={**seen.w0, **w1}) for w1 in after]
         return [each for each in found if each.size.isfinite().all() and each.size.any()]
 
     def least(self, measure: Callable[[Update], float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -159,16 +160,22 @@ def frozen(update: Update, healthy: Healthy) -> str | None:
 
     By module: no number of it changed, where every healthy client changed `_FEW` or half of them.
     """
-    still = [name for name, u in update.layers.items() if not u.any()]
     named = [
         name
-        for name in still
-        if healthy.least(lambda each, name=name: float(each.layers[name].count_nonzero()))  # type: ignore[misc]
-        >= min(_FEW, update.layers[name].numel() / 2)
+        for name, u in update.layers.items()
+        if not u.any() and _least_changed(healthy, name) >= min(_FEW, u.numel() / 2)
     ]
     if not named:
         return None
-    return f"{_layers(named)} did not change, though the training changes them: are they frozen?"
+    return (
+        f"layer{'s' * (len(named) > 1)} {', '.join(named)} did not change, though the training "
+        "changes them: are they frozen?"
+    )
+
+
+def _least_changed(healthy: Healthy, layer: str) -> float:
+    """Return how many numbers of a layer every healthy client changes."""
+    return healthy.least(lambda each: float(each.layers[layer].count_nonzero()))
 
 
 def scaled(update: Update, healthy: Healthy, losses: Sequence[float]) -> str | None:
@@ -185,38 +192,26 @@ def scaled(update: Update, healthy: Healthy, losses: Sequence[float]) -> str | N
     losses : sequence of float
         The matching loss by iteration.
     """
-    if not losses or losses[-1] < _DOUBTFUL or len(update.layers) < 2:
+    if not losses or losses[-1] < _DOUBTFUL or not healthy.updates:
         return None
-    moved = [
-        name
-        for name, u in update.layers.items()
-        if u.any() and healthy.least(lambda each, name=name: float(each.layers[name].any()))  # type: ignore[misc]
-    ]
+    moved = [n for n, u in update.layers.items() if u.any() and _least_changed(healthy, n)]
     ratios = []
     for each in healthy.updates:
-        of = {n: float(update.layers[n].norm() / each.layers[n].norm()) for n in moved}
-        middle = median(of.values()) if of else 1.0
-        ratios.append({name: ratio / middle for name, ratio in of.items()})
+        of = {name: float(update.layers[name].norm() / each.layers[name].norm()) for name in moved}
+        ratios.append({name: ratio / median(of.values()) for name, ratio in of.items()})
     words = []
     for name in moved:
         found = [of[name] for of in ratios]
-        for beyond, factor, word in (
-            (min(found), min(found), "longer"),
-            (1 / max(found), max(found), "shorter"),
-        ):
-            if beyond > _SCALE:
-                times = factor if factor > 1 else 1 / factor
-                words.append(f"{name} is {times:.2g} times {word}")
+        longer, shorter = min(found), 1 / max(found)
+        factor, word = max((longer, "longer"), (shorter, "shorter"))
+        if factor > _SCALE:
+            words.append(f"{name} is {factor:.2g} times {word}")
     if not words:
         return None
     return (
-        f"the update of {', of '.join(words)} than simulated clients', beside the other layers': "
-        "is its learning rate another?"
+        f"the update of {', that of '.join(words)}, relative to other layers, than those of "
+        "simulated clients: is its learning rate another?"
     )
-
-
-def _layers(names: Sequence[str]) -> str:
-    return f"layer{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 def hardly_depends(healthy: Healthy, losses: Sequence[float]) -> str | None:
@@ -336,8 +331,6 @@ def rounded(update: Update, healthy: Healthy) -> str | None:
     """Report that the returned weights are rounded: 99% of them are bfloat16 or float16 exactly."""
     for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
         left = update.unrounded(dtype)
-        if left < 0.01 and _BEYOND * left < healthy.least(
-            lambda each, dtype=dtype: each.unrounded(dtype)  # type: ignore[misc]
-        ):
+        if left < 0.01 and _BEYOND * left < healthy.least(partial(Update.unrounded, dtype=dtype)):
             return f"the weights came back rounded to {name}, which hides small changes"
     return None

@@ -34,10 +34,12 @@ class Update:
     @classmethod
     def of(cls, observation: Observation, training: LocalTraining) -> Update:
         """Return the update that was observed."""
-        w0, w1 = (
-            {name: w[name].detach() for name in observation.trained if training.trains(name)}
-            for w in (observation.w0, observation.w1)
-        )
+        names = [
+            name
+            for name in observation.trained
+            if training.trains(name) and observation.w0[name].is_floating_point()
+        ]
+        w0, w1 = ({n: w[n].detach() for n in names} for w in (observation.w0, observation.w1))
         counts = observation.examples or (observation.num_examples,)
         return cls(w0, w1, training, max(len(training.batches(count)) for count in counts))
 
