@@ -303,6 +303,7 @@ BENCHMARKS = Registry(
         "defenses": "fl_app.benchmarks.defenses:SUITE",
         "labels": "fl_app.benchmarks.labels:SUITE",
         "alignment": "fl_app.benchmarks.alignment:SUITE",
+        "diagnosis": "fl_app.benchmarks.diagnosis:SUITE",
     },
     "fl_app.benchmarks.suite:Suite",
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from client_app.training import NO_DEFENSE
 from fl_app.config import AttackConfig
 from fl_app.models import chosen_norm
 from fl_app.protocol import Defense, LocalTraining
+from fl_app.protocol.knowledge import model_name
 
 RECOGNISED = 20.0
 """PSNR in dB over which people recognise an image of 32x32 at a glance."""
@@ -31,7 +33,9 @@ class Case:
         Mean PSNR in dB by which it may be below the case that it is compared with.
     first : bool
         Whether no other case of its client and its budget may have a higher mean PSNR.
-    model, norm : str
+    model : str or callable
+        A name in `fl_app.models`, or a function that makes a user's own model.
+    norm : str
         See `create_model`.
     num_examples : int
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
@@ -60,7 +64,7 @@ class Case:
     gain: float | None = None
     within: float | None = None
     first: bool = False
-    model: str = "convnet"
+    model: Any = "convnet"
     num_examples: int = 0
     labels: str = "counts"
     norm: str = ""
@@ -81,8 +85,10 @@ class Case:
     def client(self) -> str:
         """The client's side in words, and what of it is not known."""
         t = self.training
-        words = [] if self.model == "convnet" and not self.norm else [self.model]
-        norm = chosen_norm(self.model, self.norm)
+        known = isinstance(self.model, str)
+        name = model_name(self.model).rpartition(":")[2]
+        words = [] if self.model == "convnet" and not self.norm else [name]
+        norm = chosen_norm(self.model, self.norm) if known else ""
         words += [f"{norm} norm"] * bool(self.norm)
         words += [f"BatchNorm {t.batch_norm}"] * (norm == "batch")
         words += ["statistics kept"] * (norm == "batch" and not t.send_buffers)

@@ -24,6 +24,7 @@ DECIDING = (
     "fl_app/benchmarks/assumptions.py",
     "fl_app/benchmarks/case.py",
     "fl_app/benchmarks/clients.py",
+    "fl_app/benchmarks/diagnosis.py",
     "fl_app/benchmarks/federation.py",
     "fl_app/benchmarks/labels.py",
     "fl_app/benchmarks/states.py",

@@ -144,7 +144,12 @@ class Run:
             flops=self._counter.total(),
             stop_reason=self._stop_reason,
             diagnosis=diagnose(
-                self._observation, knowledge, history, objective.position(), objective.at_truth
+                self._observation,
+                knowledge,
+                history,
+                objective.position(),
+                objective.at_truth,
+                self._budget.device,
             ),
         )
 

@@ -392,6 +392,33 @@ def simulate(
     return {name: trained[name] if name in trained else frozen[name] for name in w0}
 
 
+def simulated_weights(
+    model: nn.Module,
+    w0: Mapping[str, Tensor],
+    batches: Sequence[tuple[Tensor, ...]],
+    training: LocalTraining,
+) -> dict[str, Tensor]:
+    """Return the weights of `simulate`, without a way back: no memory grows with the steps.
+
+    Parameters
+    ----------
+    model, w0, batches, training
+        See `simulate`.
+    """
+    start = {name: w.detach() for name, w in w0.items() if training.trains(name)}
+    frozen = {name: w.detach() for name, w in w0.items() if name not in start}
+    steps = _Steps(model, training, start, frozen, len(batches[0]))
+    weights = {name: w.clone().requires_grad_() for name, w in start.items()}
+    optimizer = create_optimizer(weights, training)
+    leaves = list(weights.values())
+    flat = [part for batch in batches for part in batch]
+    for taken in steps.taken(flat):
+        for weight, g in zip(leaves, steps._differentiable(leaves, taken), strict=True):
+            weight.grad = g.detach()
+        optimizer.step()
+    return {name: weights[name].detach() if name in weights else w for name, w in w0.items()}
+
+
 @dataclass
 class _Steps:
     """The gradients of a simulation's steps, and their derivatives in reverse order."""
@@ -418,7 +445,12 @@ class _Steps:
         self.tape.append((w, leaves, gradient))
         return [g.detach() for g in gradient]
 
-    def _differentiable(self, w: list[Tensor], batch: list[Tensor]) -> list[Tensor]:
+    def taken(self, flat: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Yield what each of the optimiser's steps takes of all batches' parts."""
+        size = self.parts * self.training.accumulate
+        return (flat[first : first + size] for first in range(0, len(flat), size))
+
+    def _differentiable(self, w: list[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
         weights = {**dict(zip(self.start, w, strict=True)), **self.frozen}
         firsts = range(0, len(batch), self.parts)
         each = []
@@ -475,9 +507,7 @@ class _Simulation(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.steps, ctx.optimizer, w = steps, optimizer, w0
         with torch.enable_grad():
-            taken = steps.parts * steps.training.accumulate
-            for first in range(0, len(batches), taken):
-                batch = batches[first : first + taken]
+            for batch in steps.taken(batches):
                 g = steps.gradient(w, batch)
                 with torch.no_grad():
                     w = optimizer.step(w, g)

@@ -13,7 +13,8 @@ from torch import Tensor
 from client_app.training import train
 from fl_app.models import create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
-from server_strategies.attacks.diagnosis import diagnose, unmatched
+from server_strategies.attacks.diagnosis import diagnose
+from server_strategies.attacks.diagnosis.signs import unmatched
 from server_strategies.attacks.matching.defended import noise_part
 from server_strategies.attacks.matching.distance import CosineDistance, SquaredDistance
 
