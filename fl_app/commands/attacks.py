@@ -56,11 +56,15 @@ def attack(
     before: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of a run: weights that a client was sent (.pt, .pth, .safetensors, .npz)."
+            help="Instead of a run: weights that a client was sent (.pt, .pth, .safetensors, "
+            ".npz), or a folder of them by the names in --after's."
         ),
     ] = None,
     after: Annotated[
-        Path | None, typer.Option(help="With --before: the weights that it returned.")
+        Path | None,
+        typer.Option(
+            help="With --before: the weights that it returned, or a folder with a file a client."
+        ),
     ] = None,
     examples: Annotated[
         int, typer.Option(help="With --before: images that it trained on.", min=0)

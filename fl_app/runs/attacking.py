@@ -39,7 +39,8 @@ _KEPT = (  # of a reconstruction, in its line
     "attack", "matching", "losses", "iterations", "seconds", "peak_memory", "flops",
     "stop_reason", "options", "diagnosis", "labels_source", "determined",
 )  # fmt: skip
-_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+"""Of text that is printed as it is."""
 _RESTART_AFTER = 5.0  # seconds before the attacks' process is started again
 
 
@@ -88,7 +89,7 @@ def finish_attacks(
             new, bad = read_queue(folder, seen)
             for id_, why in bad.items():
                 seen.add(id_)
-                console.print(f"Left in the queue: {why}", style="yellow", **_PLAIN)
+                console.print(f"Left in the queue: {why}", style="yellow", **PLAIN)
             for entry in new[: max(0, _IN_MEMORY - pool.unfinished)]:
                 seen.add(entry.id)
                 try:
@@ -98,7 +99,7 @@ def finish_attacks(
                         _take(pool, store, auditor, entry, told, console)
                 except OSError as error:  # say, a full disk
                     why = f"Left in the queue: {entry.id}: {error}"
-                    console.print(why, style="yellow", **_PLAIN)
+                    console.print(why, style="yellow", **PLAIN)
             return len([entry for entry in new if entry.id not in seen]) + (not over)
 
         pool.drain(console, feed)
@@ -141,7 +142,7 @@ def tell_forecast(
     """Print what to expect of an attack, see `forecast`; nothing where it can't be run."""
     with contextlib.suppress(ValueError, RuntimeError):  # the attack itself says why
         words = forecast(observation, knowledge).words(attack.iterations, attack.seconds)
-        console.print(words, **_PLAIN)
+        console.print(words, **PLAIN)
 
 
 class AttackProcess:

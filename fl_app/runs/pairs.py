@@ -14,10 +14,10 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.truth import Truth, check_truth, write_truth
 from fl_app.config import AttackConfig, AuditConfig, Config, ConfigError, load_config
 from fl_app.protocol import Client, Knowledge, Observation
-from fl_app.runs.attacking import tell_forecast
+from fl_app.runs.attacking import PLAIN, tell_forecast
 from fl_app.runs.described import create_described_run, load_client
 from fl_app.runs.facts import described_auditor
-from fl_app.runs.weights import observed, read_weights
+from fl_app.runs.weights import observed, read_weights, replies
 from fl_app.util.files import user_path
 from fl_app.util.reading import BrokenFileError, check_regular
 from server_strategies.attacks.run import run_attack
@@ -32,6 +32,7 @@ class Pair:
     ----------
     before, after : Path
         The weights that the client was sent, and those that it returned, see `read_weights`.
+        Folders stand for several clients of one round, see `replies`.
     client : Path
         The file that describes the client, see `load_client`.
     examples : int
@@ -54,6 +55,8 @@ def attack_pair(
     pair: Pair, attack: AttackConfig, out: Path, console: Console, lpips_weights: str = ""
 ) -> Auditor:
     """Record an update as a run, attack it in this process, and log what leaked.
+
+    Of several clients each is attacked; one that can't be has a line that says why.
 
     Parameters
     ----------
@@ -84,16 +87,31 @@ def attack_pair(
             f"{MOST_IMAGES}, by --examples or in {pair.client}"
         )
     known = client.knowledge
-    seen = observed(read_weights(pair.before), read_weights(pair.after), examples, known)
+    files = replies(pair.before, pair.after)
+    if pair.truth and len(files) > 1:
+        raise ConfigError(f"truth is {pair.truth}; allowed for {len(files)} clients: none")
+    seen = [
+        observed(read_weights(before), read_weights(after), examples, known, node=number)
+        for number, (before, after) in enumerate(files)
+    ]
     truth = read_private(pair.truth, client, examples) if pair.truth else None
     config = _config(pair, attack, out, lpips_weights)
     run_dir = create_described_run(config, client, str(pair.client.absolute()))
-    ObservationStore(run_dir).save(seen)
+    store = ObservationStore(run_dir)
+    for each in seen:
+        store.save(each)
     if truth:
         write_truth(run_dir, truth)
     auditor = described_auditor(run_dir, config, client)
-    granted = auditor.grant(seen)
-    _attack(seen, granted, auditor, console)
+    tell_forecast(seen[0], auditor.grant(seen[0]), attack, console)
+    for each, (_, after) in zip(seen, files, strict=True):
+        if len(seen) > 1:
+            console.print(f"client {each.node}: {after}", **PLAIN)
+        try:
+            _attack(each, auditor.grant(each), auditor, console)
+        except (ValueError, RuntimeError):
+            if len(seen) == 1:
+                raise
     return auditor
 
 
@@ -110,7 +128,6 @@ def _config(pair: Pair, attack: AttackConfig, out: Path, lpips_weights: str) -> 
 
 def _attack(seen: Observation, known: Knowledge, auditor: Auditor, console: Console) -> None:
     config = auditor.config
-    tell_forecast(seen, known, config.attack, console)
     columns = (TextColumn("attack"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("{task.description}"))  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fl_app.audit.exposure import RECOGNISABLE
@@ -13,7 +14,7 @@ from fl_app.audit.metrics import Leakage, score
 from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, check_truth
 from fl_app.protocol import Budget, Client, Reconstruction
-from fl_app.runs.weights import observed, read_weights
+from fl_app.runs.weights import observed, weights_of
 from server_strategies.attacks.attack import Attack
 from server_strategies.attacks.flow_matching import FlowMatching
 
@@ -60,8 +61,8 @@ class Verdict:
 
 def attack_update(
     client: Client,
-    before: Mapping[str, Tensor] | Path | str,
-    after: Mapping[str, Tensor] | Path | str,
+    before: Mapping[str, Tensor] | ArrayRecord | Path | str,
+    after: Mapping[str, Tensor] | ArrayRecord | Path | str,
     examples: int = 0,
     *,
     attack: Attack | None = None,
@@ -75,8 +76,9 @@ def attack_update(
     ----------
     client : Client
         Of the update.
-    before, after : mapping of str to Tensor, or path
-        State dicts before and after local training, or files as `read_weights` takes them.
+    before, after : mapping of str to Tensor, flwr.app.ArrayRecord, or path
+        State dicts before and after local training, Flower's arrays of them, or files as
+        `read_weights` takes them.
     examples : int
         Images that the client trained on, N; 0: as `client` says.
     attack : Attack, optional
@@ -95,8 +97,7 @@ def attack_update(
     known, count = client.knowledge, examples or client.examples
     if count < 1:
         raise ValueError("examples is 0; needed: the images that the client trained on")
-    w0, w1 = (read_weights(Path(w)) if isinstance(w, Path | str) else w for w in (before, after))
-    seen = observed(w0, w1, count, known)
+    seen = observed(weights_of(before), weights_of(after), count, known)
     if labels is not None:
         known = known.granting("counts", tuple(int(label) for label in labels))
     found = (attack or FlowMatching())(seen, known, budget=budget)

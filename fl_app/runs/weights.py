@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from fl_app.models import known_model
@@ -73,6 +74,44 @@ def _of_numpy(path: Path) -> dict[str, Tensor]:
         raise BrokenFileError(f"{path} can't be read: {error}") from error
 
 
+def replies(before: Path, after: Path) -> list[tuple[Path, Path]]:
+    """Return the pairs of files that two paths name, in the order of their names.
+
+    Parameters
+    ----------
+    before : Path
+        A file, or a folder of them with the names of those in `after`.
+    after : Path
+        A file, or a folder: each file in it is one client's.
+
+    Raises
+    ------
+    BrokenFileError
+        If a folder holds no weights, or one of the files has no other.
+    """
+    if not after.is_dir():
+        if before.is_dir():
+            raise BrokenFileError(f"{before} is a folder; allowed with the file {after}: a file")
+        return [(before, after)]
+    found = sorted(path for path in after.iterdir() if path.suffix in SUFFIXES)
+    if not found:
+        raise BrokenFileError(f"{after} holds no weights; allowed: {', '.join(SUFFIXES)}")
+    pairs = [(before / path.name if before.is_dir() else before, path) for path in found]
+    for sent, path in pairs:
+        if not sent.is_file():
+            raise BrokenFileError(f"{path} has no weights before: {sent} is no file")
+    return pairs
+
+
+def weights_of(given: Mapping[str, Tensor] | ArrayRecord | Path | str) -> Mapping[str, Tensor]:
+    """Return weights that are given as a state dict, as Flower's arrays, or by a file."""
+    if isinstance(given, Path | str):
+        return read_weights(Path(given))
+    if isinstance(given, ArrayRecord):
+        return dict(given.to_torch_state_dict())
+    return given
+
+
 def observed(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
@@ -108,6 +147,9 @@ def observed(
     if w0.keys() != w1.keys():
         odd = ", ".join(sorted(w0.keys() ^ w1.keys())[:5])
         raise ValueError(f"the weights before and after are not of one model: {odd}")
+    # A client may answer in another precision, say bfloat16: its update is of the model's own.
+    own = {name: value.dtype for name, value in model.state_dict().items()}
+    w0, w1 = ({n: value.to(own[n]) for n, value in weights.items()} for weights in (w0, w1))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     for side, weights in (("before", w0), ("after", w1)):
         for name, value in weights.items():

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from helpers.command import flowleak
 from helpers.foreign import Small, client, trained
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fl_app.config import ConfigError
-from fl_app.runs.weights import observed, read_weights
+from fl_app.runs.weights import observed, read_weights, replies
 from fl_app.util.reading import BrokenFileError
 from flowleak import Budget, attack_update
 
@@ -73,6 +76,38 @@ def test_one_call_gives_a_verdict(pair: Path, images: Tensor) -> None:
     assert "2 images reconstructed" in str(verdict) and "the mean colour has" in str(verdict)
     verdict.save(pair / "leak.png")
     assert (pair / "leak.png").is_file()
+
+
+def test_a_folder_holds_the_replies_of_several_clients(pair: Path) -> None:
+    (pair / "replies").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(pair / "after.pt", pair / "replies" / f"{name}.pt")
+    arguments = ("attack", "--before", "before.pt", "--after", "replies", "--examples", "2")
+    flowleak(*arguments, "--set", "iterations=3")
+    lines = [json.loads(each) for each in (pair / "leak/leakage.jsonl").read_text().splitlines()]
+    assert [int(line["node"]) for line in lines] == [0, 1]
+    with pytest.raises(ConfigError, match="allowed for 2 clients: none"):
+        flowleak(*arguments, "--truth", "truth.pt")
+    assert replies(pair / "before.pt", pair / "after.pt") == [
+        (pair / "before.pt", pair / "after.pt")
+    ]
+    (pair / "sent").mkdir()
+    with pytest.raises(BrokenFileError, match="has no weights before"):
+        replies(pair / "sent", pair / "replies")
+    with pytest.raises(BrokenFileError, match="sent holds no weights"):
+        replies(pair / "before.pt", pair / "sent")
+
+
+def test_flowers_arrays_and_lower_precision_are_taken(pair: Path) -> None:
+    before, after = (read_weights(pair / name) for name in ("before.pt", "after.pt"))
+    half = {name: value.bfloat16() for name, value in after.items()}
+    torch.save(half, pair / "half.pt")
+    seen = observed(before, read_weights(pair / "half.pt"), 2, client().knowledge)
+    assert all(value.dtype == before[name].dtype for name, value in seen.w1.items())
+    arrays = ArrayRecord(torch_state_dict=OrderedDict(after))
+    verdict = attack_update(client(), before, arrays, 2, budget=Budget(iterations=1))
+    same = attack_update(client(), before, after, 2, budget=Budget(iterations=1))
+    assert torch.equal(verdict.found.images, same.found.images)
 
 
 def test_weights_are_read_as_users_save_them(pair: Path) -> None:
