@@ -40,13 +40,13 @@ from fl_app.audit.metrics import (
     target_features,
 )
 from fl_app.audit.perceptual import Lpips, load_lpips
+from fl_app.audit.pictures import save_picture
 from fl_app.audit.reconstructions import (
     StoredReconstruction,
     tensors_path,
     write_reconstruction,
 )
 from fl_app.audit.reference_free import reference_free
-from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, check_truth, has_truth, joined, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.data import draw_class
