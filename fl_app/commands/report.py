@@ -29,12 +29,16 @@ def report(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Write a run's report: one HTML file, from the verdict down to each image."""
+    from fl_app.commands.output import warn
+    from fl_app.report.collect import collect
     from fl_app.report.writing import write_report
     from fl_app.runs.folder import find_run
     from fl_app.util.files import runs_folder
 
     folder = find_run(runs_folder(str(runs_dir)), run)
-    typer.echo(write_report(folder, out, redact))
+    made = collect(folder, redact)
+    warn(made.problems)
+    typer.echo(write_report(made, folder, out))
 
 
 def view(

@@ -14,6 +14,8 @@ from fl_app.registry import ATTACKS, OURS
 from fl_app.report.model import Assumption, Measure
 from fl_app.report.source import Source, plural, rounds_words
 
+_MOST_ROUNDS = 100_000  # that are looked through; a damaged file may say any number
+
 NOT_MEASURED = "not measured on this run"
 
 _LABELS: Mapping[str, tuple[str, Any]] = {
@@ -126,10 +128,10 @@ def untested(source: Source) -> Iterator[str]:
 
 def _unwatched(source: Source, config: Config) -> Iterator[str]:
     rounds = {line["round"] for line in source.lines}
-    missing = [round_ for round_ in range(1, config.rounds + 1) if round_ not in rounds]
+    last = min(config.rounds, max([*rounds, *source.accuracy], default=0))
+    missing = {*range(1, min(last, _MOST_ROUNDS) + 1)} - rounds
     if missing and rounds:
-        trained = source.accuracy.keys() >= set(missing)
-        yield f"Updates of {rounds_words(missing)}{'' if trained else ', as far as it was run'}."
+        yield f"Updates of {rounds_words(missing)}."
     clients = {line["client"] for line in source.lines if line["client"] is not None}
     left = config.num_clients - len(clients)
     if clients and left > 0 and not any(line["clients"] for line in source.lines):

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from fl_app.report.collect import collect
+from fl_app.report.model import Report
 from fl_app.report.render import render
 from fl_app.util.files import write_text
 from fl_app.util.text import reason
@@ -14,28 +15,28 @@ REPORT, REDACTED = "report.html", "report-redacted.html"
 _log = logging.getLogger("flwr")  # Flower streams it to the user
 
 
-def write_report(run_dir: Path, out: Path | None = None, redact: bool = False) -> Path:
+def write_report(report: Report, run_dir: Path, out: Path | None = None) -> Path:
     """Write the report of a run, whole or not at all; return where it lies.
 
     Only its owner can read it.
 
     Parameters
     ----------
+    report : Report
+        See `collect`.
     run_dir : Path
-        A run's folder.
+        The run's folder.
     out : Path, optional
         Default: `REPORT` in the run's folder, or `REDACTED`. Its links to pictures are
         relative to that folder.
-    redact : bool
-        See `collect`.
 
     Raises
     ------
     OSError
         If it can't be written.
     """
-    path = out or run_dir / (REDACTED if redact else REPORT)
-    write_text(path, render(collect(run_dir, redact)))
+    path = out or run_dir / (REDACTED if report.redacted else REPORT)
+    write_text(path, render(report))
     return path
 
 
@@ -45,7 +46,7 @@ def try_report(run_dir: Path) -> Path | None:
     Why is logged and goes no further: the run's scores are worth more than their report.
     """
     try:
-        return write_report(run_dir)
+        return write_report(collect(run_dir), run_dir)
     except Exception as error:  # whatever it is, the run has ended well without
         _log.warning("no report was written: %s: %s", type(error).__name__, reason(error))
         return None

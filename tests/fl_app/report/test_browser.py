@@ -12,6 +12,7 @@ from helpers.audit import line_of
 from helpers.reports import Pretence
 
 from fl_app.audit.leakage_log import append_line
+from fl_app.report.collect import collect
 from fl_app.report.writing import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -62,7 +63,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evil = "<img src=x onerror=alert(1)>"
     append_line(run / "leakage.jsonl", line_of(status="failed", error=f"{evil} {'x' * 400}"))
     append_line(run / "leakage.jsonl", line_of(attack="dlg", diagnosis=["y" * 300], round=2))
-    return write_report(run)
+    return write_report(collect(run), run)
 
 
 @pytest.fixture(scope="module")

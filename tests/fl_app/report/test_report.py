@@ -241,7 +241,7 @@ def test_the_hash_is_what_the_documented_command_prints(tmp_path: Path) -> None:
     before = evidence_digest(run)
     assert done.stdout.split()[0] == before
     assert command.replace(" ".join(EVIDENCE), "EVIDENCE") in (evidence_digest.__doc__ or "")
-    write_report(run)
+    write_report(collect(run), run)
     assert evidence_digest(run) == before  # the report is not of itself
     (run / "training.json").write_text("[]")
     assert evidence_digest(run) != before
