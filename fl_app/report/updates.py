@@ -20,9 +20,9 @@ from fl_app.audit.exposure import (
     verdict,
 )
 from fl_app.audit.images import ImageRow, image_rows
+from fl_app.audit.thumbnails import Thumbnails, thumbnails
 from fl_app.report.model import Attempt, Cells, HeatMap, Pair, Update
 from fl_app.report.source import Source, number, plural
-from fl_app.report.thumbnails import Thumbnails, thumbnails
 
 # A browser takes a hundred elements for an attempt, and has to open a large run's page at once.
 _DETAILED = 64  # attempts, those of the worst updates

@@ -112,8 +112,10 @@ def untested(source: Source) -> Iterator[str]:
         yield from _unwatched(source, config)
     failed = sum(line["status"] == "failed" for line in lines)
     skipped = sum(line["status"] == "skipped" for line in lines)
-    if failed or skipped:
-        yield f"{plural(failed, 'attack')} failed, {plural(skipped, 'update')} not attacked."
+    missed = [f"{plural(failed, 'attack')} failed"] * bool(failed)
+    missed += [f"{plural(skipped, 'update')} not attacked"] * bool(skipped)
+    if missed:
+        yield f"{', '.join(missed)}."
     yield (
         "Servers that change the model, the messages or the sampling to leak more; servers with "
         "clients of their own; whoever listens on the network or reads the server's disk."

@@ -19,8 +19,9 @@ from helpers.command import flowleak
 from helpers.reports import Pretence
 from PIL import Image
 
+from fl_app.audit import thumbnails
 from fl_app.audit.leakage_log import append_line
-from fl_app.report import thumbnails, writing
+from fl_app.report import writing
 from fl_app.report.collect import collect
 from fl_app.report.evidence import EVIDENCE, evidence_digest
 from fl_app.report.render import render

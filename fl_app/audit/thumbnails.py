@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fl_app.protocol import observation_id
 from fl_app.util.arrays import Array, read_arrays, read_header
 from fl_app.util.reading import BrokenFileError, parse_json
 
@@ -88,7 +89,7 @@ def _private(folder: Path, line: Mapping[str, Any], count: int) -> Array:
     """
     parts = []
     for node in _nodes(folder, line):
-        path = folder / "truth" / f"round-{line['round']:04d}-node-{node}.safetensors"
+        path = folder / "truth" / f"{observation_id(line['round'], node)}.safetensors"
         if not path.is_file():
             return np.empty((0, 3, 1, 1))
         parts.append(_images(read_arrays(path), path))
@@ -101,7 +102,8 @@ def _nodes(folder: Path, line: Mapping[str, Any]) -> list[int]:
     """Return whose images an update is of, in their order."""
     if not line["clients"]:
         return [line["node"]]
-    path = folder / "observations" / f"round-{line['round']:04d}-node-{line['node']}.safetensors"
+    id_ = observation_id(line["round"], line["node"])
+    path = folder / "observations" / f"{id_}.safetensors"
     try:
         facts = parse_json(read_header(path).get("observation", ""), dict[str, Any])
         return [int(node) for node in facts.get("nodes", ())]
