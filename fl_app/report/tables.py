@@ -55,12 +55,8 @@ def _over(metric: str, lines: Sequence[Mapping[str, Any]], what: str) -> str:
     values = [value for value in known if value is not None]
     if not values:
         return "-"
-    digits = _DIGITS.get(metric, 3)
-    if what == "baseline" or len(values) > FEWEST - 1:
-        found = spread(values, bounds_of(metric))
-        return spread_words(found | {"values": []}, digits) if what == "mean" else number(
-            found["mean"], digits)  # fmt: skip
-    return spread_words(spread(values, bounds_of(metric)), digits)
+    found, digits = spread(values, bounds_of(metric)), _DIGITS.get(metric, 3)
+    return number(found["mean"], digits) if what == "baseline" else spread_words(found, digits)
 
 
 def _other_baselines(compared: Mapping[str, Any], there: Sequence[str]) -> Iterator[list[str]]:
