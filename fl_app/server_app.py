@@ -26,6 +26,7 @@ from fl_app.data import DataError, check_test, dataset_info, load_partition
 from fl_app.models import known_model
 from fl_app.models.norms import batch_norms
 from fl_app.protocol import Knowledge, Observation
+from fl_app.report.writing import try_report
 from fl_app.runs.attacking import AttackProcess, open_pool
 from fl_app.runs.facts import prior_saw, run_facts
 from fl_app.runs.folder import anchored, create_run
@@ -77,7 +78,7 @@ def main(grid: Grid, context: Context) -> None:
     else:
         trained = _audit_in_deployment(grid, auditor, model, console)
     lines = auditor.lines()
-    _tell(console, run_dir, lines)
+    _tell(console, run_dir, lines, try_report(run_dir))
     unwatched = _unwatched(config, lines)
     if unwatched:
         console.print(unwatched, style="bold red", highlight=False, soft_wrap=True, markup=False)
@@ -365,10 +366,13 @@ def _unwatched(config: Config, lines: list[dict[str, Any]]) -> str:
     return f"NEVER WATCHED: client {', '.join(missing)} sent no update" if missing else ""
 
 
-def _tell(console: Console, run_dir: Path, lines: list[dict[str, Any]]) -> None:
+def _tell(
+    console: Console, run_dir: Path, lines: list[dict[str, Any]], report: Path | None
+) -> None:
     """Print what leaked, and where it lies."""
     console.print(leakage_table(lines))
-    paths = [run_dir / "leakage.jsonl"]
-    paths += [run_dir / line["picture"] for line in lines if line["picture"]][:1]
-    for name, path in zip(("Leakage log", "A picture"), paths, strict=False):
-        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    picture = next((run_dir / line["picture"] for line in lines if line["picture"]), None)
+    found = {"Leakage log": run_dir / "leakage.jsonl", "A picture": picture, "Report": report}
+    for name, path in found.items():
+        if path:
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)

@@ -47,12 +47,12 @@ FILES = {
 ALWAYS = ("empty", "truncated", "zeroed", "a pipe", "a folder")
 # What each file is read by.
 COMMANDS = {
-    "config.yaml": ("runs", "show", "rounds", "attack"),
-    "log": ("runs", "show", "rounds", "attack", "score"),
-    "training": ("rounds", "show"),
+    "config.yaml": ("runs", "show", "rounds", "report", "attack"),
+    "log": ("runs", "show", "rounds", "report", "export", "attack", "score"),
+    "training": ("rounds", "show", "report"),
     "observation": ("comparison", "score"),
-    "truth": ("comparison", "score"),
-    "reconstruction": ("comparison", "score"),
+    "truth": ("report", "comparison", "score"),
+    "reconstruction": ("report", "comparison", "score"),
     "queue entry": ("attack",),
 }
 
@@ -95,12 +95,17 @@ class Runs:
         return self.folder / "runs" / "x"
 
     def call(self, command: str) -> str:
+        if command == "report":
+            return self._called(["report", "x"]) + self._called(["report", "unscored"])
         words = {
             "attack": ["attack", "x"],
             "comparison": ["attack", "x", "--attack", "dlg,idlg", "--budget", "iterations=1"],
             "score": ["score", "unscored", "--truth", str(self.run)],
             "runs": ["runs"],
         }.get(command, [command, "x"])
+        return self._called(words)
+
+    def _called(self, words: list[str]) -> str:
         return flowleak(*words, "--runs-dir", str(self.folder / "runs"))
 
 

@@ -50,7 +50,8 @@ def test_audit_leaves_a_whole_run_and_a_clean_project(home: FlowerHome, tmp_path
     assert json.loads((run / "training.json").read_text())[0]["round"] == 1
     models = sorted(file.name for file in (run / "models").iterdir())
     assert models == ["round-0001.safetensors", "round-0002.safetensors"]
-    assert str(run / "leakage.jsonl") in log
+    assert str(run / "leakage.jsonl") in log and f"Report: {run / 'report.html'}" in log
+    assert "could identify" in (run / "report.html").read_text()
     assert (PROJECT / "pyproject.toml").read_bytes() == pyproject
 
 

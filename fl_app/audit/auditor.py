@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -40,13 +41,13 @@ from fl_app.audit.metrics import (
     target_features,
 )
 from fl_app.audit.perceptual import Lpips, load_lpips
+from fl_app.audit.pictures import save_picture
 from fl_app.audit.reconstructions import (
     StoredReconstruction,
     tensors_path,
     write_reconstruction,
 )
 from fl_app.audit.reference_free import reference_free
-from fl_app.audit.report import save_picture
 from fl_app.audit.truth import Truth, check_truth, has_truth, joined, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.data import draw_class
@@ -60,7 +61,9 @@ _SCORED = (  # of a leakage, in its line
     "metrics", "psnr_by_step", "single_colour", "recognisable", "recognisable_chance",
     "identification", "label_accuracy", "label_chance", "determined",
 )  # fmt: skip
-_NO_SCORE = ("metrics", "recognisable", "identification", "label_accuracy", "label_chance")
+_NO_SCORE = (
+    "metrics", "recognisable", "identification", "label_accuracy", "label_chance", "true_labels",
+)  # fmt: skip
 _AS_FOUND = (  # of a reconstruction, in its line
     "matching", "labels_source", "seconds", "iterations", "peak_memory", "flops", "stop_reason",
     "options", "diagnosis", "determined",
@@ -174,6 +177,8 @@ class Auditor:
             "iterations_per_second": rate,
             "job": job,
             "losses": thinned(reconstruction.losses),
+            "true_labels": truth.labels if truth else None,
+            "found_labels": _in_order(reconstruction.labels, leakage),
             **{name: getattr(reconstruction, name) for name in _AS_FOUND},
             # In the order of the private images.
             **{name: getattr(leakage, name) for name in _SCORED if leakage},
@@ -292,6 +297,11 @@ class Auditor:
             defense=str(self.config.defense),
             defense_known=self.config.audit.defense == "given",
             protocol=protocol,
+            run=self.run_dir.name,
+            dataset="" if self.no_data else self.config.dataset.name,
+            prior=self.config.prior.weights,
+            seed=self.config.seed,
+            written=datetime.now(UTC).isoformat(timespec="seconds"),
             **fields,
         )
         with self._lock:  # training and the attack pool log from their own threads
@@ -439,6 +449,11 @@ def _caption(leakage: Leakage) -> list[str]:
     if found := identified_of([line]):
         lines.append(f"{count_words(found)} identified: {chance_words(found)}")
     return lines
+
+
+def _in_order(labels: Sequence[int], leakage: Leakage | None) -> tuple[int, ...]:
+    """Return reconstructions' labels, in the order of the private images where it is known."""
+    return tuple(labels[i] for i in leakage.assignment) if leakage else tuple(labels)
 
 
 def _absent(reason: str) -> dict[str, str]:

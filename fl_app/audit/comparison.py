@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.exposure import bounds_of, identified_of, mean_single_colour, summary_over
+from fl_app.audit.pictures import save_grid
 from fl_app.audit.reconstructions import read_reconstruction
-from fl_app.audit.report import save_grid
 from fl_app.util.intervals import mean_interval, spread
 from server_strategies.observations import ObservationStore
 

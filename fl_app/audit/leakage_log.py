@@ -136,6 +136,18 @@ class LogLine:
         At most 100, evenly spaced over the iterations, first and last included.
     reasons : mapping of str to str
         Why a field is None, by its name.
+    true_labels : sequence of int or None
+        Class indices of the private images, in training order; None without a truth.
+    found_labels : sequence of int
+        Those of the reconstructions, in the order of `true_labels`; without a truth in
+        their own order.
+    run, dataset, prior : str
+        Names: of the run's folder, the data set and the prior; "" in older lines, as is
+        `dataset` where the data is the user's own.
+    seed : int or None
+        Of the run; None in older lines.
+    written : str
+        When the line was written, ISO 8601 in UTC; "" in older lines.
     schema : int
         `SCHEMA`.
     """
@@ -179,6 +191,13 @@ class LogLine:
     job: str | None = None
     losses: Sequence[float | None] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    true_labels: Sequence[int] | None = None
+    found_labels: Sequence[int] = ()
+    run: str = ""
+    dataset: str = ""
+    prior: str = ""
+    seed: int | None = None
+    written: str = ""
     schema: int = SCHEMA
 
 

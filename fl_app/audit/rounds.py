@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -129,7 +129,21 @@ def read_rounds(run_dir: Path) -> tuple[list[RoundLine], list[str]]:
     except BrokenFileError as error:
         problems.append(str(error))
     logged, bad = read_lines(run_dir / "leakage.jsonl")
-    problems += map(str, bad)
+    return by_round(logged, accuracy), [*problems, *map(str, bad)]
+
+
+def by_round(
+    logged: Iterable[dict[str, Any]], accuracy: Mapping[int, float | None]
+) -> list[RoundLine]:
+    """Return a run by round and attack; an attack's last line on an update counts.
+
+    Parameters
+    ----------
+    logged : iterable of dict
+        Lines of the log, in its order.
+    accuracy : mapping of int to (float or None)
+        See `read_accuracy`.
+    """
     latest: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
     for line in logged:
         latest.setdefault((line["round"], line["attack"]), {})[line["node"]] = line
@@ -143,7 +157,7 @@ def read_rounds(run_dir: Path) -> tuple[list[RoundLine], list[str]]:
         _line(round_, accuracy.get(round_), attack, list(lines.values()))
         for (round_, attack), lines in latest.items()
     ]
-    return sorted(silent + found, key=lambda line: line.round), problems
+    return sorted(silent + found, key=lambda line: line.round)
 
 
 def _line(

@@ -124,6 +124,7 @@ def attack(
         if set_ or follow:
             raise ConfigError("--set and --follow are allowed with one attack, without --budget")
         AttackComparison.of(attack or "all", budget or "authors").run(folder, console, client)
+        _report(folder)
         return
     store, auditor = ObservationStore(folder), open_auditor(folder, tell, client=client)
     config = auditor.config
@@ -143,6 +144,7 @@ def attack(
         return
     if lines:
         console.print(leakage_table(lines))
+        _report(folder)
     elif not left:
         console.print("Nothing to do: no observation, or every attack of the run has its line")
 
@@ -169,6 +171,15 @@ def score(
         typer.echo(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
     if lines:
         screen().print(leakage_table(lines))
+        _report(folder)
+
+
+def _report(folder: Path) -> None:
+    """Write a run's report again, and say where it lies."""
+    from fl_app.report.writing import try_report
+
+    if path := try_report(folder):
+        screen().print(path, highlight=False, soft_wrap=True, markup=False)
 
 
 def _attack_pair(
@@ -186,6 +197,7 @@ def _attack_pair(
             console.print(f"Note: {words}", markup=False, highlight=False, soft_wrap=True)
     for name in ("leakage.jsonl", *(line["picture"] for line in lines if line["picture"])):
         console.print(f"{auditor.run_dir / name}", highlight=False, soft_wrap=True, markup=False)
+    _report(auditor.run_dir)
 
 
 def _attack_config(name: str, settings: list[str]) -> AttackConfig:

@@ -14,6 +14,7 @@ from fl_app.commands.delete import delete
 from fl_app.commands.group import group
 from fl_app.commands.listing import list_choices
 from fl_app.commands.prior import prior_app
+from fl_app.commands.report import export, report, view
 from fl_app.commands.runs import rounds, runs, show
 from fl_app.commands.state import train_state
 from fl_app.lan.commands import lan_app
@@ -25,7 +26,9 @@ app = group(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,  # keys are among them
 )
-for command in (runs, show, rounds, check, attack, score, delete, train_state):
+for command in (
+    runs, show, rounds, report, view, export, check, attack, score, delete, train_state,
+):  # fmt: skip
     app.command()(command)
 app.command("list")(list_choices)
 app.add_typer(bench_app, name="bench")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_app.audit.exposure import RECOGNISABLE
 from fl_app.audit.metrics import Leakage, score
-from fl_app.audit.report import save_picture
+from fl_app.audit.pictures import save_picture
 from fl_app.audit.truth import Truth, check_truth
 from fl_app.protocol import Budget, Client, Reconstruction
 from fl_app.runs.weights import observed, weights_of

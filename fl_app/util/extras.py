@@ -13,6 +13,7 @@ _EXTRA = {
     "datasets": "data",
     "flwr_datasets": "data",
     "PIL": "data",
+    "pyarrow": "data",
     "skimage": "data",
     "matplotlib": "server",
     "ray": "server",

@@ -99,7 +99,7 @@ def _of_fields(value: object, kind: Any, where: str) -> str:
         if name not in value:
             return f"{_inside(where, name)} is missing"
     for name, inner in value.items():
-        if name in hints and (words := problem(inner, hints[name], _inside(where, name))):
+        if name in hints and (words := _problem_inside(inner, hints[name], where, name)):
             return words
     return ""
 
@@ -119,8 +119,13 @@ def _fields(kind: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
 def _of_mapping(value: object, inner: Any, where: str) -> str:
     if not isinstance(value, Mapping):
         return _wrong(value, "an object", where)
-    found = (problem(each, inner, _inside(where, str(name))) for name, each in value.items())
+    found = (_problem_inside(each, inner, where, name) for name, each in value.items())
     return next(filter(None, found), "")
+
+
+def _problem_inside(value: object, kind: Any, where: str, name: object) -> str:
+    """Return `problem` of what is inside another; the place is put in words where it is needed."""
+    return problem(value, kind) and problem(value, kind, _inside(where, str(name)))
 
 
 def _of_sequence(value: object, inner: Any, where: str) -> str:
@@ -158,7 +163,8 @@ def _plain(value: object, where: str, levels: int) -> str:
         return f"{where} is nested too deeply"
     if isinstance(value, Mapping):
         found = (
-            _plain(each, _inside(where, str(name)), levels - 1) for name, each in value.items()
+            _plain(each, "", levels - 1) and _plain(each, _inside(where, str(name)), levels - 1)
+            for name, each in value.items()
         )
         return next(filter(None, found), "")
     if isinstance(value, list | tuple):

@@ -39,7 +39,7 @@ from fl_app.audit.metrics import (
     ssim,
     total_variation,
 )
-from fl_app.audit.report import save_picture
+from fl_app.audit.pictures import save_picture
 from fl_app.audit.truth import write_truth
 from fl_app.config import AuditConfig, Config, from_yaml
 from fl_app.models import create_model

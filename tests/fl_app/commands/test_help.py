@@ -40,6 +40,7 @@ main()
 QUICK = (
     "--help", "--version", "lan --help", "bench --help", "bench status --help",
     "prior train --help", "list attacks", "list models --json", "runs", "show x", "rounds x",
+    "export x",
 )  # fmt: skip
 MOST = 0.7  # seconds of CPU
 
@@ -58,7 +59,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(command: str, runs_dir: Path) -> list[str]:
-    reads = command.split()[0] in ("runs", "show", "rounds")
+    reads = command.split()[0] in ("runs", "show", "rounds", "export")
     return [*command.split(), *(["--runs-dir", str(runs_dir)] if reads else [])]
 
 

@@ -1,0 +1,157 @@
+"""The tables of the report: comparison, failures, settings, data and model. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fl_app.audit.exposure import bounds_of, count_words, identified_of, mean_single_colour
+from fl_app.audit.rounds import METRICS
+from fl_app.config import ConfigError, load_config
+from fl_app.report.model import Cells
+from fl_app.report.source import Source, number, plural
+from fl_app.report.updates import setting_words
+from fl_app.util.intervals import FEWEST, spread, spread_words
+from fl_app.util.schema import problem
+
+_COMPARED = {name: METRICS[name] for name in ("psnr", "ssim", "lpips_alex", "lpips_vgg")}
+_DIGITS = {"psnr": 1}  # after the point; 3 otherwise
+_NOTES = (
+    "Each value is the mean over an update's images, then over updates: with its 95% interval from "
+    f"{FEWEST} updates on, with the updates' values below.",
+    "Mean colour: every image is the data set's mean colour. Best single colour: each is its own "
+    "mean colour. What is not above both shows no reconstruction.",
+)
+
+
+def comparison(source: Source) -> tuple[Cells, tuple[str, ...]]:
+    """Return the attacks beside what needs no update, and what is to be known of the table."""
+    good = [line for line in source.lines if line["status"] == "ok"]
+    if not any(line["metrics"] for line in good):
+        return [], ()
+    there = [name for name in _COMPARED if any(line["metrics"].get(name) for line in good)]
+    head = ["", "updates", "identified", *(_COMPARED[name] for name in there), "seconds"]
+    rows = []
+    for attack in source.attacks:
+        lines = source.of(attack)
+        done = [line for line in lines if line["status"] == "ok"]
+        found = [_over(name, done, "mean") for name in there]
+        seconds = sum(line["seconds"] for line in done) / len(done) if done else None
+        counts = [f"{len(done)} of {len(lines)}", count_words(identified_of(done))]
+        rows.append([attack, *counts, *found, number(seconds, 1)])
+    chance = [_over(name, good, "baseline") for name in there]
+    rows.append(["mean colour", "", "", *chance, ""])
+    single = number(mean_single_colour(good), 1)
+    rows.append(["best single colour", "", "",
+                 *(single if name == "psnr" else "-" for name in there), ""])  # fmt: skip
+    rows += _other_baselines(source.compared, there)
+    return [head, *rows], _NOTES
+
+
+def _over(metric: str, lines: Sequence[Mapping[str, Any]], what: str) -> str:
+    """Return a metric over updates in words; of baselines the mean alone."""
+    known = [score[what] for line in lines if (score := line["metrics"].get(metric))]
+    values = [value for value in known if value is not None]
+    if not values:
+        return "-"
+    found, digits = spread(values, bounds_of(metric)), _DIGITS.get(metric, 3)
+    return number(found["mean"], digits) if what == "baseline" else spread_words(found, digits)
+
+
+def _other_baselines(compared: Mapping[str, Any], there: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the baselines that a comparison scored: random images, the prior alone."""
+    found = compared.get("baselines")
+    if problem(found, Mapping[str, Mapping[str, Mapping[str, Any]]]):
+        return
+    assert isinstance(found, Mapping)
+    for name, scores in found.items():
+        if name == "mean colour":
+            continue
+        means = [scores.get(metric, {}).get("mean") for metric in there]
+        words = [
+            number(mean if isinstance(mean, float) else None, _DIGITS.get(metric, 3))
+            for metric, mean in zip(there, means, strict=True)
+        ]
+        yield [name, "", "", *words, ""]
+
+
+def failures(source: Source) -> Cells:
+    """Return the attacks that failed and the updates that were skipped, with reasons."""
+    bad = [line for line in source.lines if line["status"] != "ok"]
+    if not bad:
+        return []
+    rows = [
+        [str(line["round"]), source.client(line), line["attack"], line["status"],
+         line["error"] or "no reason is logged"]
+        for line in bad
+    ]  # fmt: skip
+    return [["round", "client", "attack", "outcome", "why"], *rows]
+
+
+def config_cells(source: Source) -> tuple[Cells, Cells]:
+    """Return the settings that are not the defaults, and all settings."""
+    if not source.config:
+        return [], []
+    ours = dict(_flat(asdict(source.config)))
+    try:
+        defaults = dict(_flat(asdict(load_config({}))))
+    except ConfigError:  # the defaults are of this version, and were moved away
+        defaults = {}
+    rows = [[key, setting_words(ours[key]), _said(defaults, key)] for key in ours]
+    changed = [row for row in rows if row[1] != row[2]]
+    head = ["setting", "value", "default"]
+    return [head, *changed] if changed else [], [head, *rows]
+
+
+def _said(settings: Mapping[str, Any], key: str) -> str:
+    return setting_words(settings[key]) if key in settings else "-"
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        key = f"{above}.{name}" if above else str(name)
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, key)
+        else:
+            yield key, value
+
+
+def setting(source: Source) -> Iterator[tuple[str, str]]:
+    """Yield what was trained on what, and how good the model was, by name."""
+    config = source.config
+    data = source.settings.get("data")
+    facts = data if isinstance(data, Mapping) else {}
+    shape, classes = facts.get("image_shape"), facts.get("num_classes")
+    of = f"{classes} classes" if isinstance(classes, int) else ""
+    if isinstance(shape, list) and shape:
+        of += f", images {'x'.join(map(str, shape))}"
+    if source.described:
+        yield "Federation", f"the user's own; model {source.setting('described', 'model')}"
+        yield "Data", of or "not said"
+    elif config:
+        split = "" if config.dataset.split == "train" else f" ({config.dataset.split} split)"
+        yield "Data", ", ".join(filter(None, [f"{config.dataset.name}{split}", of]))
+        norm = f", {config.model.norm} norm" if config.model.norm not in ("", "none") else ""
+        yield "Model", f"{config.model.name}{norm}"
+        yield "Clients", f"{plural(config.num_clients, 'client')}, {config.dataset.partitioner}"
+        yield "Local training", _training_words(config.client)
+        yield "Rounds", f"{config.rounds}, {config.strategy.name}"
+    elif model := source.setting("model", "name"):
+        yield "Model", model
+    known = [(round_, share) for round_, share in source.accuracy.items() if share is not None]
+    attacked = {line["round"] for line in source.lines}
+    shown = [each for each in known if each[0] + 1 in attacked or each[0] in attacked]
+    shown = [shown[0], shown[-1]] if len(shown) > 2 else shown
+    words = ", ".join(f"{share:.1%} after round {round_}" for round_, share in shown)
+    yield "Accuracy", words or "of the global model: not measured"
+
+
+def _training_words(client: Any) -> str:
+    length = plural(client.local_steps, "step")
+    if not client.local_steps:
+        length = plural(client.local_epochs, "epoch")
+    return (
+        f"{client.optimizer}, lr {client.lr:g}, {length} of "
+        f"{plural(client.batch_size, 'image')} a round"
+    )
