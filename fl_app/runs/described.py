@@ -6,6 +6,7 @@ folder as audit.py. A run's folder names it for people to read; nothing there is
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import sys
 from collections.abc import Mapping
@@ -16,7 +17,9 @@ from typing import Any
 from fl_app.config import Config, ConfigError, ModelConfig
 from fl_app.protocol import Client, LocalTraining
 from fl_app.runs.folder import create_run
+from fl_app.util.extras import MissingExtraError
 from fl_app.util.plain import plain_settings
+from fl_app.util.vision import import_torchvision
 
 DEFAULT = "audit.py"
 """The file that describes clients where no other is named."""
@@ -47,6 +50,9 @@ def load_client(path: Path) -> Client:
     for folder in (str(Path.cwd()), str(path.absolute().parent)):
         if folder not in sys.path:
             sys.path.insert(0, folder)
+    # What a user's file imports often imports it, too, and does not know a CPU-only torch.
+    with contextlib.suppress(MissingExtraError, RuntimeError):
+        import_torchvision()
     try:
         names = runpy.run_path(str(path), run_name=f"<{path.name}>")
     except Exception as error:  # a user's code may raise anything
