@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fl_app.commands.advise import advise
 from fl_app.commands.attacks import attack, score
 from fl_app.commands.bench import bench_app
 from fl_app.commands.check import check
@@ -27,7 +28,7 @@ app = group(
     pretty_exceptions_show_locals=False,  # keys are among them
 )
 for command in (
-    runs, show, rounds, report, view, export, check, attack, score, delete, train_state,
+    runs, show, rounds, report, view, export, check, attack, score, advise, delete, train_state,
 ):  # fmt: skip
     app.command()(command)
 app.command("list")(list_choices)

@@ -12,6 +12,7 @@ from typing import Any
 from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.rounds import RoundLine, by_round, read_accuracy
 from fl_app.config import Config, ConfigError, from_settings, read_settings
+from fl_app.runs.advice import Advice, read_advice
 from fl_app.util.reading import BrokenFileError, read_json
 
 
@@ -33,6 +34,8 @@ class Source:
     rounds : sequence of RoundLine
     compared : mapping
         What comparison.json holds; empty where there is none.
+    advice : sequence of Advice
+        What advise.json holds.
     problems : sequence of str
         What could not be read, and why.
     """
@@ -44,6 +47,7 @@ class Source:
     accuracy: Mapping[int, float | None]
     rounds: Sequence[RoundLine]
     compared: Mapping[str, Any]
+    advice: Sequence[Advice]
     problems: Sequence[str]
 
     @cached_property
@@ -103,9 +107,22 @@ def read_source(folder: Path) -> Source:
             compared = read_json(folder / "comparison.json", dict[str, Any])
     except BrokenFileError as error:
         problems.append(str(error))
+    advice: list[Advice] = []
+    try:
+        advice = read_advice(folder)
+    except BrokenFileError as error:
+        problems.append(str(error))
     lines = list(latest.values())
     return Source(
-        folder, settings, config, lines, accuracy, by_round(lines, accuracy), compared, problems
+        folder,
+        settings,
+        config,
+        lines,
+        accuracy,
+        by_round(lines, accuracy),
+        compared,
+        advice,
+        problems,
     )
 
 

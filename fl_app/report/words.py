@@ -13,6 +13,7 @@ from fl_app.protocol import Defense
 from fl_app.registry import ATTACKS, OURS
 from fl_app.report.model import Assumption, Measure
 from fl_app.report.source import Source, plural, rounds_words
+from fl_app.runs.advice import AS_IT_IS, Advice, best
 
 _MOST_ROUNDS = 100_000  # that are looked through; a damaged file may say any number
 
@@ -140,6 +141,8 @@ def _unwatched(source: Source, config: Config) -> Iterator[str]:
         yield f"{plural(left, 'client')} of {config.num_clients}, which were not watched."
 
 
+_CHOSEN = "Measured on this run by flowleak advise: it at least halves what leaks."
+
 _MEASURES: Sequence[tuple[str, str]] = (
     (
         "Aggregate securely: the server sees sums alone",
@@ -168,6 +171,24 @@ _MEASURES: Sequence[tuple[str, str]] = (
 )
 
 
-def measures() -> tuple[Measure, ...]:
-    """Return what helps in general, the strongest first; docs/defenses.md has the figures."""
-    return tuple(Measure(words, why, NOT_MEASURED) for words, why in _MEASURES)
+def measures(advice: Sequence[Advice]) -> tuple[Measure, ...]:
+    """Return what helps: what `flowleak advise` measured on this run, then what does in general.
+
+    docs/defenses.md has the figures of the latter.
+    """
+    now = next((row for row in advice if row.change == AS_IT_IS), None)
+    measured = [Measure(_capital(row.change), _CHOSEN, _effect(row, now)) for row in best(advice)]
+    return (*measured, *(Measure(words, why, NOT_MEASURED) for words, why in _MEASURES))
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def _effect(row: Advice, now: Advice | None) -> str:
+    words = f"{row.by} {row.leaked} of {row.of}"
+    words += f", as it is {now.leaked} of {now.of}" if now else ""
+    if row.accuracy is not None:
+        words += f"; accuracy {row.accuracy:.1%}"
+        words += f", as it is {now.accuracy:.1%}" if now and now.accuracy is not None else ""
+    return words

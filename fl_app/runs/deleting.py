@@ -16,10 +16,12 @@ from fl_app.util.files import whole_file
 _CONFIG = "config.yaml"
 _LOG = "leakage.jsonl"
 # What runs, attacks and commands leave in a run's folder: nothing else is ever removed.
-PRIVATE = ("truth", "observations", "reconstructions", "queue", "comparison.png", "report.html")
+PRIVATE = (
+    "truth", "observations", "reconstructions", "queue", "advise", "comparison.png", "report.html",
+)  # fmt: skip
 KEPT = (
     "models", "training.json", "rounds.md", "rounds.png", "comparison.md", "comparison.json",
-    "report-redacted.html", "images.csv", "images.parquet", LOCK_FILE, _LOG, _CONFIG,
+    "advise.json", "report-redacted.html", "images.csv", "images.parquet", LOCK_FILE, _LOG, _CONFIG,
 )  # fmt: skip
 # What a killed process leaves of these, see `whole_file`.
 _TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.(yaml|jsonl?|md|png|html|csv|parquet)")

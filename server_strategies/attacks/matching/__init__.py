@@ -48,6 +48,15 @@ trajectory alone has the higher PSNR: 20.5 dB to 12.9 with 1.2 rows, but 21.3 to
 (sparsified updates, Adam, K=5, B=1, untrained)."""
 
 
+PLENTY_OF_ROWS = 10
+"""Gradient rows a local step with which decoding them is ahead of exact features in short
+searches, of one image a step: untrained, Adam, K=5, two tuning clients, 12 s: 23.1 and 29.9 dB for
+13.4 and 12.9; 50 s: 31.8 and 33.9 for 28.6 and 32.0. Trained models leave fewer: there exact
+features are ahead."""
+
+_SHORT = 36.0  # seconds for exact features below which a search is short: 60% of a minute
+
+
 def matching_objective(
     kind: str,
     observation: Observation,
@@ -96,12 +105,14 @@ def matching_objective(
     """
     _check(kind, distance, observation, knowledge)
     model = clients_model(knowledge, observation.w0).to(device)
-    reason, exact, auto = "asked for", None, kind == "auto"
+    reason, exact, auto, rows = "asked for", None, kind == "auto", 0
     if auto:
-        kind, reason = choose(model, observation, knowledge)
+        kind, reason, rows = _chosen(model, observation, knowledge)
     # Where Adam left enough rows of batches, no more follows from exact features, in a minute.
-    rows = kind == Decoded.name and knowledge.client.batch_size > 1
-    if kind == LowRank.name or (auto and not (rows or knowledge.defense.secagg)):
+    plenty = rows >= PLENTY_OF_ROWS * knowledge.client.steps_a_pass(observation.num_examples)
+    batches = knowledge.client.batch_size > 1
+    by_rows = kind == Decoded.name and (batches or (plenty and 0 < seconds < _SHORT))
+    if kind == LowRank.name or (auto and not (by_rows or knowledge.defense.secagg)):
         exact = exact_features(model, observation, knowledge, seconds)
         if isinstance(exact, str) and not auto:
             raise ValueError(f"matching is {kind!r}, but {exact}")
@@ -165,36 +176,44 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
     size of coordinate updates, Adam's steps can't be inverted. Training beyond plain SGD, Adam
     and AdamW (`LocalTraining.beyond`) is simulated.
     """
+    kind, why, _ = _chosen(model, observation, knowledge)
+    return kind, why
+
+
+def _chosen(
+    model: nn.Module, observation: Observation, knowledge: Knowledge
+) -> tuple[str, str, int]:
+    """Return what `choose` does, and how many rows can be decoded."""
     training, count = knowledge.client, observation.num_examples
     if knowledge.defense.secagg:
-        return "sum", f"secure aggregation of {len(observation.examples)} clients"
+        return "sum", f"secure aggregation of {len(observation.examples)} clients", 0
     optimizer, steps = training.optimizer, len(training.batches(count))
     beyond = training.beyond(*OF_A_GRADIENT) if steps == 1 else training.beyond("drop_last")
     if beyond:
-        return "trajectory", f"{steps} step{'s' * (steps > 1)} of {optimizer}, and {beyond}"
+        return "trajectory", f"{steps} step{'s' * (steps > 1)} of {optimizer}, and {beyond}", 0
     if steps == 1 and optimizer == "sgd":
-        return "gradient", "one step of sgd is its gradient"
+        return "gradient", "one step of sgd is its gradient", 0
     hidden = ""
     if optimizer != "sgd":
         hidden = hidden_size(list(observation.update.values()), knowledge.defense)
     if steps == 1 and hidden:
-        return "trajectory", f"one step of {optimizer}, but {hidden}"
+        return "trajectory", f"one step of {optimizer}, but {hidden}", 0
     if steps == 1:
         usable, why = EpsInversion.usable(observation, training)
         if usable:
-            return "inversion", f"one step of {optimizer}, and {why}"
-        return "trajectory", f"one step of {optimizer}, but {why}"
+            return "inversion", f"one step of {optimizer}, and {why}", 0
+        return "trajectory", f"one step of {optimizer}, but {why}", 0
     why = f"{steps} steps of {optimizer}"
     if training.passes(count) > 1:
         why += ", later passes in the first's order" if training.reshuffle else ", in one order"
     if hidden:
-        return "trajectory", f"{why}; no fingerprints: {hidden}"
+        return "trajectory", f"{why}; no fingerprints: {hidden}", 0
     found = usable_fingerprints(model, observation, knowledge)
     if not found or knowledge.labels is None:
-        return "trajectory", why
+        return "trajectory", why, 0
     read = len({part.step for part in found})
     rows = sum(len(part.rows) for part in found)
     why += f"; {rows} rows of the gradients of {read} of them are readable"
     if rows < ENOUGH_ROWS * training.steps_a_pass(count):
-        return "trajectory", f"{why}, too few"
-    return "fingerprints", why
+        return "trajectory", f"{why}, too few", 0
+    return "fingerprints", why, rows

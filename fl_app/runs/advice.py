@@ -1,0 +1,99 @@
+"""What changes would do about a run's leakage, as `flowleak advise` keeps it. Free of torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fl_app.util.files import write_text
+from fl_app.util.reading import BrokenFileError, read_json
+
+FOLDER, FILE = "advise", "advise.json"
+"""In a run's folder: what the attacks on changed updates found, and the table."""
+
+AS_IT_IS = "as it is"
+"""The change that changes nothing; the others are held against it."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a change does: a row of the table.
+
+    Attributes
+    ----------
+    change : str
+        `Change.words`.
+    defense : str
+    leaked, of : int
+        Images that the attack identified, of those that were attacked; recognised ones where no
+        candidates are there to identify them among.
+    by : {"identified", "recognisable"}
+    psnr, mean_colour : float or None
+        Means over images, dB: of the attack, and of the mean-colour baseline.
+    accuracy : float or None
+        Of a federation that is trained with the change, in [0, 1]; None: not measured.
+    seconds : float
+        That all of it took.
+    problem : str
+        Why a change was not tried; "": it was.
+    """
+
+    change: str
+    defense: str = ""
+    leaked: int = 0
+    of: int = 0
+    by: str = "identified"
+    psnr: float | None = None
+    mean_colour: float | None = None
+    accuracy: float | None = None
+    seconds: float = 0.0
+    problem: str = ""
+
+
+def write_advice(folder: Path, setting: Mapping[str, Any], rows: Iterable[Advice]) -> None:
+    """Write a run's advise.json, whole or not at all."""
+    content = {"setting": setting, "rows": [asdict(row) for row in rows]}
+    write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read_advice(folder: Path, setting: Mapping[str, Any] | None = None) -> list[Advice]:
+    """Return the rows of a run's advise.json, if they are of a setting; none where it has none.
+
+    Raises
+    ------
+    BrokenFileError
+        If it can't be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    kept = read_json(path, dict[str, Any])
+    if setting is not None and kept.get("setting") != setting:
+        return []
+    try:
+        return [Advice(**row) for row in kept.get("rows", [])]
+    except TypeError as error:
+        raise BrokenFileError(f"{path} is no advice of this version: {error}") from error
+
+
+def best(rows: Iterable[Advice], most: int = 3) -> list[Advice]:
+    """Return the changes that at least halve what leaks, those that cost least accuracy first.
+
+    Of the same accuracy, within a point, those after which least leaks come first.
+    """
+    rows = list(rows)
+    now = next((row for row in rows if row.change == AS_IT_IS), None)
+    if now is None or now.problem or not now.leaked:
+        return []
+    tried = [row for row in rows if not row.problem and row.of and row is not now]
+    halved = [row for row in tried if row.leaked / row.of <= now.leaked / now.of / 2]
+
+    def order(row: Advice) -> tuple[float, float]:
+        known = row.accuracy is not None and now.accuracy is not None
+        lost = round(100 * (now.accuracy - row.accuracy)) if known else 0  # type: ignore[operator]
+        return max(lost, 0), row.leaked / row.of
+
+    return sorted(halved, key=order)[:most]
