@@ -155,8 +155,8 @@ def check_truth(
     Raises
     ------
     ValueError
-        If its images or labels are of other data, or not as many as the client reported,
-        or its batches more or larger than the protocol's.
+        If its images or labels are of other data, images are not in [0, 1], there are not as
+        many as the client reported, or its batches are more or larger than the protocol's.
     """
     shape, classes = tuple(truth.images.shape[1:]), knowledge.num_classes
     if shape != knowledge.image_shape:
@@ -166,6 +166,9 @@ def check_truth(
         raise ValueError(f"its labels are from {low} to {high}; allowed: 0 to {classes - 1}")
     if len(truth.labels) != num_examples:
         raise ValueError(f"it holds {len(truth.labels)} images; the client reported {num_examples}")
+    least, most = float(truth.images.min()), float(truth.images.max())
+    if not (least >= 0 and most <= 1):  # NaN is neither
+        raise ValueError(f"its images are from {least:g} to {most:g}; allowed: 0 to 1")
     steps, largest = len(client.batches(num_examples)), max(map(len, truth.batches))
     if len(truth.batches) > steps or largest > client.batch_size:
         raise ValueError(

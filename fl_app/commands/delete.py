@@ -46,12 +46,22 @@ def delete(
     images = private_images(folder)
     count = "an unknown number of" if images is None else f"{images}"
     console.print(f"The clients left {count} private images there.", highlight=False)
-    if not (folder / "training.json").exists():
+    if not _described(folder) and not (folder / "training.json").exists():
         console.print("Its training has not ended, or was ended early.", style="yellow")
     if not yes:
         typer.confirm(f"Delete {'these from ' if private_only else ''}{folder}?", abort=True)
     for path in delete_run(folder, private_only):
-        typer.echo(f"Left: {path}, which no run makes")
+        typer.echo(f"Left: {path}, which no run makes; it may show private images")
+
+
+def _described(folder: Path) -> bool:
+    """Say whether the clients were a user's own: their training is not ours to have ended."""
+    from fl_app.config import ConfigError, read_settings
+
+    try:
+        return "described" in read_settings(folder / "config.yaml")
+    except ConfigError:
+        return False
 
 
 def _cells(going: Sequence[Part]) -> list[list[str]]:

@@ -30,7 +30,8 @@ RunsJson = Annotated[
         "--json",
         help="Print a JSON list instead. Keys: run, path, started, dataset, optimizer, lr, "
         "attack, lines, best_psnr, mean_colour_psnr (dB; null: nothing was scored), problems "
-        "(what could not be read), and disk_bytes with --disk.",
+        "(what could not be read), and disk_bytes with --disk. dataset is null where the data is "
+        "the user's own.",
     ),
 ]
 LinesJson = Annotated[
@@ -97,16 +98,19 @@ def _summary(run: Path) -> dict[str, Any]:
     problems += map(str, bad)
     scores = [line["metrics"]["psnr"] for line in lines if line["metrics"].get("psnr")]
     best: dict[str, Any] = max(scores, key=lambda score: score["mean"] or 0, default={})
+    # A user's own federation is described by a file; the settings of a simulation stay unused.
+    own = "described" in config
+    client = ("described", "training") if own else ("client",)
     settings = {
         key: _setting(config, *where)
         for key, where in (
             ("started", ("started",)),
             ("dataset", ("dataset", "name")),
-            ("optimizer", ("client", "optimizer")),
-            ("lr", ("client", "lr")),
+            ("optimizer", (*client, "optimizer")),
+            ("lr", (*client, "lr")),
             ("attack", ("attack", "name")),
         )
-    }
+    } | ({"dataset": None} if own else {})
     return {
         "run": run.name,
         "path": str(run),

@@ -101,8 +101,9 @@ class Serving:
     def _listed(self, number: str, run: Path) -> Listed:
         source = read_source(run)
         found = verdict_of(source, main_attack(source))
-        facts = (source.setting("started")[:16].replace("T", " "),
-                 source.setting("dataset", "name"), source.setting("model", "name"))  # fmt: skip
+        data = "own data" if source.described else source.setting("dataset", "name")
+        facts = (source.setting("started")[:16].replace("T", " "), data,
+                 source.setting("model", "name"))  # fmt: skip
         return Listed(run.name, f"{quote(number)}/", printable(", ".join(filter(None, facts))),
                       found.level, found.sentence)  # fmt: skip
 

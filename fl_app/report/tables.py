@@ -89,11 +89,19 @@ def failures(source: Source) -> Cells:
     return [["round", "client", "attack", "outcome", "why"], *rows]
 
 
+# Settings that say nothing of a user's own federation: its file of the clients does.
+_OF_SIMULATIONS = {
+    "rounds", "start_from", "checkpoints", "num_clients", "watch", "strategy", "dataset", "client",
+}  # fmt: skip
+
+
 def config_cells(source: Source) -> tuple[Cells, Cells]:
     """Return the settings that are not the defaults, and all settings."""
     if not source.config:
         return [], []
     ours = dict(_flat(asdict(source.config)))
+    if source.described:
+        ours = {k: v for k, v in ours.items() if k.partition(".")[0] not in _OF_SIMULATIONS}
     try:
         defaults = dict(_flat(asdict(load_config({}))))
     except ConfigError:  # the defaults are of this version, and were moved away
@@ -129,6 +137,7 @@ def setting(source: Source) -> Iterator[tuple[str, str]]:
     if source.described:
         yield "Federation", f"the user's own; model {source.setting('described', 'model')}"
         yield "Data", of or "not said"
+        yield "Local training", _described_words(source)
     elif config:
         split = "" if config.dataset.split == "train" else f" ({config.dataset.split} split)"
         yield "Data", ", ".join(filter(None, [f"{config.dataset.name}{split}", of]))
@@ -145,6 +154,18 @@ def setting(source: Source) -> Iterator[tuple[str, str]]:
     shown = [shown[0], shown[-1]] if len(shown) > 2 else shown
     words = ", ".join(f"{share:.1%} after round {round_}" for round_, share in shown)
     yield "Accuracy", words or "of the global model: not measured"
+
+
+def _described_words(source: Source) -> str:
+    """Return a described client's training in words; of a damaged description what is there."""
+    where = ("described", "training")
+    said = {key: source.setting(*where, key) or "-" for key in ("optimizer", "lr", "batch_size")}
+    steps, epochs = (source.setting(*where, f"local_{unit}") for unit in ("steps", "epochs"))
+    count, unit = (epochs or "-", "epoch") if steps in ("", "0") else (steps, "step")
+    return (
+        f"{said['optimizer']}, lr {said['lr']}, batches of {said['batch_size']}, "
+        f"{count} {unit}{'' if count == '1' else 's'} a round"
+    )
 
 
 def _training_words(client: Any) -> str:

@@ -131,7 +131,7 @@ def _of_recognised(source: Source, attack: str, lines: Sequence[Mapping[str, Any
         f"{'was' if count == 1 else 'were'} recognisable to the server"
     )
     sentence += "." if sure or not count else ": no more than the mean colour is."
-    beside.insert(0, f"The mean colour is recognisable as {seen['chance']:.1%} of them.")
+    beside.insert(0, f"An image of the mean colour is as similar to {seen['chance']:.1%} of them.")
     if not sure:
         beside.append(_NO_PROOF)
     return Verdict("leaks" if sure else "quiet", sentence, tuple(beside), _RECOGNISABLE)

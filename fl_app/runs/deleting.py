@@ -90,7 +90,7 @@ def delete_run(run_dir: Path, private_only: bool = False) -> list[Path]:
     Returns
     -------
     list of Path
-        What is left, for no run makes it; with `private_only` nothing.
+        What is left, for no run makes it. It may show private images, too.
 
     Raises
     ------
@@ -103,9 +103,9 @@ def delete_run(run_dir: Path, private_only: bool = False) -> list[Path]:
             _remove(part.path)
         if private_only:
             _forget_pictures(run_dir / _LOG)
-            return []
-        left = sorted(run_dir.iterdir())
-    if not left:
+        kept = KEPT if private_only else ()
+        left = sorted(path for path in run_dir.iterdir() if path.name not in kept)
+    if not left and not private_only:
         run_dir.rmdir()
     return left
 

@@ -105,21 +105,21 @@ def find_run(runs_dir: Path, name: str) -> Path:
     runs_dir : Path
         Where runs are looked for by their names.
     name : str
-        A run's name, or the path of its folder.
+        A run's name, or the path of its folder. A name comes first.
 
     Raises
     ------
     FileNotFoundError
         If there is no such run; the message names those that there are.
     """
-    if Path(name).name != name and (Path(name) / "config.yaml").is_file():
-        return Path(name).absolute()
     runs = {run.name: run for run in list_runs(runs_dir)}
-    if name not in runs:
-        raise FileNotFoundError(
-            f"no run {name!r} in {runs_dir.absolute()}; there: {', '.join(runs) or 'none'}"
-        )
-    return runs[name]
+    if name in runs:
+        return runs[name]
+    if name and (Path(name) / "config.yaml").is_file():
+        return Path(name).absolute()
+    raise FileNotFoundError(
+        f"no run {name!r} in {runs_dir.absolute()}; there: {', '.join(runs) or 'none'}"
+    )
 
 
 def _version(package: str) -> str | None:

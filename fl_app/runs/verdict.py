@@ -92,7 +92,8 @@ def attack_update(
     Raises
     ------
     ValueError
-        If the weights are not of the client's model, or N is missing.
+        If the weights are not of the client's model, N is missing, or `truth` can't be of the
+        update.
     """
     known, count = client.knowledge, examples or client.examples
     if count < 1:
@@ -100,12 +101,14 @@ def attack_update(
     seen = observed(weights_of(before), weights_of(after), count, known)
     if labels is not None:
         known = known.granting("counts", tuple(int(label) for label in labels))
+    private = None
+    if truth:
+        images, own = truth
+        batches = client.training.batches(count)
+        private = Truth(images, tuple(int(label) for label in own), batches, round=1, node=0)
+        check_truth(private, known, client.training, count)  # before the time is spent
     found = (attack or FlowMatching())(seen, known, budget=budget)
-    if truth is None:
+    if not private:
         return Verdict(found, None, None)
-    images, own = truth
-    batches = client.training.batches(count)
-    private = Truth(images, tuple(int(label) for label in own), batches, round=1, node=0)
-    check_truth(private, known, client.training, count)
     leakage = score(found, private, known.mean, num_classes=known.num_classes)
-    return Verdict(found, leakage, images)
+    return Verdict(found, leakage, private.images)

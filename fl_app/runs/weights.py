@@ -179,7 +179,8 @@ def _named(
 ) -> dict[str, Tensor]:
     """Return those weights that an update consists of, in the model's order."""
     given = dict(weights)
-    if all(name == f"arr_{i}" for i, name in enumerate(given)):
+    # NumPy's names, and those of Flower's arrays of a list.
+    if all(name in (f"arr_{i}", str(i)) for i, name in enumerate(given)):
         if len(given) != len(names):
             raise ValueError(
                 f"the weights {side} are {len(given)} arrays without names; {model} has "

@@ -71,7 +71,7 @@ def diagnose(
         optimiser,
         None if changed else signs.frozen(update, healthy),
         None if changed or optimiser else signs.scaled(update, healthy, losses),
-        signs.converged(update, healthy),
+        None if clamp else signs.converged(update, healthy),  # what is clamped is small
         signs.batch_norm(observation, training),
         signs.hardly_depends(healthy, losses),
         signs.unmatched(losses, at_truth(noise_part(update.size, sigma))),

@@ -20,6 +20,7 @@ _BEYOND = 3.0
 _SCALE = 5.0  # of a layer's update, which depends on the images most
 _DOUBTFUL = 0.02  # matching loss at the end above which layers are compared
 _INSENSITIVE = 0.01  # matching loss between healthy clients that differ in images alone
+_GAP = 0.1  # smallest changes over their median, see `Zeros.gap`
 _FEW = 8  # numbers of a layer that healthy clients change, at least
 
 
@@ -132,6 +133,11 @@ def wrong_optimiser(update: Update, healthy: Healthy) -> str | None:
     return None
 
 
+def _sign_like(update: Update) -> bool:
+    """Return whether steps are nearly signs of a gradient where the protocol's are not."""
+    return not update.training.adaptive and update.spread > SIGN_LIKE
+
+
 def _odds(share: float) -> float:
     """Return share / (1 - share), finite."""
     return share / (1 - share + 1e-6)
@@ -167,9 +173,10 @@ def frozen(update: Update, healthy: Healthy) -> str | None:
     ]
     if not named:
         return None
+    words, many = ", ".join(named), len(named) > 1
     return (
-        f"layer{'s' * (len(named) > 1)} {', '.join(named)} did not change, though the training "
-        "changes them: are they frozen?"
+        f"{f'layers {words}' if many else f'layer {words}'} did not change, though the training "
+        f"changes {'them: are they' if many else 'it: is it'} frozen?"
     )
 
 
@@ -267,13 +274,17 @@ def clipped(update: Update, healthy: Healthy) -> str | None:
     one_step = training.adaptive and update.steps == 1
     if count < 10 or (one_step and longest > 0.99 * training.lr):
         return None
+    # A clamp leaves small changes small; steps by signs, which the protocol does not name, do not.
+    if _sign_like(update) and update.zeros.gap > _GAP:
+        return None
     more = count > _BEYOND * healthy.most(lambda each: each.ties)
     shorter = training.adaptive and longest < 0.9 * healthy.least(lambda each: each.longest)
     if not more and not shorter:
         return None
+    or_signs = ", or made by one step along a gradient's signs (Adam, signSGD)"
     return (
         f"{count} weights changed by exactly the largest amount, {longest:.2g}: it was clamped "
-        "there"
+        f"there{or_signs * (_sign_like(update) and update.steps == 1)}"
     )
 
 
@@ -292,7 +303,8 @@ def sparse(update: Update, healthy: Healthy) -> str | None:
     zeros = update.zeros
     gap = (
         zeros.share > 0.01
-        and zeros.gap > 0.1
+        and not _sign_like(update)  # its dead units leave zeros, and its steps a gap
+        and zeros.gap > _GAP
         and zeros.gap > _BEYOND * healthy.most(lambda each: each.zeros.gap)
     )
     scattered = zeros.scattered > 0.5 and _odds(zeros.scattered) > _BEYOND * healthy.most(

@@ -347,6 +347,16 @@ def test_a_second_run_never_overwrites_the_first(tmp_path: Path) -> None:
         runs.find_run(tmp_path, "day")
 
 
+def test_a_run_is_found_by_its_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`flowleak attack --out leak` leaves a run in the working folder, not in runs/."""
+    here = runs.create_run(Config(name="leak", runs_dir=str(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "runs"
+    assert [runs.find_run(other, name) for name in ("leak", "leak/", str(here))] == [here] * 3
+    named = runs.create_run(Config(name="leak", runs_dir=str(other)))
+    assert runs.find_run(other, "leak") == named
+
+
 def test_picture_shows_the_pixels_side_by_side(tmp_path: Path) -> None:
     private, found = torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE)
     found[0, 0] = 0

@@ -177,6 +177,19 @@ def test_a_run_without_attacks_or_readable_files(tmp_path: Path) -> None:
     assert "no attack yet" in page_of(run).text
 
 
+def test_a_described_run_says_nothing_of_a_simulation(tmp_path: Path) -> None:
+    """Its config.yaml holds the settings of a simulation, which no client was trained by."""
+    run = Pretence().write(tmp_path)
+    facts = "described:\n  model: app:Net\n  training: {optimizer: sgd, lr: 0.05, batch_size: 2}\n"
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + facts)
+    report = collect(run)
+    assert ("Local training", "sgd, lr 0.05, batches of 2, - epochs a round") in report.setting
+    names = {row[0].partition(".")[0] for row in [*report.config, *report.changed]}
+    assert "attack" in names and not names & {"client", "dataset", "num_clients", "rounds"}
+    listed = json.loads(flowleak("runs", "--json", "--runs-dir", str(tmp_path)))[0]
+    assert (listed["dataset"], listed["optimizer"], listed["lr"]) == (None, "sgd", 0.05)
+
+
 def test_a_run_without_truth_says_so(tmp_path: Path) -> None:
     run = Pretence(truth=False).write(tmp_path)
     report = collect(run)

@@ -59,6 +59,7 @@ def test_only_what_a_run_made_is_deleted(tmp_path: Path) -> None:
     (run / "truth" / "linked").symlink_to(outside)
     (run / "notes.txt").write_text("mine")
     assert parts(run)[-1].path.name == "config.yaml"  # the last, so that it can be repeated
+    assert delete_run(run, private_only=True) == [run / "notes.txt"]
     assert delete_run(run) == [run / "notes.txt"]
     assert (outside / "data.png").read_text() == "mine"
     assert list(run.iterdir()) == [run / "notes.txt"]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fl_app.config import ConfigError
-from fl_app.runs.weights import observed, read_weights, replies
+from fl_app.runs.weights import observed, read_weights, replies, weights_of
 from fl_app.util.reading import BrokenFileError
 from flowleak import Budget, attack_update
 
@@ -78,6 +78,16 @@ def test_one_call_gives_a_verdict(pair: Path, images: Tensor) -> None:
     assert (pair / "leak.png").is_file()
 
 
+def test_private_images_that_are_not_in_0_to_1_are_refused(images: Tensor) -> None:
+    model = Small()
+    after = trained(images, torch.tensor([3, 7]), copy.deepcopy(model)).state_dict()
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"images are from .* allowed: 0 to 1"):
+        attack_update(
+            client(), before, after, 2, budget=Budget(iterations=1), truth=(255 * images, (3, 7))
+        )
+
+
 def test_a_folder_holds_the_replies_of_several_clients(pair: Path) -> None:
     (pair / "replies").mkdir()
     for name in ("a", "b"):
@@ -108,6 +118,9 @@ def test_flowers_arrays_and_lower_precision_are_taken(pair: Path) -> None:
     verdict = attack_update(client(), before, arrays, 2, budget=Budget(iterations=1))
     same = attack_update(client(), before, after, 2, budget=Budget(iterations=1))
     assert torch.equal(verdict.found.images, same.found.images)
+    unnamed = ArrayRecord([value.numpy() for value in after.values()])  # as NumPy clients send
+    seen = observed(before, weights_of(unnamed), 2, client().knowledge)
+    assert all(torch.equal(value, after[name]) for name, value in seen.w1.items())
 
 
 def test_weights_are_read_as_users_save_them(pair: Path) -> None:

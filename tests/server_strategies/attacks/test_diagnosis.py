@@ -97,6 +97,9 @@ def signs(observation: Observation, knowledge: Knowledge, **training: object) ->
 def test_a_wrong_training_is_seen() -> None:
     observation, knowledge, _ = client(CLIENTS["adam"])
     assert "not as by sgd" in signs(observation, knowledge, optimizer="sgd")[0]
+    few, known, _ = client(replace(CLIENTS["adam"], weight_decay=0.0, local_steps=2))
+    (sentence,) = signs(few, known, optimizer="sgd")  # neither clamped nor sparsified
+    assert "not as by sgd" in sentence
     assert "adam can't make" in signs(observation, knowledge, lr=1e-4)[0]
     assert "lr is smaller" in signs(observation, knowledge, lr=0.1)[0]
     observation, knowledge, _ = client(CLIENTS["sgd"])
