@@ -55,6 +55,7 @@ def advise(
     chosen = best(rows)
     names = [row.change for row in chosen]
     screen().print(table_of([_COLUMNS, *(_cells(row, names) for row in rows)]))
+    typer.echo(f"By attacks of {seconds:g} s. That they fail does not prove that none succeeds.")
     if not chosen:
         typer.echo("no change halves what leaks, or nothing leaks")
     try_report(folder)
