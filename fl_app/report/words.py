@@ -141,10 +141,7 @@ def _unwatched(source: Source, config: Config) -> Iterator[str]:
         yield f"{plural(left, 'client')} of {config.num_clients}, which were not watched."
 
 
-_CHOSEN = (
-    "Measured on this run by flowleak advise: it at least halves what this attack finds. Another, "
-    "or a longer one, may find more."
-)
+_CHOSEN = "Tried on this run by flowleak advise. A longer attack may find more."
 
 _MEASURES: Sequence[tuple[str, str]] = (
     (
@@ -181,7 +178,8 @@ def measures(advice: Sequence[Advice]) -> tuple[Measure, ...]:
     """
     now = next((row for row in advice if row.change == AS_IT_IS), None)
     measured = [Measure(_capital(row.change), _CHOSEN, _effect(row, now)) for row in best(advice)]
-    return (*measured, *(Measure(words, why, NOT_MEASURED) for words, why in _MEASURES))
+    general = (Measure(words, why, NOT_MEASURED) for words, why in _MEASURES)
+    return (*measured, *general)[: len(_MEASURES)]  # the first screen is one page
 
 
 def _capital(words: str) -> str:
