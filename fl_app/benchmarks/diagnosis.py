@@ -149,7 +149,7 @@ FAULTS = {
         optimizer="adam",
     ),
     "first layer frozen": Fault(
-        "are they frozen",
+        "did not change, though",
         lambda training, names: replace(
             training, trainable=tuple(n for n in names if not n.startswith(_first(names)))
         ),

@@ -50,7 +50,7 @@ def test_in_a_namespace_of_its_own() -> None:
     tests = [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*unshare, "sh", "-c", f'{network} "$@"', "sh", *tests],
-        env=os.environ | {INSIDE: "1"}, cwd=PROJECT, capture_output=True, text=True, timeout=600,
+        env=os.environ | {INSIDE: "1"}, cwd=PROJECT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
