@@ -57,9 +57,10 @@ def delete(
 def _described(folder: Path) -> bool:
     """Say whether the clients were a user's own: their training is not ours to have ended."""
     from fl_app.config import ConfigError, read_settings
+    from fl_app.runs.folder import DESCRIBED
 
     try:
-        return "described" in read_settings(folder / "config.yaml")
+        return DESCRIBED in read_settings(folder / "config.yaml")
     except ConfigError:
         return False
 

@@ -87,6 +87,7 @@ def _summary(run: Path) -> dict[str, Any]:
     """Return what `runs` says of a run; of its configuration only that much is read."""
     from fl_app.audit.leakage_log import read_lines
     from fl_app.config import ConfigError, read_settings
+    from fl_app.runs.folder import DESCRIBED
 
     problems: list[str] = []
     config: dict[str, Any] = {}
@@ -99,8 +100,8 @@ def _summary(run: Path) -> dict[str, Any]:
     scores = [line["metrics"]["psnr"] for line in lines if line["metrics"].get("psnr")]
     best: dict[str, Any] = max(scores, key=lambda score: score["mean"] or 0, default={})
     # A user's own federation is described by a file; the settings of a simulation stay unused.
-    own = "described" in config
-    client = ("described", "training") if own else ("client",)
+    own = DESCRIBED in config
+    client = (DESCRIBED, "training") if own else ("client",)
     settings = {
         key: _setting(config, *where)
         for key, where in (
@@ -172,7 +173,7 @@ def show(
 
 
 def _print_leakage(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    from fl_app.audit.advice import defense_advice
+    from fl_app.audit.defense_effect import defense_advice
     from fl_app.audit.table import leakage_table
     from fl_app.config import ConfigError
 

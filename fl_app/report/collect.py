@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fl_app.audit.advice import defense_advice
+from fl_app.audit.defense_effect import defense_advice
 from fl_app.audit.rounds import rounds_cells
 from fl_app.config import ConfigError
 from fl_app.protocol import Defense

@@ -13,6 +13,7 @@ from fl_app.audit.leakage_log import read_lines
 from fl_app.audit.rounds import RoundLine, by_round, read_accuracy
 from fl_app.config import Config, ConfigError, from_settings, read_settings
 from fl_app.runs.advice import Advice, read_advice
+from fl_app.runs.folder import DESCRIBED
 from fl_app.util.reading import BrokenFileError, read_json
 
 
@@ -64,7 +65,7 @@ class Source:
     @property
     def described(self) -> bool:
         """Whether the clients are of a user's own federation, described by a file."""
-        return "described" in self.settings
+        return DESCRIBED in self.settings
 
     def of(self, attack: str) -> list[dict[str, Any]]:
         """Return the lines of an attack."""

@@ -12,6 +12,7 @@ from fl_app.config import ConfigError, load_config
 from fl_app.report.model import Cells
 from fl_app.report.source import Source, number, plural
 from fl_app.report.updates import setting_words
+from fl_app.runs.folder import DESCRIBED
 from fl_app.util.intervals import FEWEST, spread, spread_words
 from fl_app.util.schema import problem
 
@@ -158,7 +159,7 @@ def setting(source: Source) -> Iterator[tuple[str, str]]:
 
 def _described_words(source: Source) -> str:
     """Return a described client's training in words; of a damaged description what is there."""
-    where = ("described", "training")
+    where = (DESCRIBED, "training")
     said = {key: source.setting(*where, key) or "-" for key in ("optimizer", "lr", "batch_size")}
     steps, epochs = (source.setting(*where, f"local_{unit}") for unit in ("steps", "epochs"))
     count, unit = (epochs or "-", "epoch") if steps in ("", "0") else (steps, "step")

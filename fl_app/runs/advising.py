@@ -126,11 +126,12 @@ def advise(
     attack = replace(auditor.config.attack, iterations=UNBOUNDED, seconds=seconds)
     setting = {"clients": len(taken), "rounds": rounds, "attack": asdict(attack)}
     done = read_advice(folder, setting)
+    reached: dict[str, float] = {}
     for change in changes:
         if change.words in (row.change for row in done):
             continue
         tell(f"advise: {change.words}, on {len(taken)} updates of round {first}")
-        done.append(_try(change, auditor, taken, attack, rounds))
+        done.append(_try(change, auditor, taken, attack, rounds, reached))
         write_advice(folder, setting, done)
     return done
 
@@ -141,8 +142,12 @@ def _try(
     taken: Sequence[Observation],
     attack: AttackConfig,
     rounds: int,
+    reached: dict[str, float],
 ) -> Advice:
-    """Return what a change does; what does not fit the clients is told."""
+    """Return what a change does; what does not fit the clients is told.
+
+    `reached` keeps accuracies by federation: some changes train the same one.
+    """
     began = time.monotonic()
     config = auditor.config
     defense = config.defense if change.defense is None else change.defense
@@ -168,15 +173,21 @@ def _try(
     except (ValueError, RuntimeError) as error:
         return Advice(change.words, str(defense), problem=str(error))
     row = _row(change, defense, own.lines()[-(1 if defense.secagg else len(taken)) :])
-    accuracy = _accuracy(auditor, defense, training, rounds)
+    accuracy = _accuracy(auditor, defense, training, rounds, reached)
     return replace(row, accuracy=accuracy, seconds=round(time.monotonic() - began, 1))
+
+
+def _of_one(defense: Defense) -> Defense:
+    """Return what one client does of a defence: secure aggregation changes no single update."""
+    return NO_DEFENSE if defense.secagg else defense
 
 
 def _again(seen: Observation, auditor: Auditor, own: Auditor) -> Observation:
     """Train a client's round again as `own` says; leave its Truth, and return what it sends."""
     truth = auditor.truth(seen)
     assert truth is not None
-    training, defense, known = own.config.client, own.config.defense, own.knowledge
+    training, known = own.config.client, own.knowledge
+    alone = _of_one(own.config.defense)
     seed = local_seed(own.config.seed, max(seen.client, 0), seen.round)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -192,12 +203,11 @@ def _again(seen: Observation, auditor: Auditor, own: Auditor) -> Observation:
         steps = [torch.tensor(batch) for batch in batches]
         train(
             model, images, torch.tensor(labels), steps, training, known.mean, known.std,
-            NO_DEFENSE if defense.secagg else defense,
+            alone,
         )  # fmt: skip
     noise = noise_generator(own.config.seed, max(seen.client, 0), seen.round)
     after = {name: value.detach() for name, value in model.state_dict().items()}
-    single = NO_DEFENSE if defense.secagg else defense
-    returned = defended_weights(sent, after, single, noise)
+    returned = defended_weights(sent, after, alone, noise)
     names = list(seen.w0)
     write_truth(own.run_dir, Truth(images, labels, batches, seen.round, seen.node))
     return replace(
@@ -226,7 +236,11 @@ def _row(change: Change, defense: Defense, lines: Sequence[Mapping[str, Any]]) -
 
 
 def _accuracy(
-    auditor: Auditor, defense: Defense, training: LocalTraining, rounds: int
+    auditor: Auditor,
+    defense: Defense,
+    training: LocalTraining,
+    rounds: int,
+    reached: dict[str, float],
 ) -> float | None:
     """Return the accuracy of a federation of the run's clients with a change, after some rounds."""
     if not rounds or auditor.no_data:
@@ -235,13 +249,15 @@ def _accuracy(
     train_set, test_set = load_split(config.dataset, "train"), load_split(config.dataset, "test")
     federation = Federation(
         training,
-        NO_DEFENSE if defense.secagg else defense,  # a sum trains the same model
+        _of_one(defense),
         clients=config.num_clients,
         rounds=rounds,
         images=len(train_set),
         model=config.model.name,
         norm=config.model.norm,
     )
-    info = DatasetInfo(known.num_classes, known.image_shape, known.mean, known.std)
-    accuracy = federated_accuracy(federation, train_set, test_set, info, config.seed)
-    return round(accuracy, 4)
+    if federation.name not in reached:
+        info = DatasetInfo(known.num_classes, known.image_shape, known.mean, known.std)
+        accuracy = federated_accuracy(federation, train_set, test_set, info, config.seed)
+        reached[federation.name] = round(accuracy, 4)
+    return reached[federation.name]

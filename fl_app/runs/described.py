@@ -16,16 +16,13 @@ from typing import Any
 
 from fl_app.config import Config, ConfigError, ModelConfig
 from fl_app.protocol import Client, LocalTraining
-from fl_app.runs.folder import create_run
+from fl_app.runs.folder import DESCRIBED, create_run
 from fl_app.util.extras import MissingExtraError
 from fl_app.util.plain import plain_settings
 from fl_app.util.vision import import_torchvision
 
 DEFAULT = "audit.py"
 """The file that describes clients where no other is named."""
-
-DESCRIBED = "described"
-"""The entry of a run's config.yaml that names the file and the model."""
 
 NO_DATA = "the clients' data set is the user's own"
 

@@ -18,7 +18,8 @@ from fl_app.audit.auditor import Auditor
 from fl_app.config import Config, ConfigError, DatasetConfig, from_settings, read_settings
 from fl_app.data import dataset_info, fingerprint, on_hub
 from fl_app.protocol import Client, DatasetInfo, Knowledge
-from fl_app.runs.described import DESCRIBED, NO_DATA, client_of, described_config
+from fl_app.runs.described import NO_DATA, client_of, described_config
+from fl_app.runs.folder import DESCRIBED
 from fl_app.util.plain import plain_settings
 from fl_app.util.text import printable
 from server_strategies.priors.flow import weights_digest

@@ -16,6 +16,9 @@ from fl_app.config import Config, to_yaml
 from fl_app.util.files import private_folder, runs_folder, user_path, write_text
 from fl_app.util.origin import PACKAGES, code_digest, origin
 
+DESCRIBED = "described"
+"""The entry of config.yaml, in a run of a user's own federation, that names its file and model."""
+
 _PACKAGES = (
     "flowleak", "flwr", "torch", "ray", "numpy", "scipy", "torchvision", "lpips", "opacus",
     "omegaconf", "safetensors", "datasets", "flwr-datasets", "pillow", "scikit-image",

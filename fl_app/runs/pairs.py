@@ -103,7 +103,7 @@ def attack_pair(
     if truth:
         write_truth(run_dir, truth)
     auditor = described_auditor(run_dir, config, client)
-    tell_forecast(seen[0], auditor.grant(seen[0]), attack, console)
+    tell_forecast(seen[0], known, attack, console)
     for each, (_, after) in zip(seen, files, strict=True):
         if len(seen) > 1:
             console.print(f"client {each.node}: {after}", **PLAIN)

@@ -148,15 +148,14 @@ def observed(
         odd = ", ".join(sorted(w0.keys() ^ w1.keys())[:5])
         raise ValueError(f"the weights before and after are not of one model: {odd}")
     # A client may answer in another precision, say bfloat16: its update is of the model's own.
-    own = {name: value.dtype for name, value in model.state_dict().items()}
-    w0, w1 = ({n: value.to(own[n]) for n, value in weights.items()} for weights in (w0, w1))
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    own = model.state_dict()
+    w0, w1 = ({n: value.to(own[n].dtype) for n, value in weights.items()} for weights in (w0, w1))
     for side, weights in (("before", w0), ("after", w1)):
         for name, value in weights.items():
-            if value.shape != shapes[name]:
+            if value.shape != own[name].shape:
                 raise ValueError(
                     f"{name} {side} has shape {tuple(value.shape)}; the model's has "
-                    f"{tuple(shapes[name])}"
+                    f"{tuple(own[name].shape)}"
                 )
             if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"{name} {side} holds NaN or infinity")

@@ -118,15 +118,12 @@ def infer_labels(
             f"{knowledge.client.label_smoothing}: simulate"
         )
     head = _Head(observation, knowledge, torch.device(device))
-    if (
-        method == "simulate"
-        and len(_distinct(knowledge.client, observation.num_examples)) > _ORDERED
-    ):
+    if method == "simulate":
+        if len(_distinct(knowledge.client, observation.num_examples)) <= _ORDERED:
+            return _by_step(_Search(head, observation, knowledge).run(), f"{method}: {reason}")
         counts = _Totals(head, observation, knowledge).totals()
         words = f"{method}: {reason}; over all local steps alone"
         return LabelEstimate(counts.cpu(), spread_labels(_labels(counts)), method, words)
-    if method == "simulate":
-        return _by_step(_Search(head, observation, knowledge).run(), f"{method}: {reason}")
     counts = {"idlg": _idlg, "llg": _llg, "dlf": _dlf}[method](head)
     return LabelEstimate(counts.cpu(), tuple(_labels(counts)), method, f"{method}: {reason}")
 

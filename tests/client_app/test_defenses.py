@@ -33,8 +33,8 @@ from client_app.defenses import (
     update_bytes,
 )
 from client_app.training import choose_batches, normalise, train
-from fl_app.audit.advice import defense_advice
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.defense_effect import defense_advice
 from fl_app.audit.leakage_log import LogLine, append_line
 from fl_app.audit.truth import Truth, write_truth
 from fl_app.config import ConfigError, WatchConfig, load_config
