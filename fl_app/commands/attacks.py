@@ -73,7 +73,7 @@ def attack(
         Path | None,
         typer.Option(
             help="With --before: its private images, for scores: torch.save of images (N, C, H, W) "
-            "in [0, 1] and labels (N)."
+            "in [0, 1] and labels (N); for a folder in --after a folder, files by the same names."
         ),
     ] = None,
     labels: Annotated[
@@ -152,7 +152,11 @@ def attack(
 def score(
     run: RunName,
     truth: Annotated[
-        Path, typer.Option(help="Folder whose truth/ holds the clients' private batches.")
+        Path,
+        typer.Option(
+            help="Folder whose truth/ holds the clients' private batches; for a run from files as "
+            "--truth of `flowleak attack`."
+        ),
     ],
     client: ClientFile = None,
     runs_dir: RunsDir = Path("runs"),
@@ -165,6 +169,11 @@ def score(
     from fl_app.util.files import runs_folder
 
     folder = find_run(runs_folder(str(runs_dir)), run)
+    if truth.exists() and not (truth / "truth").is_dir():
+        from fl_app.runs.pairs import take_private
+
+        take_private(folder, truth, client, screen())
+        truth = folder
     lines, problems = score_later(folder, truth, tell, client)
     warn([*read_lines(folder / "leakage.jsonl")[1], *problems])
     if not lines and not problems:

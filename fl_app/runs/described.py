@@ -24,6 +24,9 @@ from fl_app.util.vision import import_torchvision
 DEFAULT = "audit.py"
 """The file that describes clients where no other is named."""
 
+REPLIES = "replies"
+"""Of the entry `DESCRIBED`: the file of each client's weights, where the run is made from files."""
+
 NO_DATA = "the clients' data set is the user's own"
 
 
@@ -105,7 +108,9 @@ def described_config(config: Config, client: Client) -> Config:
     )
 
 
-def create_described_run(config: Config, client: Client, file: str) -> Path:
+def create_described_run(
+    config: Config, client: Client, file: str, replies: Mapping[int, str] | None = None
+) -> Path:
     """Make the folder of a run of described clients; see `create_run`.
 
     Parameters
@@ -115,14 +120,17 @@ def create_described_run(config: Config, client: Client, file: str) -> Path:
     client : Client
     file : str
         Where it is described; "": in a program.
+    replies : mapping of int to str, optional
+        For a run from files: the name of each client's, by its node.
     """
     known = client.knowledge
+    entry = {
+        "file": file,
+        "model": known.model_name,
+        "training": plain_settings(client.training),
+    }
     facts = {
-        DESCRIBED: {
-            "file": file,
-            "model": known.model_name,
-            "training": plain_settings(client.training),
-        },
+        DESCRIBED: entry | ({REPLIES: dict(replies)} if replies else {}),
         "data": {
             "num_classes": known.num_classes,
             "image_shape": list(known.image_shape),

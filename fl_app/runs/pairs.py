@@ -1,7 +1,8 @@
-"""One update from two files of weights: recorded as a run of its own, and attacked."""
+"""Updates from files of weights: recorded as a run of their own, and attacked."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +13,19 @@ from torch import Tensor
 
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.truth import Truth, check_truth, write_truth
-from fl_app.config import AttackConfig, AuditConfig, Config, ConfigError, load_config
+from fl_app.config import (
+    AttackConfig,
+    AuditConfig,
+    Config,
+    ConfigError,
+    load_config,
+    read_settings,
+)
 from fl_app.protocol import Client, Knowledge, Observation
 from fl_app.runs.attacking import PLAIN, tell_forecast
-from fl_app.runs.described import create_described_run, load_client
+from fl_app.runs.described import REPLIES, client_of, create_described_run, load_client
 from fl_app.runs.facts import described_auditor
+from fl_app.runs.folder import DESCRIBED
 from fl_app.runs.weights import observed, read_weights, replies
 from fl_app.util.files import user_path
 from fl_app.util.reading import BrokenFileError, check_regular
@@ -26,7 +35,7 @@ from server_strategies.observations import MOST_IMAGES, ObservationStore
 
 @dataclass(frozen=True)
 class Pair:
-    """What a user says of one update.
+    """What a user says of the updates in files.
 
     Attributes
     ----------
@@ -38,7 +47,8 @@ class Pair:
     examples : int
         Images that it trained on; 0: as the description says.
     truth : Path or None
-        A file of its private images, see `read_private`, for scores.
+        A file of its private images, see `read_private`, for scores; of several clients a folder,
+        see `private_file`.
     labels : {"by-step", "counts", "unknown"}
         What the attack is granted of their labels.
     """
@@ -56,7 +66,8 @@ def attack_pair(
 ) -> Auditor:
     """Record an update as a run, attack it in this process, and log what leaked.
 
-    Of several clients each is attacked; one that can't be has a line that says why.
+    Of several clients each is attacked; one that can't be has a line that says why, and one whose
+    file can't be used is named and left out.
 
     Parameters
     ----------
@@ -88,31 +99,127 @@ def attack_pair(
         )
     known = client.knowledge
     files = replies(pair.before, pair.after)
-    if pair.truth and len(files) > 1:
-        raise ConfigError(f"truth is {pair.truth}; allowed for {len(files)} clients: none")
-    seen = [
-        observed(read_weights(before), read_weights(after), examples, known, node=number)
-        for number, (before, after) in enumerate(files)
-    ]
-    truth = read_private(pair.truth, client, examples) if pair.truth else None
+    seen = _read(files, examples, known, console)
+    names = {each.node: files[each.node][1].name for each in seen}
+    truths = _truths(pair.truth, client, seen, names, console) if pair.truth else []
     config = _config(pair, attack, out, lpips_weights)
-    run_dir = create_described_run(config, client, str(pair.client.absolute()))
+    run_dir = create_described_run(config, client, str(pair.client.absolute()), names)
     store = ObservationStore(run_dir)
     for each in seen:
         store.save(each)
-    if truth:
+    for truth in truths:
         write_truth(run_dir, truth)
     auditor = described_auditor(run_dir, config, client)
     tell_forecast(seen[0], known, attack, console)
-    for each, (_, after) in zip(seen, files, strict=True):
-        if len(seen) > 1:
-            console.print(f"client {each.node}: {after}", **PLAIN)
+    for each in seen:
+        if len(files) > 1:
+            console.print(f"client {each.node}: {names[each.node]}", **PLAIN)
         try:
             _attack(each, auditor.grant(each), auditor, console)
         except (ValueError, RuntimeError):
-            if len(seen) == 1:
+            if len(files) == 1:
                 raise
     return auditor
+
+
+def _read(
+    files: Sequence[tuple[Path, Path]], examples: int, known: Knowledge, console: Console
+) -> list[Observation]:
+    """Return the updates in pairs of files; of several, one that can't be used is named."""
+    seen, problem = [], ValueError("no update")
+    for number, (before, after) in enumerate(files):
+        try:
+            weights = read_weights(before), read_weights(after)
+            seen.append(observed(*weights, examples, known, node=number))
+        except ValueError as error:
+            problem = error
+            if len(files) > 1:
+                why = f"Left out: {after.name}: {error}"
+                console.print(why, style="yellow", **PLAIN)
+    if not seen:
+        raise problem
+    return seen
+
+
+def _truths(
+    path: Path,
+    client: Client,
+    seen: Sequence[Observation],
+    names: Mapping[int, str],
+    console: Console,
+) -> list[Truth]:
+    """Return the private images of clients; of several, one without a file that fits is named."""
+    if len(names) > 1 and not path.is_dir():
+        raise ConfigError(
+            f"truth is {path}; allowed for {len(names)} clients: a folder with a file for each, by "
+            "the names of their replies"
+        )
+    truths = []
+    for each in seen:
+        try:
+            file = private_file(path, names[each.node])
+            truth = read_private(file, client, each.num_examples)
+        except BrokenFileError as error:
+            if not path.is_dir():
+                raise
+            console.print(f"Not scored: {error}", style="yellow", **PLAIN)
+        else:
+            truths.append(replace(truth, round=each.round, node=each.node))
+    return truths
+
+
+def take_private(run_dir: Path, path: Path, file: Path | None, console: Console) -> None:
+    """Write the private images in a user's files into a run from files, so that it can be scored.
+
+    Parameters
+    ----------
+    run_dir : Path
+    path : Path
+        As `Pair.truth`.
+    file : Path or None
+        That describes the clients, see `client_of`.
+    console : Console
+        Names what can't be used.
+
+    Raises
+    ------
+    ConfigError, BrokenFileError
+        If the run is not from files, or the one file can't be used.
+    """
+    described = read_settings(run_dir / "config.yaml").get(DESCRIBED)
+    names = described.get(REPLIES) if isinstance(described, Mapping) else None
+    if not isinstance(described, Mapping) or not isinstance(names, Mapping):
+        raise ConfigError(
+            f"truth is {path}; allowed for {run_dir.name}, which was not made from files: a folder "
+            "that holds truth/, as clients write it"
+        )
+    store = ObservationStore(run_dir)
+    seen = [store.load(id_) for id_ in store.ids()]
+    replies_ = {int(node): str(name) for node, name in names.items()}
+    for truth in _truths(path, client_of(described, file), seen, replies_, console):
+        write_truth(run_dir, truth)
+
+
+def private_file(path: Path, reply: str) -> Path:
+    """Return the file of a client's private images.
+
+    Parameters
+    ----------
+    path : Path
+        It, or a folder that holds it under the name of the client's reply.
+    reply : str
+
+    Raises
+    ------
+    BrokenFileError
+        If a folder lacks it.
+    """
+    if not path.is_dir():
+        return path
+    for file in (path / reply, (path / reply).with_suffix(".pt")):
+        if file.is_file():
+            return file
+    raise BrokenFileError(f"{path} holds no private images of {reply}")
 
 
 def _config(pair: Pair, attack: AttackConfig, out: Path, lpips_weights: str) -> Config:

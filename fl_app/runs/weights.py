@@ -50,8 +50,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than weights, which could run code when it is read: save "
             f"model.state_dict() alone ({str(error).splitlines()[0]})"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise BrokenFileError(f"{path} can't be read: {error}") from error
+    except Exception as error:  # of a broken file torch.load raises nearly anything
+        why = str(error) or type(error).__name__
+        raise BrokenFileError(f"{path} can't be read: {why}") from error
     while isinstance(found, Mapping) and not _weights(found):
         inner = next((found[key] for key in _WRAPPED if isinstance(found.get(key), Mapping)), None)
         if inner is None:

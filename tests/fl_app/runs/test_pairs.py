@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,12 +93,25 @@ def test_a_folder_holds_the_replies_of_several_clients(pair: Path) -> None:
     (pair / "replies").mkdir()
     for name in ("a", "b"):
         shutil.copy(pair / "after.pt", pair / "replies" / f"{name}.pt")
+    (pair / "replies" / "aa.pt").write_text("broken")
     arguments = ("attack", "--before", "before.pt", "--after", "replies", "--examples", "2")
-    flowleak(*arguments, "--set", "iterations=3")
-    lines = [json.loads(each) for each in (pair / "leak/leakage.jsonl").read_text().splitlines()]
-    assert [int(line["node"]) for line in lines] == [0, 1]
-    with pytest.raises(ConfigError, match="allowed for 2 clients: none"):
+    printed = flowleak(*arguments, "--set", "iterations=3")
+    assert "Left out: aa.pt: " in printed and "client 2: b.pt" in printed
+
+    def lines() -> list[dict[str, Any]]:
+        log = (pair / "leak/leakage.jsonl").read_text()
+        return [json.loads(each) for each in log.splitlines()]
+
+    assert [int(line["node"]) for line in lines()] == [0, 2]
+    with pytest.raises(ConfigError, match="allowed for 2 clients: a folder with a file for each"):
         flowleak(*arguments, "--truth", "truth.pt")
+    # The private images come later, of one client.
+    (pair / "private").mkdir()
+    shutil.copy(pair / "truth.pt", pair / "private" / "b.pt")
+    printed = flowleak("score", "./leak", "--truth", "private")
+    assert "Not scored: private holds no private images of a.pt" in printed
+    scored = [line for line in lines() if line["metrics"]]
+    assert [int(line["node"]) for line in scored] == [2]
     assert replies(pair / "before.pt", pair / "after.pt") == [
         (pair / "before.pt", pair / "after.pt")
     ]
