@@ -28,6 +28,15 @@ ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=2)
 # The smallest image of each; vgg11 halves it five times.
 SIDES = {"lenet5": 12, "vgg11": 32, "resnet18": 16}
 KINDS = [(name, norm) for name, family in MODELS.items() for norm in family.norms]
+# Each norm and mode of one of its kind; the others as they are by default. resnet18 is resnet8,
+# only larger.
+SMALLER = sorted(MODELS.keys() - {"resnet18"})
+TRAINED = [
+    (name, norm, mode)
+    for name, norm in KINDS
+    if name in SMALLER and (name != "vgg11" or norm == chosen_norm(name))
+    for mode in (("train", "eval") if norm == "batch" and name == "resnet8" else ("train",))
+]
 
 
 def client(
@@ -89,10 +98,7 @@ def test_every_model_takes_images_of_both_sizes(name: str, norm: str) -> None:
         assert 1e-3 < logits.std(0).mean() < 10
 
 
-@pytest.mark.parametrize(
-    ("name", "norm", "mode"),
-    [(*kind, "train") for kind in KINDS] + [(*k, "eval") for k in KINDS if k[1] == "batch"],
-)
+@pytest.mark.parametrize(("name", "norm", "mode"), TRAINED)
 def test_a_simulated_client_is_the_client(name: str, norm: str, mode: str) -> None:
     training = replace(SGD, momentum=0.9, batch_norm=mode)
     observation, knowledge, x = client(name, training, norm, torch.float64)
@@ -111,7 +117,7 @@ def test_a_simulated_client_is_the_client(name: str, norm: str, mode: str) -> No
     assert set(found) == {n for n, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALLER)
 def test_an_update_can_be_descended_to_its_images(name: str) -> None:
     for training in (SGD, ADAM):
         observation, knowledge, x = client(name, training)
@@ -231,7 +237,7 @@ def test_statistics_that_were_not_sent_tell_nothing() -> None:
     assert statistics_of(1.0, observation, knowledge) == []
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"resnet18"}))  # resnet8, only larger
+@pytest.mark.parametrize("name", SMALLER)
 def test_an_attack_chooses_for_itself(name: str) -> None:
     observation, knowledge, x = client(name, replace(SGD, batch_size=1))
     assert diagnose(observation, knowledge, [0.6, 0.05], None) == ()

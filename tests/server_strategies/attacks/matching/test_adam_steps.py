@@ -22,6 +22,7 @@ from server_strategies.attacks.matching.low_rank.exact import ExactFeatures, exa
 from server_strategies.attacks.matching.low_rank.objective import LowRank
 
 ADAM = LocalTraining("adam", lr=1e-3, batch_size=1, local_steps=4)
+STEPS = 3  # of made-up updates
 ADAMW = replace(ADAM, optimizer="adamw", weight_decay=0.1)
 Layer = tuple[Tensor, Tensor]
 
@@ -68,11 +69,11 @@ def textbooks(gradient: Tensor, decay: float) -> Tensor:
 
 
 def made_up(size: float) -> Layer:
-    """Return slopes (4, 60) and features (4, 400) as behind and in front of ReLUs."""
+    """Return slopes (STEPS, 60) and features (STEPS, 400) as behind and in front of ReLUs."""
     generator = torch.Generator().manual_seed(0)
-    slopes = size * torch.randn(4, 60, generator=generator)
-    slopes *= torch.rand(4, 60, generator=generator) < 0.5
-    return slopes, torch.randn(4, 400, generator=generator).clamp_min(0)
+    slopes = size * torch.randn(STEPS, 60, generator=generator)
+    slopes *= torch.rand(STEPS, 60, generator=generator) < 0.5
+    return slopes, torch.randn(STEPS, 400, generator=generator).clamp_min(0)
 
 
 def trained(slopes: Tensor, features: Tensor, training: LocalTraining) -> tuple[Layer, Layer]:
@@ -103,7 +104,7 @@ def test_factors_of_a_made_up_sum_are_found(
     training: LocalTraining, size: float, share: float
 ) -> None:
     slopes, features = made_up(size)
-    found = step_factors(*trained(slopes, features, training), training, [1] * 4)
+    found = step_factors(*trained(slopes, features, training), training, [1] * STEPS)
     assert found is not None
     assert torch.equal(found.features > 0, features > 0)
     assert torch.equal(found.slopes.sign(), slopes.sign().double())
@@ -114,18 +115,18 @@ def test_factors_of_a_made_up_sum_are_found(
     if share > 0.9:
         ours = found.slopes / factor[:, None]
         assert ((ours - slopes).norm(dim=1) / slopes.norm(dim=1)).max() < 0.02
-    torch.testing.assert_close(found.features.norm(dim=1), torch.ones(4).double())
+    torch.testing.assert_close(found.features.norm(dim=1), torch.ones(STEPS).double())
 
 
 def test_updates_that_dont_show_their_steps_are_refused() -> None:
     slopes, features = made_up(1e-4)
     decayed = replace(ADAM, weight_decay=0.1)
-    assert step_factors(*trained(slopes, features, decayed), decayed, [1] * 4) is None
+    assert step_factors(*trained(slopes, features, decayed), decayed, [1] * STEPS) is None
     w0, (weight, bias) = trained(slopes, features, ADAM)
-    assert step_factors(w0, (weight, bias), ADAM, [1] * 4) is not None
+    assert step_factors(w0, (weight, bias), ADAM, [1] * STEPS) is not None
     generator = torch.Generator().manual_seed(2)
     noise = 1e-3 * ADAM.lr * torch.randn(weight.shape, generator=generator)
-    assert step_factors(w0, (weight + noise, bias), ADAM, [1] * 4) is None
+    assert step_factors(w0, (weight + noise, bias), ADAM, [1] * STEPS) is None
 
 
 def test_the_images_of_a_batch_are_told_apart() -> None:

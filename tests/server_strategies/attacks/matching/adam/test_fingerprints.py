@@ -14,6 +14,7 @@ from fl_app.protocol import LocalTraining, Observation
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.adam.decode import Decoded, fit_rows, supported
 from server_strategies.attacks.matching.adam.fingerprints import Fingerprint, find_fingerprints
+from server_strategies.attacks.matching.base import MatchingObjective
 
 ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=4)
 
@@ -122,6 +123,14 @@ def test_fingerprints_are_fitted_by_the_ground_truth_and_not_by_other_images() -
     assert objective.found_labels() == (given[1], given[0], *given[2:])
 
 
+def simulate_again(objective: MatchingObjective, x: Tensor) -> None:
+    """Call it three times, each with the weights simulated by the labels assigned before."""
+    assert isinstance(objective, Decoded)
+    for _ in range(3):
+        objective.calls = 0
+        objective(x, 0.0)
+
+
 def test_labels_without_order_find_their_images() -> None:
     observation, knowledge, x = client(replace(ADAM, local_steps=3))
     given = knowledge.labels
@@ -130,8 +139,7 @@ def test_labels_without_order_find_their_images() -> None:
     assert counted.labels != given
     for known in (counted, replace(counted, labels_level="unknown", labels_source="llg")):
         objective = matching_objective("fingerprints", observation, known)
-        for _ in range(17):  # the weights are simulated again, with the labels assigned before
-            objective(x, 0.0)
+        simulate_again(objective, x)
         assert objective.found_labels() == given
 
 
@@ -144,8 +152,7 @@ def test_a_label_that_was_inferred_wrongly_is_corrected() -> None:
         knowledge, labels=(other, *given[1:]), labels_level="unknown", labels_source="llg"
     )
     objective = matching_objective("fingerprints", observation, inferred)
-    for _ in range(17):
-        objective(x, 0.0)
+    simulate_again(objective, x)
     assert objective.found_labels() == given
 
 
