@@ -29,6 +29,9 @@ BOUNDS: Mapping[str, Bounds] = {
 }
 """What each metric can be at least and at most."""
 
+FEW_ITERATIONS = 30
+"""Iterations of a search from noise below which little of any image shows."""
+
 _MORE_LEAKS = ("psnr", "ssim")
 _LESS_LEAKS = ("lpips_vgg", "lpips_alex", "mse", "fmse")
 
@@ -186,3 +189,22 @@ def chance_words(found: Mapping[str, Any]) -> str:
     low, high = (1 + number for number in found["candidates"])
     number = str(low) if low == high else f"{low} to {high}"
     return f"nearest of {number} of the class by {found['by']}, chance {found['chance']:.1%}"
+
+
+def hardly_searched(line: Mapping[str, Any]) -> str:
+    """Return that an attack's time held too few iterations to show its images, or "".
+
+    Exact features need few.
+
+    Parameters
+    ----------
+    line : mapping
+        Of the leakage log.
+    """
+    few = line["status"] == "ok" and (line["iterations"] or 0) < FEW_ITERATIONS
+    if not few or line["stop_reason"] != "seconds" or line["determined"]:
+        return ""
+    return (
+        f"the {line['seconds']:.0f} seconds of {line['attack']} held {line['iterations']} "
+        f"iterations on {line['num_examples']} images: take them as not tried"
+    )

@@ -14,6 +14,7 @@ from fl_app.audit.exposure import (
     bounds_of,
     chance_words,
     count_words,
+    hardly_searched,
     identified_of,
     mean_single_colour,
     recognised_of,
@@ -82,6 +83,8 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             continue
         if line["diagnosis"]:
             words = printable("; ".join(line["diagnosis"]))
+            below.append(f"{where}: {words}\n", style="yellow")
+        if words := hardly_searched(line):
             below.append(f"{where}: {words}\n", style="yellow")
         if line["reference_free"]:
             below.append(f"{where}, no truth: {_alone(line['reference_free'])}\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fl_app.audit.exposure import FEW_ITERATIONS, hardly_searched
 from fl_app.config import Config
 from fl_app.protocol import Defense
 from fl_app.registry import ATTACKS, OURS
@@ -117,6 +118,12 @@ def untested(source: Source) -> Iterator[str]:
     missed += [f"{plural(skipped, 'update')} not attacked"] * bool(skipped)
     if missed:
         yield f"{', '.join(missed)}."
+    if hardly := [line for line in lines if hardly_searched(line)]:
+        images = plural(sum(line["num_examples"] for line in hardly), "image")
+        yield (
+            f"{images} of {plural(len(hardly), 'update')}, for which an attack's time held fewer "
+            f"than {FEW_ITERATIONS} iterations: take them as not tried by it."
+        )
     yield (
         "Servers that change the model, the messages or the sampling to leak more; servers with "
         "clients of their own; whoever listens on the network or reads the server's disk."
