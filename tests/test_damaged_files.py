@@ -44,7 +44,7 @@ FILES = {
     "reconstruction": "reconstructions/round-0001-node-7-sme.safetensors",
     "queue entry": "queue/of-node-7.json",
 }
-ALWAYS = ("empty", "truncated", "zeroed", "a pipe", "a folder")
+ALWAYS = ("empty", "truncated", "a pipe")
 # What each file is read by.
 COMMANDS = {
     "config.yaml": ("runs", "show", "rounds", "report", "attack"),
@@ -223,7 +223,7 @@ def _without_warnings(runs: Runs) -> str:
 def test_a_file_that_is_lost_costs_itself_and_is_named(
     tmp_path: Path, template: Path, file: str
 ) -> None:
-    drawn = random.Random(file).sample(sorted({*WHOLE} - {*ALWAYS}), 2)
+    drawn = random.Random(file).sample(sorted({*WHOLE} - {*ALWAYS}), 1)
     for number, words in enumerate([*ALWAYS, *drawn]):
         damage = WHOLE[words]
         if file == "log" and words == "empty":
@@ -241,7 +241,7 @@ def test_a_file_that_is_lost_costs_itself_and_is_named(
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_with_a_wrong_value_costs_itself(tmp_path: Path, template: Path, file: str) -> None:
     alter = altered_tensors if FILES[file].endswith(".safetensors") else altered_json
-    for seed in range(6):
+    for seed in range(3):
         folder = tmp_path / str(seed)
         shutil.copytree(template, folder)
         damage = flipped if seed % 3 == 0 else alter
