@@ -2,10 +2,12 @@
 
 import os
 
-import torch
-from helpers.federation import identity as identity  # a fixture of every test
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+# Read when the libraries are loaded, by this process and by those that tests start. Threads that
+# outnumber the cores wait for each other in a loop.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
-torch.set_num_threads(
-    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-)
+from helpers.federation import identity as identity  # noqa: E402  a fixture of every test
+
 os.environ["COLUMNS"] = "200"  # rich wraps what it prints, and takes 80 where it does not know
