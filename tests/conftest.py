@@ -5,8 +5,7 @@ import os
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 # Read when the libraries are loaded, by this process and by those that tests start. Threads that
 # outnumber the cores wait for each other in a loop.
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
 from helpers.federation import identity as identity  # noqa: E402  a fixture of every test
 
