@@ -66,6 +66,10 @@ def _measured(rows: Sequence[Advice]) -> list[tuple[int, Advice]]:
     return [(n, row) for n, row in enumerate(rows, 1) if row.of and row.accuracy is not None]
 
 
+def _is_now(row: Advice) -> bool:
+    return row.change == AS_IT_IS
+
+
 def _found(row: Advice) -> str:
     return f"{row.leaked} of {row.of} {row.by}, accuracy {row.accuracy:.1%}"
 
@@ -75,20 +79,19 @@ def _drawing(rows: Sequence[Advice]) -> Markup:
     if len(measured) < 2:
         return Markup("")
     low, high = _bounds([row.accuracy or 0.0 for _, row in measured])
-
     found = _band(rows) + _axes(rows, low, high)
     dots = [(_across(row.accuracy or 0.0, low, high), _up(row)) for _, row in measured]
     spots = _spots(measured, dots)
     labels = Markup("")  # over the lines
     for spot, (x, y) in zip(spots, _beside(spots), strict=True):
-        now = any(row.change == AS_IT_IS for row in spot.rows)
+        now = any(map(_is_now, spot.rows))
         ink, (wide, tall) = _NOW if now else _OTHER, spot.half
         found += Markup(
             '<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" stroke="{}" stroke-width="0.7"/>'
         ).format(*spot.at, x, y, ink)
-        for dot in spot.dots:
+        for row, dot in sorted(zip(spot.rows, spot.dots, strict=True), key=lambda p: _is_now(p[0])):
             found += Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}" fill="{}"/>').format(
-                *dot, _DOT, ink
+                *dot, _DOT, _NOW if _is_now(row) else _OTHER
             )
         labels += Markup(
             '<g><title>{}</title><rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" '
@@ -139,7 +142,7 @@ def _spots(measured: Sequence[tuple[int, Advice]], dots: Sequence[_Point]) -> li
 
 def _band(rows: Sequence[Advice]) -> Markup:
     """Return the band of what at least halves the leakage as it is."""
-    now = next((row for row in rows if row.change == AS_IT_IS and row.leaked), None)
+    now = next((row for row in rows if _is_now(row) and row.leaked), None)
     if now is None:
         return Markup("")
     bottom, half = _HEIGHT - _BOTTOM, (_up(now) + _HEIGHT - _BOTTOM) / 2

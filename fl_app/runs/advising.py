@@ -2,19 +2,21 @@
 
 The auditor holds the private images, so that the clients' rounds can be trained again, with a
 defence, in larger batches or longer. The attack knows what was changed. A federation trained with
-the change and without says what it costs in accuracy.
+the change and without, in a process beside, says what it costs in accuracy.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from client_app.defended_steps import check_defense
 from fl_app.audit.auditor import Auditor
 from fl_app.audit.exposure import identified_of
+from fl_app.benchmarks.processes import process_pool
 from fl_app.config import UNBOUNDED, AttackConfig
 from fl_app.models import known_model
 from fl_app.protocol import Observation
@@ -70,34 +72,62 @@ def advise(
     attack = replace(auditor.config.attack, iterations=UNBOUNDED, seconds=seconds)
     setting = {"clients": len(taken), "rounds": rounds, "attack": asdict(attack)}
     done = read_advice(folder, setting)
-    federations = Federations(rounds)
     if changes is None:
         spent = rounds or auditor.config.rounds
         changes = changes_for(taken, auditor.config.client, auditor.knowledge, spent)
-    for change in changes:
-        if change.words in (row.change for row in done):
-            continue
-        tell(f"advise: {change.words}, on {len(taken)} updates of round {first}")
-        done.append(_try(change, auditor, taken, attack, federations))
-        write_advice(folder, setting, done)
+    known = {row.change for row in done}
+    with process_pool(workers=1, threads=1) as pool:
+        federations = Federations(rounds, pool)
+        trials = [
+            _prepare(change, auditor, taken, federations)
+            for change in changes
+            if change.words not in known
+        ]
+        for trial in trials:
+            tell(f"advise: {trial.change.words}, on {len(taken)} updates of round {first}")
+            done.append(_try(trial, auditor, taken, attack, rounds))
+            write_advice(folder, setting, done)
     return done
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """A change, the auditor of a run with it, what speaks against it, and its accuracy to come."""
+
+    change: Change
+    own: Auditor
+    problem: str = ""
+    accuracy: Future[float] | None = None
+
+
+def _prepare(
+    change: Change, auditor: Auditor, taken: Sequence[Observation], federations: Federations
+) -> _Trial:
+    own = _changed(change, auditor, max(each.num_examples for each in taken))
+    defense = own.config.defense
+    try:
+        check_defense(defense, own.config.client, known_model(own.knowledge))
+        if defense.secagg and len(taken) < 2:
+            raise ValueError("a sum needs two clients or more")
+    except ValueError as error:
+        return _Trial(change, own, str(error))
+    return _Trial(change, own, accuracy=federations.accuracy(own))
+
+
 def _try(
-    change: Change,
+    trial: _Trial,
     auditor: Auditor,
     taken: Sequence[Observation],
     attack: AttackConfig,
-    federations: Federations,
+    rounds: int,
 ) -> Advice:
     """Return what a change does; what does not fit the clients is told."""
-    began = time.monotonic()
-    own = _changed(change, auditor, max(each.num_examples for each in taken))
-    config, defense = own.config, own.config.defense
+    began, own = time.monotonic(), trial.own
+    config, defense, change = own.config, own.config.defense, trial.change
+    row = Advice(change.words, str(defense), problem=trial.problem)
+    if trial.problem:
+        return row
     try:
-        check_defense(defense, config.client, known_model(own.knowledge))
-        if defense.secagg and len(taken) < 2:
-            raise ValueError("a sum needs two clients or more")
         own.run_dir.mkdir(parents=True, exist_ok=True)
         if change.norm:
             w0 = model_before(taken[0].round, own)
@@ -106,15 +136,14 @@ def _try(
         for each in [sum_of(updates)] if defense.secagg else updates:
             known = own.grant(each)
             own.record(each, run_attack(each, known, attack, config.prior, config.seed))
+        row = _row(row, own.lines()[-(1 if defense.secagg else len(taken)) :])
+        accuracy = trial.accuracy and trial.accuracy.result()
     except (ValueError, RuntimeError) as error:
-        return Advice(change.words, str(defense), problem=str(error))
-    row = _row(change, str(defense), own.lines()[-(1 if defense.secagg else len(taken)) :])
+        return replace(row, problem=str(error))
     if defense.dp_clip:
-        times = times_seen(taken, config.client, federations.rounds or config.rounds)
-        row = replace(
-            row, epsilon=epsilon_of(defense.dp_noise, times, defense.delta), delta=defense.delta
-        )
-    accuracy = federations.accuracy(own)
+        times = times_seen(taken, config.client, rounds or config.rounds)
+        epsilon = round(epsilon_of(defense.dp_noise, times, defense.delta), 2)
+        row = replace(row, epsilon=epsilon, delta=defense.delta)
     return replace(row, accuracy=accuracy, seconds=round(time.monotonic() - began, 1))
 
 
@@ -143,18 +172,22 @@ def _changed(change: Change, auditor: Auditor, count: int) -> Auditor:
     )
 
 
-def _row(change: Change, defense: str, lines: Sequence[Mapping[str, Any]]) -> Advice:
+def _row(row: Advice, lines: Sequence[Mapping[str, Any]]) -> Advice:
+    """Return a row with what the attacks found."""
     failed = [line["error"] for line in lines if line["status"] != "ok"]
     if failed:
-        return Advice(change.words, defense, problem=failed[0])
+        return replace(row, problem=failed[0])
     found = identified_of(lines)
     recognised = [bool(one) for line in lines for one in line["recognisable"] or ()]
     scores = [line["metrics"]["psnr"] for line in lines]
     values = [value for score in scores for value in score["values"]]
     images = [len(score["values"]) for score in scores]
     baseline = sum(s["baseline"] * n for s, n in zip(scores, images, strict=True)) / sum(images)
-    leaked, of = (found["count"], found["of"]) if found else (sum(recognised), len(recognised))
-    return Advice(
-        change.words, defense, leaked, of, "identified" if found else "recognisable",
-        round(sum(values) / len(values), 2), round(baseline, 2),
-    )  # fmt: skip
+    return replace(
+        row,
+        leaked=found["count"] if found else sum(recognised),
+        of=found["of"] if found else len(recognised),
+        by="identified" if found else "recognisable",
+        psnr=round(sum(values) / len(values), 2),
+        mean_colour=round(baseline, 2),
+    )

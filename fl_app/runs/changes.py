@@ -131,5 +131,5 @@ def _normalised(taken: Sequence[Observation], known: Knowledge) -> Iterator[Chan
     if other in MODELS[known.model].norms:
         done = taken[0].round - 1
         begins = f"trained anew for {done} round{'s' * (done > 1)}" if done else "at its start"
-        words = f"{_NORMS[other]} in the place of {_NORMS[own]}, {begins}"
+        words = f"{_NORMS[other]} for {_NORMS[own]}, {begins}"
         yield Change(words, norm=other)

@@ -6,6 +6,7 @@ What is changed stands in an `Auditor` of its own: its configuration, and what t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +18,7 @@ from fl_app.audit.auditor import Auditor
 from fl_app.audit.truth import Truth, write_truth
 from fl_app.benchmarks.accuracy import federated_accuracy
 from fl_app.benchmarks.federation import Federation, global_models
+from fl_app.config import DatasetConfig
 from fl_app.data import ImageSet, load_split
 from fl_app.models import known_model
 from fl_app.protocol import DatasetInfo, Defense, Observation
@@ -70,28 +72,35 @@ def changed_update(seen: Observation, auditor: Auditor, own: Auditor) -> Observa
 
 @dataclass
 class Federations:
-    """The run's clients as a federation, trained in this process with a change and without.
+    """The run's clients as a federation, trained with a change and without, beside the attacks.
 
     Attributes
     ----------
     rounds : int
         After which accuracy is measured; 0: it is not.
+    pool : Executor
+        Of processes: training seeds torch's one generator.
     """
 
     rounds: int
-    _reached: dict[str, float] = field(default_factory=dict)  # some changes train the same one
+    pool: Executor
+    _begun: dict[str, Future[float]] = field(default_factory=dict)  # some changes train the same
 
-    def accuracy(self, own: Auditor) -> float | None:
-        """Return its accuracy on the test images, in [0, 1]; None: not measured."""
+    def accuracy(self, own: Auditor) -> Future[float] | None:
+        """Begin to measure accuracy on the test images, in [0, 1]; None: it is not measured."""
         if not self.rounds or own.no_data:
             return None
-        images = load_split(own.config.dataset, "train")
-        federation = _federation(own, self.rounds, images)
-        if federation.name not in self._reached:
-            test_set, seed = load_split(own.config.dataset, "test"), own.config.seed
-            accuracy = federated_accuracy(federation, images, test_set, _info(own), seed)
-            self._reached[federation.name] = round(accuracy, 4)
-        return self._reached[federation.name]
+        dataset, seed = own.config.dataset, own.config.seed
+        federation = _federation(own, self.rounds, load_split(dataset, "train"))
+        if federation.name not in self._begun:
+            call = self.pool.submit(_measure, federation, dataset, _info(own), seed)
+            self._begun[federation.name] = call
+        return self._begun[federation.name]
+
+
+def _measure(federation: Federation, dataset: DatasetConfig, info: DatasetInfo, seed: int) -> float:
+    train_set, test_set = load_split(dataset, "train"), load_split(dataset, "test")
+    return round(federated_accuracy(federation, train_set, test_set, info, seed), 4)
 
 
 def model_before(round_: int, own: Auditor) -> Mapping[str, Tensor]:

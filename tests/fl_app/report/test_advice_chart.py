@@ -42,6 +42,7 @@ def test_every_change_has_a_number_that_is_on_no_other() -> None:
     for one, other in combinations(boxes, 2):
         assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
     dots = [float(dot.get("cy", "nan")) for dot in drawn.findall(f"{SVG}circle")]
+    assert [dot.get("fill") for dot in drawn.findall(f"{SVG}circle")].count("#9a1b14") == 1
     band = next(each for each in drawn.findall(f"{SVG}rect") if each.get("fill") == "#e6f2ea")
     top = float(band.get("y", "nan"))
     assert [dot > top for dot in dots] == [False] * 10 + [True]

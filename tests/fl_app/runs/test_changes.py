@@ -35,10 +35,9 @@ def test_the_other_norm_is_tried_where_there_is_one() -> None:
         return [each.words for each in tried if each.norm]
 
     assert norms("convnet") == norms("vit_tiny") == []
-    assert norms("resnet8") == ["GroupNorm in the place of BatchNorm, at its start"]
-    assert norms("convnet", "group", 3) == [
-        "BatchNorm in the place of GroupNorm, trained anew for 2 rounds"
-    ]
+    assert norms("resnet8") == ["GroupNorm for BatchNorm, at its start"]
+    words = "BatchNorm for GroupNorm, trained anew for 2 rounds"
+    assert norms("convnet", "group", 3) == [words]
 
 
 def test_an_epsilon_holds_by_an_accountant_and_without_trust_in_the_batches() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,13 +37,24 @@ def test_a_changed_model_begins_at_its_start_or_where_as_many_rounds_lead(own: A
         model_before(2, own)
 
 
+class Here(Executor):
+    """Calls at once, in this process."""
+
+    calls = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.calls += 1
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
 def test_a_federation_is_trained_once(own: Auditor) -> None:
-    assert Federations(0).accuracy(own) is None
-    federations = Federations(1)
+    federations = Federations(1, pool := Here())
     accuracy = federations.accuracy(own)
-    assert accuracy is not None and 0 < accuracy < 1
-    federations._reached = dict.fromkeys(federations._reached, 0.5)
+    assert accuracy and 0 < accuracy.result() < 1
     own.config = replace(own.config, defense=Defense(secagg=True))  # trains the same
-    assert federations.accuracy(own) == 0.5
+    assert federations.accuracy(own) is accuracy and pool.calls == 1
+    assert Federations(0, pool).accuracy(own) is None
     own.no_data = "gone"
     assert federations.accuracy(own) is None
