@@ -66,7 +66,7 @@ def advice_cells(rows: Sequence[Advice]) -> Cells:
                 "-" if row.accuracy is None else f"{row.accuracy:.1%}",
                 f"{row.seconds:.0f}",
                 row.problem
-                or "; ".join(filter(None, (places.get(row.change), privacy_words(row)))),
+                or "; ".join(filter(None, (places.get(row.change), privacy_words(row), row.note))),
             ]
             for place, row in enumerate(rows, 1)
         ),

@@ -43,6 +43,8 @@ class Advice:
         That it took, the federation beside it.
     problem : str
         Why a change was not tried; "": it was.
+    note : str
+        What is to be known beside its figures.
     """
 
     change: str
@@ -57,6 +59,7 @@ class Advice:
     delta: float | None = None
     seconds: float = 0.0
     problem: str = ""
+    note: str = ""
 
 
 def privacy_words(row: Advice) -> str:

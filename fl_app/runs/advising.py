@@ -20,7 +20,7 @@ from fl_app.benchmarks.processes import process_pool
 from fl_app.config import UNBOUNDED, AttackConfig
 from fl_app.models import known_model
 from fl_app.protocol import Observation
-from fl_app.runs.advice import FOLDER, Advice, read_advice, write_advice
+from fl_app.runs.advice import AS_IT_IS, FOLDER, Advice, read_advice, write_advice
 from fl_app.runs.changes import Change, changes_for, times_seen
 from fl_app.runs.privacy import epsilon_of
 from fl_app.runs.retraining import Federations, changed_update, model_before
@@ -85,7 +85,8 @@ def advise(
         ]
         for trial in trials:
             tell(f"advise: {trial.change.words}, on {len(taken)} updates of round {first}")
-            done.append(_try(trial, auditor, taken, attack, rounds))
+            row = _try(trial, auditor, taken, attack, rounds)
+            done.append(_beside_the_run(row, auditor, taken) if row.change == AS_IT_IS else row)
             write_advice(folder, setting, done)
     return done
 
@@ -137,7 +138,7 @@ def _try(
             known = own.grant(each)
             own.record(each, run_attack(each, known, attack, config.prior, config.seed))
         row = _row(row, own.lines()[-(1 if defense.secagg else len(taken)) :])
-        accuracy = trial.accuracy and trial.accuracy.result()
+        accuracy = trial.accuracy.result() if trial.accuracy else None
     except (ValueError, RuntimeError) as error:
         return replace(row, problem=str(error))
     if defense.dp_clip:
@@ -191,3 +192,18 @@ def _row(row: Advice, lines: Sequence[Mapping[str, Any]]) -> Advice:
         psnr=round(sum(values) / len(values), 2),
         mean_colour=round(baseline, 2),
     )
+
+
+def _beside_the_run(row: Advice, auditor: Auditor, taken: Sequence[Observation]) -> Advice:
+    """Return the row of unchanged clients, with a note where the run's own attack found more."""
+    ids = {(each.round, each.node) for each in taken}
+    lines = {
+        (line["round"], line["node"]): line
+        for line in auditor.lines()
+        if line["status"] == "ok" and line["attack"] == auditor.config.attack.name
+    }
+    found = identified_of([line for id_, line in lines.items() if id_ in ids])
+    if row.problem or not found or found["count"] <= row.leaked:
+        return row
+    words = f"the run's own attack identified {found['count']} of {found['of']}"
+    return replace(row, note=f"{words}: too few --seconds")

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.audit import line_of
 from helpers.runs import recorded_run
 
+from fl_app.audit.leakage_log import append_line
 from fl_app.config import load_config
 from fl_app.protocol import Defense, LocalTraining
 from fl_app.report.words import measures
@@ -25,6 +27,10 @@ NOW = Advice(AS_IT_IS, leaked=8, of=10, accuracy=0.50)
 def test_changes_are_tried_scored_and_kept(tmp_path: Path) -> None:
     config = load_config({"overrides": "client.local_steps=2 client.batch_size=1 num_clients=2"})
     folder, observation, _ = recorded_run(replace(config, runs_dir=str(tmp_path), name="run"))
+    one = {"identified": [True], "rank": [1], "candidates": [9]}
+    found = {name: 3 * value for name, value in one.items()} | {"by": "pixels"}
+    place = {"round": observation.round, "node": observation.node, "attack": "flow_matching"}
+    append_line(folder / "leakage.jsonl", line_of(**place, identification=found))
     told: list[str] = []
     changes = (
         Change(AS_IT_IS),
@@ -38,9 +44,11 @@ def test_changes_are_tried_scored_and_kept(tmp_path: Path) -> None:
     assert [row.of for row in rows] == [2, 2, 2, 2, 0]
     assert all(row.psnr is not None and row.seconds > 0 for row in rows[:4])
     assert rows[4].problem == "a sum needs two clients or more"
+    own = "the run's own attack identified 3 of 3: too few --seconds"
+    assert [row.note for row in rows] == [own, "", "", "", ""]
     # Nothing of it is tried again, and the run's own log is as it was.
     assert advise(auditor, 2, 1.0, 0, told.append, changes) == rows == read_advice(folder)
-    assert len(told) == 5 and not auditor.lines()
+    assert len(told) == 5 and len(auditor.lines()) == 1
     # What was attacked: the same images; the same update but for its rounding.
     store = folder / "advise" / "updates-in-bfloat16"
     assert (store / "leakage.jsonl").is_file() and (store / "truth").is_dir()
