@@ -18,6 +18,7 @@ _DOT = 4.0
 _TALL, _LETTER = 7.5, 3.4  # half the height of a label, half the width of a letter in it
 _FAR = range(13, 120, 7)  # where a label is tried, from its dot
 _TURNS = 16
+_BAND_WORDS = 110  # width of what is written in the band
 _KEY = 33  # height of a change's two lines in the file's key
 
 _TEXT = Markup('<text x="{:.1f}" y="{:.1f}" font-size="12" fill="{}" text-anchor="{}"{}>{}</text>')
@@ -79,11 +80,12 @@ def _drawing(rows: Sequence[Advice]) -> Markup:
     if len(measured) < 2:
         return Markup("")
     low, high = _bounds([row.accuracy or 0.0 for _, row in measured])
-    found = _band(rows) + _axes(rows, low, high)
+    half = _half(rows)
+    found = (Markup("") if half is None else _band(half)) + _axes(rows, low, high)
     dots = [(_across(row.accuracy or 0.0, low, high), _up(row)) for _, row in measured]
     spots = _spots(measured, dots)
     labels = Markup("")  # over the lines
-    for spot, (x, y) in zip(spots, _beside(spots), strict=True):
+    for spot, (x, y) in zip(spots, _beside(spots, half), strict=True):
         now = any(map(_is_now, spot.rows))
         ink, (wide, tall) = _NOW if now else _OTHER, spot.half
         found += Markup(
@@ -140,12 +142,15 @@ def _spots(measured: Sequence[tuple[int, Advice]], dots: Sequence[_Point]) -> li
     return found
 
 
-def _band(rows: Sequence[Advice]) -> Markup:
-    """Return the band of what at least halves the leakage as it is."""
+def _half(rows: Sequence[Advice]) -> float | None:
+    """Return the height of half the leakage as it is; None where that is not known, or none."""
     now = next((row for row in rows if _is_now(row) and row.leaked), None)
-    if now is None:
-        return Markup("")
-    bottom, half = _HEIGHT - _BOTTOM, (_up(now) + _HEIGHT - _BOTTOM) / 2
+    return None if now is None else (_up(now) + _HEIGHT - _BOTTOM) / 2
+
+
+def _band(half: float) -> Markup:
+    """Return the band of what at least halves the leakage as it is."""
+    bottom = _HEIGHT - _BOTTOM
     band = Markup('<rect x="{}" y="{:.1f}" width="{}" height="{:.1f}" fill="{}"/>').format(
         _LEFT, half, _WIDTH - _LEFT - _RIGHT, bottom - half, _HALVES
     )
@@ -199,12 +204,14 @@ def _ticks(low: float, high: float) -> Iterator[float]:
     yield from (i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1))
 
 
-def _beside(spots: Sequence[_Spot]) -> list[_Point]:
-    """Return where each spot's label stands: near it, on no other label or dot, and on no line.
+def _beside(spots: Sequence[_Spot], half: float | None) -> list[_Point]:
+    """Return where each spot's label stands: near it, on no other words or dot, and on no line.
 
     In a crowd lines cross.
     """
     full = [_around(dot, (_DOT, _DOT)) for spot in spots for dot in spot.dots]
+    if half is not None:
+        full.append((_LEFT, half, _LEFT + _BAND_WORDS, half + 2 * _TALL))
     lines: list[_Box] = []
     found: list[_Point] = []
     for spot in spots:
