@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
@@ -49,19 +50,36 @@ def in_processes(
         What the progress bar says.
     console : Console
         Shows the progress.
-
-    The processes end with this one, also where it is killed.
     """
     threads = shares(workers)["threads"]
-    with (
-        progress_bar(console) as bar,
-        # A worker that grew up in a process with threads of its own may hang: spawn.
-        ProcessPoolExecutor(workers, get_context("spawn"), _enter, (shared, threads)) as pool,
-    ):
+    with progress_bar(console) as bar, process_pool(workers, threads, shared) as pool:
         task = bar.add_task(name, total=len(calls))
         for finished in as_completed([pool.submit(_call, function, call) for call in calls]):
             yield finished.result()
             bar.advance(task)
+
+
+@contextmanager
+def process_pool(workers: int, threads: int, shared: object = None) -> Iterator[Executor]:
+    """Yield a pool of processes, which start with their first call and end with this process.
+
+    They do so also where it is killed. At the end of the context calls that have not begun are
+    dropped.
+
+    Parameters
+    ----------
+    workers : int
+    threads : int
+        Of each.
+    shared : object
+        Sent to each once, for `in_processes`.
+    """
+    # A worker that grew up in a process with threads of its own may hang: spawn.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _enter, (shared, threads))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _enter(shared: object, threads: int) -> None:

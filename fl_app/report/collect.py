@@ -61,6 +61,7 @@ def collect(run_dir: Path, redact: bool = False) -> Report:
         signed=signed(source, written),
         defences=tuple(_defences(source)),
         measures=measures(source.advice),
+        advice=tuple(source.advice),
         heat_map=heat_map([*drawn.updates, *drawn.others]),
         updates=drawn.updates,
         others=drawn.others,

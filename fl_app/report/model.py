@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fl_app.runs.advice import Advice
+
 Cells = Sequence[Sequence[str]]
 """A table; its head comes first."""
 
@@ -215,6 +217,8 @@ class Report:
         Data, model and accuracy; what the sign-off box holds.
     defences : tuple of str
     measures : tuple of Measure
+    advice : tuple of Advice
+        What `flowleak advise` tried; empty where it was not called.
     heat_map : HeatMap or None
     updates, others : tuple of Update
         Worst first: with their attempts, and those that the page has no room for.
@@ -244,6 +248,7 @@ class Report:
     signed: tuple[tuple[str, str], ...]
     defences: tuple[str, ...]
     measures: tuple[Measure, ...]
+    advice: tuple[Advice, ...]
     heat_map: HeatMap | None
     updates: tuple[Update, ...]
     others: tuple[Update, ...]

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from fl_app.report.advice_chart import advice_chart
 from fl_app.report.charts import loss_chart, step_chart
 from fl_app.report.model import Report
 from fl_app.report.source import number, plural
+from fl_app.report.tables import advice_cells
 from fl_app.util.files import project_file
 
 
@@ -50,6 +52,8 @@ def render(report: Report) -> str:
         script=Markup(script),
         loss_chart=loss_chart,
         step_chart=step_chart,
+        advice_chart=advice_chart,
+        advice_cells=advice_cells,
     )
 
 

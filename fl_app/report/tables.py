@@ -12,6 +12,7 @@ from fl_app.config import ConfigError, load_config
 from fl_app.report.model import Cells
 from fl_app.report.source import Source, number, plural
 from fl_app.report.updates import setting_words
+from fl_app.runs.advice import Advice, best, privacy_words
 from fl_app.runs.folder import DESCRIBED
 from fl_app.util.intervals import FEWEST, spread, spread_words
 from fl_app.util.schema import problem
@@ -48,6 +49,28 @@ def comparison(source: Source) -> tuple[Cells, tuple[str, ...]]:
                  *(single if name == "psnr" else "-" for name in there), ""])  # fmt: skip
     rows += _other_baselines(source.compared, there)
     return [head, *rows], _NOTES
+
+
+def advice_cells(rows: Sequence[Advice]) -> Cells:
+    """Return what `flowleak advise` tried; each change with its number in `advice_chart`."""
+    places = {row.change: f"best {place}" for place, row in enumerate(best(rows), 1)}
+    head = ["", "change", "leaked", "PSNR dB", "accuracy", "s", "note"]
+    return [
+        head,
+        *(
+            [
+                str(place),
+                row.change,
+                f"{row.leaked} of {row.of} {row.by}" if row.of else "",
+                number(row.psnr, 1),
+                "-" if row.accuracy is None else f"{row.accuracy:.1%}",
+                f"{row.seconds:.0f}",
+                row.problem
+                or "; ".join(filter(None, (places.get(row.change), privacy_words(row), row.note))),
+            ]
+            for place, row in enumerate(rows, 1)
+        ),
+    ]
 
 
 def _over(metric: str, lines: Sequence[Mapping[str, Any]], what: str) -> str:

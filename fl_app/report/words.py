@@ -14,7 +14,7 @@ from fl_app.protocol import Defense
 from fl_app.registry import ATTACKS, OURS
 from fl_app.report.model import Assumption, Measure
 from fl_app.report.source import Source, plural, rounds_words
-from fl_app.runs.advice import AS_IT_IS, Advice, best
+from fl_app.runs.advice import AS_IT_IS, Advice, best, privacy_words
 
 _MOST_ROUNDS = 100_000  # that are looked through; a damaged file may say any number
 
@@ -199,4 +199,4 @@ def _effect(row: Advice, now: Advice | None) -> str:
     if row.accuracy is not None:
         words += f"; accuracy {row.accuracy:.1%}"
         words += f", as it is {now.accuracy:.1%}" if now and now.accuracy is not None else ""
-    return words
+    return "; ".join(filter(None, (words, privacy_words(row))))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from fl_app.report.advice_chart import advice_file
 from fl_app.report.collect import collect
 from fl_app.report.model import Report
 from fl_app.report.render import render
+from fl_app.runs.advice import DRAWING, Advice
 from fl_app.util.files import write_text
 from fl_app.util.text import reason
 
@@ -37,6 +40,22 @@ def write_report(report: Report, run_dir: Path, out: Path | None = None) -> Path
     """
     path = out or run_dir / (REDACTED if report.redacted else REPORT)
     write_text(path, render(report))
+    return path
+
+
+def write_drawing(rows: Sequence[Advice], run_dir: Path) -> Path | None:
+    """Draw what `flowleak advise` tried, see `advice_file`; None: nothing could be drawn.
+
+    Raises
+    ------
+    OSError
+        If it can't be written.
+    """
+    path, drawing = run_dir / DRAWING, advice_file(rows)
+    if not drawing:
+        path.unlink(missing_ok=True)  # of a call that measured accuracies
+        return None
+    write_text(path, drawing)
     return path
 
 

@@ -11,11 +11,13 @@ from typing import Any
 from fl_app.util.files import write_text
 from fl_app.util.reading import BrokenFileError, read_json
 
-FOLDER, FILE = "advise", "advise.json"
-"""In a run's folder: what the attacks on changed updates found, and the table."""
+FOLDER, FILE, DRAWING = "advise", "advise.json", "advise.svg"
+"""In a run's folder: what the attacks on changed updates found, the table, and its drawing."""
 
 AS_IT_IS = "as it is"
 """The change that changes nothing; the others are held against it."""
+
+_HOLLOW = 20  # epsilon above which a guarantee is one in name: odds change by e^20
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,14 @@ class Advice:
         Means over images, dB: of the attack, and of the mean-colour baseline.
     accuracy : float or None
         Of a federation that is trained with the change, in [0, 1]; None: not measured.
+    epsilon, delta : float or None
+        That DP-SGD spends over the rounds of that federation, see `epsilon_of`; None: no DP-SGD.
     seconds : float
-        That all of it took.
+        That it took, the federation beside it.
     problem : str
         Why a change was not tried; "": it was.
+    note : str
+        What is to be known beside its figures.
     """
 
     change: str
@@ -49,8 +55,19 @@ class Advice:
     psnr: float | None = None
     mean_colour: float | None = None
     accuracy: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
     seconds: float = 0.0
     problem: str = ""
+    note: str = ""
+
+
+def privacy_words(row: Advice) -> str:
+    """Return what a change guarantees; "" where it trains without DP-SGD."""
+    if row.epsilon is None:
+        return ""
+    words = f"epsilon {row.epsilon:,.1f} at delta {row.delta:g}"
+    return words if row.epsilon <= _HOLLOW else f"{words}, which guarantees next to nothing"
 
 
 def write_advice(folder: Path, setting: Mapping[str, Any], rows: Iterable[Advice]) -> None:

@@ -21,10 +21,11 @@ PRIVATE = (
 )  # fmt: skip
 KEPT = (
     "models", "training.json", "rounds.md", "rounds.png", "comparison.md", "comparison.json",
-    "advise.json", "report-redacted.html", "images.csv", "images.parquet", LOCK_FILE, _LOG, _CONFIG,
+    "advise.json", "advise.svg", "report-redacted.html", "images.csv", "images.parquet", LOCK_FILE,
+    _LOG, _CONFIG,
 )  # fmt: skip
 # What a killed process leaves of these, see `whole_file`.
-_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.(yaml|jsonl?|md|png|html|csv|parquet)")
+_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.(yaml|jsonl?|md|png|svg|html|csv|parquet)")
 _LONGEST_HEADER = 2**20  # bytes, of a safetensors file
 _GONE = "deleted by flowleak delete --private-only"
 

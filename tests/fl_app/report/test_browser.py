@@ -14,6 +14,7 @@ from helpers.reports import Pretence
 from fl_app.audit.leakage_log import append_line
 from fl_app.report.collect import collect
 from fl_app.report.writing import write_report
+from fl_app.runs.advice import AS_IT_IS, Advice, write_advice
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -63,6 +64,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evil = "<img src=x onerror=alert(1)>"
     append_line(run / "leakage.jsonl", line_of(status="failed", error=f"{evil} {'x' * 400}"))
     append_line(run / "leakage.jsonl", line_of(attack="dlg", diagnosis=["y" * 300], round=2))
+    names = [AS_IT_IS, "secure aggregation", f"another {evil}", "y" * 300]
+    tried = [Advice(n, leaked=9 - i, of=10, accuracy=0.4 - i / 99) for i, n in enumerate(names)]
+    write_advice(run, {}, tried)
     return write_report(collect(run), run)
 
 

@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.audit import line_of
 from helpers.runs import recorded_run
 
+from fl_app.audit.leakage_log import append_line
 from fl_app.config import load_config
 from fl_app.protocol import Defense, LocalTraining
 from fl_app.report.words import measures
 from fl_app.runs.advice import AS_IT_IS, FILE, Advice, best, read_advice
-from fl_app.runs.advising import CHANGES, Change, advise
+from fl_app.runs.advising import advise
+from fl_app.runs.changes import Change
 from fl_app.runs.deleting import delete_run
 from fl_app.runs.facts import open_auditor
 from fl_app.util.reading import BrokenFileError
@@ -24,21 +27,28 @@ NOW = Advice(AS_IT_IS, leaked=8, of=10, accuracy=0.50)
 def test_changes_are_tried_scored_and_kept(tmp_path: Path) -> None:
     config = load_config({"overrides": "client.local_steps=2 client.batch_size=1 num_clients=2"})
     folder, observation, _ = recorded_run(replace(config, runs_dir=str(tmp_path), name="run"))
+    one = {"identified": [True], "rank": [1], "candidates": [9]}
+    found = {name: 3 * value for name, value in one.items()} | {"by": "pixels"}
+    place = {"round": observation.round, "node": observation.node, "attack": "flow_matching"}
+    append_line(folder / "leakage.jsonl", line_of(**place, identification=found))
     told: list[str] = []
     changes = (
-        CHANGES[0],
+        Change(AS_IT_IS),
         Change("updates in bfloat16", Defense(quantize="bf16")),
         Change("one batch", one_batch=True),
+        Change("GroupNorm", norm="group"),
         Change("a sum", Defense(secagg=True)),
     )
     auditor = open_auditor(folder, told.append)
     rows = advise(auditor, 2, 1.0, 0, told.append, changes)
-    assert [row.of for row in rows] == [2, 2, 2, 0]
-    assert all(row.psnr is not None and row.seconds > 0 for row in rows[:3])
-    assert rows[3].problem == "a sum needs two clients or more"
+    assert [row.of for row in rows] == [2, 2, 2, 2, 0]
+    assert all(row.psnr is not None and row.seconds > 0 for row in rows[:4])
+    assert rows[4].problem == "a sum needs two clients or more"
+    own = "the run's own attack identified 3 of 3: too few --seconds"
+    assert [row.note for row in rows] == [own, "", "", "", ""]
     # Nothing of it is tried again, and the run's own log is as it was.
     assert advise(auditor, 2, 1.0, 0, told.append, changes) == rows == read_advice(folder)
-    assert len(told) == 4 and not auditor.lines()
+    assert len(told) == 5 and len(auditor.lines()) == 1
     # What was attacked: the same images; the same update but for its rounding.
     store = folder / "advise" / "updates-in-bfloat16"
     assert (store / "leakage.jsonl").is_file() and (store / "truth").is_dir()
@@ -55,7 +65,6 @@ def test_a_changed_training() -> None:
     assert Change("x", passes=4).training(own, 6).passes(6) == 4
     epochs = LocalTraining("sgd", lr=0.1, batch_size=2, local_steps=0, local_epochs=1)
     assert Change("x", passes=4).training(epochs, 6).local_epochs == 4
-    assert len({change.key for change in CHANGES}) == len(CHANGES)
 
 
 def test_the_best_halve_what_leaks_at_the_least_cost() -> None:
