@@ -144,7 +144,7 @@ def by_round(
     accuracy : mapping of int to (float or None)
         See `read_accuracy`.
     """
-    latest: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    latest: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
     for line in logged:
         latest.setdefault((line["round"], line["attack"]), {})[line["node"]] = line
     attacked = {round_ for round_, _ in latest}

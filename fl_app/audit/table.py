@@ -165,7 +165,7 @@ def _alone(scores: Mapping[str, Any]) -> str:
             words.append(f"{what} {score['mean']:.3f} (noise {score['baseline']:.3f})")
     counted = scores.get("label_counts", {}).items()
     counts = ", ".join(f"{count} of {label}" for label, count in counted)
-    return printable("; ".join([*words, f"labels: {counts}"]))
+    return printable("; ".join([*words, *([f"labels: {counts}"] if counts else [])]))
 
 
 def _labels(line: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ def test_what_others_say_is_text(tmp_path: Path) -> None:
     run = Pretence(clients=1).write(tmp_path)
     scored = json.loads((run / "leakage.jsonl").read_text())
     scored |= {"attack": EVIL, "matching": EVIL, "options": {EVIL: EVIL}, "labels": EVIL,
-               "diagnosis": [EVIL], "reasons": {EVIL: EVIL}, "defense": EVIL, "node": 5,
+               "diagnosis": [EVIL], "reasons": {EVIL: EVIL}, "defense": EVIL, "node": "5",
                "protocol": {EVIL: EVIL}, "stop_reason": EVIL}  # fmt: skip
     with (run / "leakage.jsonl").open("a") as log:
         log.write(json.dumps(scored) + "\n")
@@ -150,7 +150,7 @@ def test_what_others_say_is_text(tmp_path: Path) -> None:
 def test_a_run_whose_attacks_all_failed(tmp_path: Path) -> None:
     run = Pretence(clients=0).write(tmp_path)
     for node, status in ((7, "failed"), (8, "failed"), (9, "skipped")):
-        line = line_of(status=status, error="out of memory", node=node, client=None)
+        line = line_of(status=status, error="out of memory", node=str(node), client=None)
         append_line(run / "leakage.jsonl", line)
     report = collect(run)
     assert report.verdict.level == "unknown" and not report.worst and not report.private

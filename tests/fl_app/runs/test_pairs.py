@@ -95,7 +95,7 @@ def test_a_folder_holds_the_replies_of_several_clients(pair: Path) -> None:
     arguments = ("attack", "--before", "before.pt", "--after", "replies", "--examples", "2")
     flowleak(*arguments, "--set", "iterations=3")
     lines = [json.loads(each) for each in (pair / "leak/leakage.jsonl").read_text().splitlines()]
-    assert [int(line["node"]) for line in lines] == [0, 1]
+    assert [line["node"] for line in lines] == ["0", "1"]
     with pytest.raises(ConfigError, match="allowed for 2 clients: none"):
         flowleak(*arguments, "--truth", "truth.pt")
     assert replies(pair / "before.pt", pair / "after.pt") == [
