@@ -42,7 +42,7 @@ from fl_app.audit.metrics import (
 )
 from fl_app.audit.on_line import OnLine
 from fl_app.audit.perceptual import Lpips, load_lpips
-from fl_app.audit.pictures import save_picture
+from fl_app.audit.pictures import pair_notes, save_picture
 from fl_app.audit.reconstructions import (
     StoredReconstruction,
     tensors_path,
@@ -221,18 +221,25 @@ class Auditor:
         truth = self.truth(observation)
         if truth is None:
             return {}, {}
+        images, reasons = self.baseline_images(observation, truth)
+        guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
+        scores = {
+            name: self._score(observation, replace(guess, images=guessed), truth, False)
+            for name, guessed in images.items()
+        }
+        return scores, reasons
+
+    def baseline_images(
+        self, observation: Observation, truth: Truth
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the baselines' images for an update with a truth, see `baseline_images`."""
         network, why = self._prior
         seed = (self.config.seed, observation.round, observation.node)
         mean, dataset = self.knowledge.mean, None if self.no_data else self.config.dataset
         images, reasons = baseline_images(truth.images, mean, dataset, network, seed)
         if self.no_data:
             reasons[TRAINING] = self.no_data
-        guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
-        scores = {
-            name: self._score(observation, replace(guess, images=guessed), truth, False)
-            for name, guessed in images.items()
-        }
-        return scores, reasons | dict.fromkeys([PRIOR] if why else [], "; ".join(why.values()))
+        return images, reasons | dict.fromkeys([PRIOR] if why else [], "; ".join(why.values()))
 
     def record_failure(
         self, observation: Observation, attack: str, error: str, job: str | None = None
@@ -409,11 +416,13 @@ class Auditor:
         leakage: Leakage | None,
     ) -> str:
         """Write the picture and the tensors behind it; return its path from the run's folder."""
-        path = self._free_path(f"{observation.id}-{reconstruction.attack}")
+        who = "sum" if observation.nodes else f"client-{observation.client}"
+        stem = f"round-{observation.round:04d}-{who}-{reconstruction.attack}"
+        path = self._free_path(stem)
         images = reconstruction.images.detach().cpu()
         order = leakage.assignment if leakage else None
         caption = [
-            f"round {observation.round}, client {observation.client}, {reconstruction.attack}, "
+            f"round {observation.round}, {who.replace('-', ' ')}, {reconstruction.attack}, "
             f"labels {reconstruction.labels_level}"
         ]
         if leakage:
@@ -422,8 +431,9 @@ class Auditor:
         picture = str(path.relative_to(self.run_dir))
         try:
             write_reconstruction(path, found)
-            private = truth.images if truth else None
-            save_picture(path, found.in_order_of_truth, private, caption)
+            private, classes = (truth.images, truth.labels) if truth else (None, ())
+            notes = pair_notes(leakage, classes, _in_order(reconstruction.labels, leakage))
+            save_picture(path, found.in_order_of_truth, private, caption, notes)
         except OSError:
             self._remove(picture)
             raise

@@ -29,6 +29,7 @@ from fl_app.util.files import write_text
 from fl_app.util.intervals import FEWEST, spread_words
 from fl_app.util.machine import host
 from fl_app.util.markdown import markdown_table, sections_markdown
+from fl_app.util.tables import Fitting
 from fl_app.util.text import printable
 from server_strategies.attack_pool import QueueEntry, enqueue
 from server_strategies.attacks.run import create_attack
@@ -301,7 +302,7 @@ def _failures(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _table(cells: Sequence[Sequence[str]]) -> Table:
+def _table(cells: Sequence[Sequence[str]]) -> Fitting:
     """Return what of the table fits 80 columns; comparison.md has all of it."""
     table = Table(
         title="Comparison: mean over observations, 95% interval",
@@ -314,4 +315,4 @@ def _table(cells: Sequence[Sequence[str]]) -> Table:
         table.add_column(cells[0][column], overflow="fold")
     for row in cells[1:]:
         table.add_row(*(Text(row[column]) for column in shown))
-    return table
+    return Fitting(table)
