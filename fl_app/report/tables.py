@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -31,9 +32,9 @@ def comparison(source: Source) -> tuple[Cells, tuple[str, ...]]:
     if not any(line["metrics"] for line in good):
         return [], ()
     there = [name for name in _COMPARED if any(line["metrics"].get(name) for line in good)]
-    head = ["", "updates", "identified", *(_COMPARED[name] for name in there), "seconds"]
+    head = ["attack", "updates", "identified", *(_COMPARED[name] for name in there), "seconds"]
     rows = []
-    for attack in source.attacks:
+    for attack in sorted(source.attacks, key=lambda name: _mean_psnr(source.of(name)), reverse=True):
         lines = source.of(attack)
         done = [line for line in lines if line["status"] == "ok"]
         found = [_over(name, done, "mean") for name in there]
@@ -47,6 +48,13 @@ def comparison(source: Source) -> tuple[Cells, tuple[str, ...]]:
                  *(single if name == "psnr" else "-" for name in there), ""])  # fmt: skip
     rows += _other_baselines(source.compared, there)
     return [head, *rows], _NOTES
+
+
+def _mean_psnr(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Return an attack's mean PSNR over its updates, below all others where it has none."""
+    known = [score["mean"] for line in lines if (score := line["metrics"].get("psnr"))]
+    means = [mean for mean in known if mean is not None]
+    return sum(means) / len(means) if means else -math.inf
 
 
 def _over(metric: str, lines: Sequence[Mapping[str, Any]], what: str) -> str:
