@@ -18,8 +18,8 @@ _OF_LINE: Mapping[str, type] = {
     "run": str, "round": int, "node": str, "client": int, "attack": str, "status": str,
     "labels": str, "dataset": str, "prior": str, "seed": int, "defense": str,
     "defense_known": bool, "matching": str, "labels_source": str, "stop_reason": str,
-    "iterations": int, "seconds": float, "device": str, "peak_memory": int, "flops": int, "num_examples": int,
-    "picture": str, "job": str, "written": str, "error": str,
+    "iterations": int, "seconds": float, "device": str, "peak_memory": int, "flops": int,
+    "num_examples": int, "picture": str, "job": str, "written": str, "error": str,
 }  # fmt: skip
 _OF_IMAGE: Mapping[str, type] = {
     each.name: next(kind for kind in (bool, int, float) if kind.__name__ in str(each.type))

@@ -289,9 +289,7 @@ def save_plot(
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def _draw_baseline(
-    panel: Axes, name: str, values: Sequence[tuple[int, float]], style: str
-) -> None:
+def _draw_baseline(panel: Axes, name: str, values: Sequence[tuple[int, float]], style: str) -> None:
     """Draw what needs no update by round, the mean over the attacks of the round."""
     by_round: dict[int, list[float]] = {}
     for round_, value in values:

@@ -11,7 +11,7 @@ from fl_app.audit.exposure import bounds_of, count_words, identified_of, mean_si
 from fl_app.audit.rounds import METRICS
 from fl_app.config import ConfigError, load_config
 from fl_app.report.model import Cells
-from fl_app.report.source import Source, number, plural
+from fl_app.report.source import Source, number
 from fl_app.report.updates import setting_words
 from fl_app.util.intervals import FEWEST, spread, spread_words
 from fl_app.util.schema import problem
@@ -34,8 +34,9 @@ def comparison(source: Source) -> tuple[Cells, tuple[str, ...]]:
     there = [name for name in _COMPARED if any(line["metrics"].get(name) for line in good)]
     head = ["attack", "updates", "identified", *(_COMPARED[name] for name in there), "seconds"]
     rows = []
-    for attack in sorted(source.attacks, key=lambda name: _mean_psnr(source.of(name)), reverse=True):
-        lines = source.of(attack)
+    by_attack = {attack: source.of(attack) for attack in source.attacks}
+    for attack in sorted(by_attack, key=lambda name: -_mean_psnr(by_attack[name])):
+        lines = by_attack[attack]
         done = [line for line in lines if line["status"] == "ok"]
         found = [_over(name, done, "mean") for name in there]
         seconds = sum(line["seconds"] for line in done) / len(done) if done else None

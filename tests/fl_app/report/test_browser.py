@@ -68,7 +68,8 @@ BROKEN = """() => {
   }
   return [
     ...found("image-alt, label, link-name, button-name",
-      all("img, svg, select, input, button, a, summary, [role=region], nav, th").filter((e) => !name(e))),
+      all("img, svg, select, input, button, a, summary, [role=region], nav, th")
+        .filter((e) => !name(e))),
     ...found("heading-order", heads.filter((e, i) => level(e) > (i ? level(heads[i - 1]) : 0) + 1)),
     ...found("empty-heading", heads.filter((e) => !name(e))),
     ...found("page-has-heading-one", all("h1").slice(1)),
@@ -80,7 +81,8 @@ BROKEN = """() => {
       e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX === "auto")),
     ...found("list", all("ul > :not(li), ol > :not(li), dl > :not(dt):not(dd)")),
     ...repeated(all("[id]").map((e) => e.id)).map((id) => "duplicate-id: " + id),
-    ...repeated(all("[role=region], nav").map((e) => e.ariaLabel)).map((l) => "landmark-unique: " + l),
+    ...repeated(all("[role=region], nav").map((e) => e.ariaLabel))
+      .map((label) => "landmark-unique: " + label),
     ...(document.documentElement.lang && document.title ? [] : ["html-has-lang, document-title"]),
   ];
 }"""
