@@ -97,8 +97,9 @@ def save_picture(
         for j, tile in enumerate(pair):
             left = _GAP + column * across + j * (width + 2)
             canvas.paste(tile, (left, top + _GAP + row * down))
-        for line, words in enumerate(notes[i] if notes else ()):
-            place = (_GAP + column * across, top + _GAP + row * down + height + line * _LINE)
+        for below_it, words in enumerate(notes[i] if notes else ()):
+            y = top + _GAP + row * down + height + below_it * _LINE
+            place = (_GAP + column * across, y)
             draw.text(place, words, fill="black", font=font)
     with whole_file(path) as temporary:
         canvas.save(temporary, format="PNG")
@@ -139,8 +140,8 @@ def save_grid(
         draw.text((_GAP, _GAP + number * _LINE), line, fill="black", font=font)
     for number, (head, column) in enumerate(zip(heads, columns.values(), strict=True)):
         left = _GAP + number * step
-        for line, words in enumerate(head):
-            place = (left, top - (head_lines - line) * _LINE)
+        for above, words in enumerate(head, start=-head_lines):
+            place = (left, top + above * _LINE)
             draw.text(place, words, fill="black", font=font)
         for row, image in enumerate(column):
             corner = (left, top + row * (height + 2))

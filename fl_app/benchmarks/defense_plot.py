@@ -89,14 +89,16 @@ def _draw_curves(panel: Axes, metric: str, points: Sequence[_Point]) -> list[_La
     labels: list[_Label] = []
     for name, known in product(kinds, (True, False)):
         curve = [
-            (accuracy, summary[metric], parameter(case.defense))
-            for case, accuracy, summary in points
-            if (kind(case.defense), case.defense_known) == (name, known)
+            point
+            for point in points
+            if (kind(point[0].defense), point[0].defense_known) == (name, known)
         ]
         if not curve:
             continue
+        accuracies = [accuracy for _, accuracy, _ in curve]
+        scores: list[Mapping[str, Any]] = [summary[metric] for *_, summary in curve]
         color = f"C{kinds.index(name) % 10}"
-        x, y = ([each[axis]["mean"] for each in curve] for axis in (0, 1))
+        x, y = [each["mean"] for each in accuracies], [each["mean"] for each in scores]
         panel.plot(
             x,
             y,
@@ -106,10 +108,10 @@ def _draw_curves(panel: Axes, metric: str, points: Sequence[_Point]) -> list[_La
             color=color,
             label=(name or "no defence") if known else None,
         )
-        ends = [_ends(each[axis] for each in curve) for axis in (0, 1)]
-        panel.errorbar(x, y, ends[1], ends[0], fmt="none", ecolor=color, alpha=0.4)
+        panel.errorbar(x, y, _ends(scores), _ends(accuracies), fmt="none", ecolor=color, alpha=0.4)
         if known and name:
-            labels += [(*place, each[2], color) for *place, each in zip(x, y, curve, strict=True)]
+            words = [parameter(case.defense) for case, *_ in curve]
+            labels += [(*each, color) for each in zip(x, y, words, strict=True)]
     if points:
         baseline = sum(summary[metric]["baseline"] for *_, summary in points) / len(points)
         panel.axhline(baseline, linestyle=":", color="grey", label="mean colour")
