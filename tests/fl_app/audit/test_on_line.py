@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.audit import images, reconstruction_of
-from helpers.command import flowleak
 from helpers.reports import Pretence
 
 from fl_app.audit.auditor import Auditor
@@ -111,9 +110,7 @@ def test_what_a_runs_folder_names_is_not_imported(tmp_path: Path, hooks: Any) ->
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     run = Pretence(clients=1, overrides="audit.on_line=evil:f").write(tmp_path / "runs")
     assert open_auditor(run, print).config.audit.on_line == "evil:f"
-    runs_dir = str(tmp_path / "runs")
-    said = flowleak("attack", run.name, "--on-line", "my_hooks:keep", "--runs-dir", runs_dir)
-    assert "Nothing to do" in said and "evil" not in sys.modules
+    assert "evil" not in sys.modules
 
 
 def test_tensorboard_shows_scores_baselines_and_pictures_by_round(tmp_path: Path) -> None:
