@@ -41,7 +41,7 @@ FILES = {
     "training": "training.json",
     "observation": "observations/round-0001-node-7.safetensors",
     "truth": "truth/round-0001-node-7.safetensors",
-    "reconstruction": "reconstructions/round-0001-node-7-sme.safetensors",
+    "reconstruction": "reconstructions/round-0001-client-7-sme.safetensors",
     "queue entry": "queue/of-node-7.json",
 }
 ALWAYS = ("empty", "truncated", "zeroed", "a pipe", "a folder")
