@@ -298,12 +298,21 @@ def _attempt(
         psnr_by_step=tuple(line["psnr_by_step"]),
         mean_colour=psnr.get("baseline"),
         diagnosis=tuple(line["diagnosis"]),
-        reasons=tuple(line["reasons"].items()),
+        reasons=_reasons(line),
         settings=settings.place(line["attack"], line["options"]) if line["options"] else -1,
         protocol=protocols.place("", line["protocol"]) if line["protocol"] else -1,
         command=_command(source, line),
         picture=line["picture"] or "" if pictures else "",
     )
+
+
+def _reasons(line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return what a line lacks and why, each reason once; an error says it for all that it took."""
+    lacking: dict[str, list[str]] = {}
+    for name, why in line["reasons"].items():
+        if why != line["error"]:
+            lacking.setdefault(why, []).append(name)
+    return tuple((", ".join(names), why) for why, names in lacking.items())
 
 
 def _facts(line: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -382,8 +391,10 @@ def heat_map(updates: Sequence[Update]) -> HeatMap | None:
     cells = {(update.round, update.client): update for update in updates}
     names = sorted({update.client for update in updates}, key=_natural)
     rounds = sorted({update.round for update in updates})
-    shared = any("/" in update.cell for update in updates)
-    shows = "images identified, of those that could be" if shared else "mean PSNR"
+    if any("/" in update.cell for update in updates):
+        shows = "images identified, of those that could be"
+    else:
+        shows = "mean PSNR" if any(update.heat >= 0 for update in updates) else "the outcome"
     return HeatMap(tuple(names), tuple(rounds), cells, shows)
 
 
