@@ -180,11 +180,14 @@ class AuditConfig:
     training: str = "given"
     defense: str = "given"
     lpips_weights: str = ""
+    on_line: str = ""
 
     def __post_init__(self) -> None:
         _one_of("labels", self.labels, LABEL_LEVELS)
         _one_of("training", self.training, ("given", "unknown"))
         _one_of("defense", self.defense, ("given", "unknown"))
+        if not re.fullmatch(r"(\w+(\.\w+)*:\w+)?", self.on_line):
+            raise ValueError(f"on_line is {self.on_line!r}; allowed: module:function")
         if self.labels != "unknown" and self.truth is False:
             raise ValueError(f"labels is {self.labels!r}; allowed without truth: unknown")
 

@@ -20,6 +20,7 @@ from torch import nn
 from client_app.defended_steps import check_defense
 from client_app.training import check_training
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.on_line import load_on_line, told_lines
 from fl_app.audit.table import leakage_table
 from fl_app.config import Config, ConfigError, load_config
 from fl_app.data import DataError, check_test, dataset_info, load_partition
@@ -72,11 +73,12 @@ def main(grid: Grid, context: Context) -> None:
     for notice in (f"Run folder: {run_dir}", *_notices(config, context.run_id, simulated)):
         console.print(notice, highlight=False, soft_wrap=True, markup=False)
     console.print(_truth_notice(config, run_dir, context.run_id), highlight=False, soft_wrap=True)
-    auditor = Auditor(run_dir, config, knowledge)
-    if simulated:
-        trained = _audit_in_simulation(grid, auditor, model, console)
-    else:
-        trained = _audit_in_deployment(grid, auditor, model, console)
+    with told_lines(config.audit.on_line) as on_line:
+        auditor = Auditor(run_dir, config, knowledge, on_line=on_line)
+        if simulated:
+            trained = _audit_in_simulation(grid, auditor, model, console)
+        else:
+            trained = _audit_in_deployment(grid, auditor, model, console)
     lines = auditor.lines()
     _tell(console, run_dir, lines, try_report(run_dir))
     unwatched = _unwatched(config, lines)
@@ -93,6 +95,8 @@ def _prepare(
     """Refuse what can't work, before anything starts."""
     config = anchored(load_config(run_config).settled(simulated))
     attack = create_attack(config.attack)
+    if config.audit.on_line:
+        load_on_line(config.audit.on_line)
     info = dataset_info(config.dataset)
     if attack.needs_prior:
         try:
@@ -264,6 +268,7 @@ def _audit_in_deployment(
     attacks = AttackProcess(
         auditor.run_dir,
         lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+        config.audit.on_line,
     )
 
     def record(observation: Observation) -> None:
@@ -361,7 +366,7 @@ def _unwatched(config: Config, lines: list[dict[str, Any]]) -> str:
     ids = config.watch.clients
     if not isinstance(ids, list) or config.defense.secagg:
         return ""
-    seen = {line[key] for line in lines for key in ("client", "node")}
+    seen = {line["client"] for line in lines} | {int(line["node"]) for line in lines}
     missing = [str(client) for client in ids if client not in seen]
     return f"NEVER WATCHED: client {', '.join(missing)} sent no update" if missing else ""
 

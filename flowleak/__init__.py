@@ -11,6 +11,7 @@ The public API: everything that is not re-exported here may change without notic
 - `flowleak.strategies`: the honest-but-curious server
 - `flowleak.defenses`: what clients do so that less is seen
 - `flowleak.audit`: scores and pictures, for whoever holds the ground truth
+- `flowleak.tensorboard`: the log in TensorBoard
 - `flowleak.models`, `flowleak.data`, `flowleak.benchmarks`
 """
 

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fl_app.config import AttackConfig, PoolConfig, PriorConfig, check_seed
 from fl_app.protocol import Knowledge, Observation, Reconstruction
 from fl_app.util.files import write_text
+from fl_app.util.machine import device
 from fl_app.util.ray_guard import SLOT, check_guarded, guarded_ray
 from fl_app.util.reading import BrokenFileError, read_json
 from server_strategies.attacks.run import run_attack
@@ -177,16 +178,18 @@ class _Worker:
         self._threads = threads
         self._progress: tuple[int, float] | None = None
 
-    def run(self, job: Job) -> Reconstruction:
+    def run(self, job: Job) -> tuple[Reconstruction, str]:
+        """Return what a job's attack found, and the device that it ran on."""
         # Both settings are per thread. The training has priority.
         if hasattr(os, "nice"):
             os.nice(19)
         if self._threads:
             torch.set_num_threads(self._threads)
         self._progress = None
-        return self._runner(
+        found = self._runner(
             job.observation, job.knowledge, job.attack, job.prior, job.seed, self._report
         )
+        return found, device()
 
     def _report(self, iteration: int, loss: float) -> None:
         self._progress = (iteration, loss)
@@ -214,7 +217,8 @@ class AttackPool:
         Number of workers, in a cluster at most, and retries after a worker died or raised
         anything but a ValueError.
     on_result : callable
-        Takes a job and its reconstruction. If it raises, `on_error` is called.
+        Takes a job, its reconstruction, and the device that the attack ran on, see
+        `fl_app.util.machine.device`. If it raises, `on_error` is called.
     on_error : callable
         Takes a job and a concise message. Both are called in a thread of this
         process, never at the same time.
@@ -226,7 +230,7 @@ class AttackPool:
         self,
         folder: Path,
         pool: PoolConfig,
-        on_result: Callable[[Job, Reconstruction], None],
+        on_result: Callable[[Job, Reconstruction, str], None],
         on_error: Callable[[Job, str], None],
         runner: Runner = run_attack,
     ) -> None:
@@ -355,7 +359,7 @@ class AttackPool:
                 return
         self._deliver(job, message)
 
-    def _run(self, job: Job) -> Reconstruction:
+    def _run(self, job: Job) -> tuple[Reconstruction, str]:
         worker = self._take_worker()
         running = (job, worker)
         self._running.append(running)
@@ -372,18 +376,18 @@ class AttackPool:
         self._give_back(worker)
         return result
 
-    def _deliver(self, job: Job, outcome: Reconstruction | str) -> None:
+    def _deliver(self, job: Job, outcome: tuple[Reconstruction, str] | str) -> None:
         self._recording.append(job.id)
         try:
             self._record(job, outcome)
         finally:
             self._recording.remove(job.id)
 
-    def _record(self, job: Job, outcome: Reconstruction | str) -> None:
+    def _record(self, job: Job, outcome: tuple[Reconstruction, str] | str) -> None:
         with self._outcome_lock:
-            if isinstance(outcome, Reconstruction):
+            if isinstance(outcome, tuple):
                 try:
-                    self._on_result(job, outcome)
+                    self._on_result(job, *outcome)
                 except OSError as error:  # say, a full disk: no fault of the attack's
                     self._leave(job, error)
                     return

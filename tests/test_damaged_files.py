@@ -41,7 +41,7 @@ FILES = {
     "training": "training.json",
     "observation": "observations/round-0001-node-7.safetensors",
     "truth": "truth/round-0001-node-7.safetensors",
-    "reconstruction": "reconstructions/round-0001-node-7-sme.safetensors",
+    "reconstruction": "reconstructions/round-0001-client-7-sme.safetensors",
     "queue entry": "queue/of-node-7.json",
 }
 ALWAYS = ("empty", "truncated", "a pipe")
@@ -204,14 +204,14 @@ def check(runs: Runs, file: str, damage: Damage, rng: random.Random, names: bool
         assert listed["unscored"]["lines"] >= 2 and listed["unscored"]["problems"] == []
         assert "x" in listed or not path.exists()
     good = read_lines(runs.run / "leakage.jsonl")[0]
-    done = {line["job"] for line in good if line["node"] == 8 and line["status"] == "ok"}
+    done = {line["job"] for line in good if line["node"] == "8" and line["status"] == "ok"}
     if {"attack", "comparison"} & {*COMMANDS[file]} - {*refused}:
         # Where the log can't be written, the job stays queued.
         assert "of-node-8" in done or [entry.id for entry in pending(runs.run)].count("of-node-8")
     if "score" in COMMANDS[file]:
         lines = read_lines(runs.folder / "runs" / "unscored" / "leakage.jsonl")[0]
         scored = [line["node"] for line in lines if line["metrics"]]
-        assert 8 in scored, said
+        assert "8" in scored, said
 
 
 def _without_warnings(runs: Runs) -> str:

@@ -263,7 +263,7 @@ def run_queue(
         for _ in range(attacks):
             enqueue(auditor.run_dir, Job(seen, KNOWLEDGE, attack, PriorConfig(), 0))
 
-    def count(job: Job, found: Reconstruction) -> None:
+    def count(job: Job, found: Reconstruction, _: str) -> None:
         by_process[found.matching] += 1
         by_update[job.observation.id] += 1
 

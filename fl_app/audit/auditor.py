@@ -40,8 +40,9 @@ from fl_app.audit.metrics import (
     score,
     target_features,
 )
+from fl_app.audit.on_line import OnLine
 from fl_app.audit.perceptual import Lpips, load_lpips
-from fl_app.audit.pictures import save_picture
+from fl_app.audit.pictures import pair_notes, save_picture
 from fl_app.audit.reconstructions import (
     StoredReconstruction,
     tensors_path,
@@ -88,6 +89,8 @@ class Auditor:
     no_candidates : str
         Why no candidates are drawn from it to identify private images among, where it is
         the run's; "": they are.
+    on_line : OnLine, optional
+        Takes each line that is written, see `told_lines`.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Auditor:
         truth_dir: Path | None = None,
         no_data: str = "",
         no_candidates: str = "",
+        on_line: OnLine | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.truth_dir = truth_dir or run_dir
@@ -105,6 +109,7 @@ class Auditor:
         self.knowledge = knowledge
         self.no_data = no_data
         self.no_candidates = no_data or no_candidates
+        self.on_line = on_line
         self._log = run_dir / "leakage.jsonl"
         self._lock = Lock()
 
@@ -133,7 +138,11 @@ class Auditor:
         return self.knowledge.granting(level, truth.labels)
 
     def record(
-        self, observation: Observation, reconstruction: Reconstruction, job: str | None = None
+        self,
+        observation: Observation,
+        reconstruction: Reconstruction,
+        job: str | None = None,
+        device: str | None = None,
     ) -> None:
         """Score a reconstruction, draw it beside the truth, and log both.
 
@@ -176,6 +185,7 @@ class Auditor:
             "reference_free": alone,
             "iterations_per_second": rate,
             "job": job,
+            "device": device,
             "losses": thinned(reconstruction.losses),
             "true_labels": truth.labels if truth else None,
             "found_labels": _in_order(reconstruction.labels, leakage),
@@ -211,18 +221,25 @@ class Auditor:
         truth = self.truth(observation)
         if truth is None:
             return {}, {}
+        images, reasons = self.baseline_images(observation, truth)
+        guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
+        scores = {
+            name: self._score(observation, replace(guess, images=guessed), truth, False)
+            for name, guessed in images.items()
+        }
+        return scores, reasons
+
+    def baseline_images(
+        self, observation: Observation, truth: Truth
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the baselines' images for an update with a truth, see `baseline_images`."""
         network, why = self._prior
         seed = (self.config.seed, observation.round, observation.node)
         mean, dataset = self.knowledge.mean, None if self.no_data else self.config.dataset
         images, reasons = baseline_images(truth.images, mean, dataset, network, seed)
         if self.no_data:
             reasons[TRAINING] = self.no_data
-        guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
-        scores = {
-            name: self._score(observation, replace(guess, images=guessed), truth, False)
-            for name, guessed in images.items()
-        }
-        return scores, reasons | dict.fromkeys([PRIOR] if why else [], "; ".join(why.values()))
+        return images, reasons | dict.fromkeys([PRIOR] if why else [], "; ".join(why.values()))
 
     def record_failure(
         self, observation: Observation, attack: str, error: str, job: str | None = None
@@ -262,7 +279,7 @@ class Auditor:
             size, encoding = update_bytes(observation.update, self.config.defense.quantize)
         self._write(
             round=observation.round,
-            node=observation.node,
+            node=str(observation.node),
             client=observation.client,
             clients=observation.clients,
             num_examples=observation.num_examples,
@@ -279,7 +296,7 @@ class Auditor:
         """Log an update without an Observation, and why there is none."""
         reasons = _absent(why) | {"client": why, "num_examples": why}
         self._write(
-            round=round_, node=node, client=None, attack=attack, error=why, reasons=reasons,
+            round=round_, node=str(node), client=None, attack=attack, error=why, reasons=reasons,
             **fields,
         )  # fmt: skip
 
@@ -305,7 +322,9 @@ class Auditor:
             **fields,
         )
         with self._lock:  # training and the attack pool log from their own threads
-            append_line(self._log, line)
+            entry = append_line(self._log, line)
+            if self.on_line:
+                self.on_line(entry | {"folder": str(self.run_dir)})
 
     def truth(self, observation: Observation) -> Truth | None:
         """Return what an update was trained on; None where a client left no truth.
@@ -397,11 +416,13 @@ class Auditor:
         leakage: Leakage | None,
     ) -> str:
         """Write the picture and the tensors behind it; return its path from the run's folder."""
-        path = self._free_path(f"{observation.id}-{reconstruction.attack}")
+        who = "sum" if observation.nodes else f"client-{observation.client}"
+        stem = f"round-{observation.round:04d}-{who}-{reconstruction.attack}"
+        path = self._free_path(stem)
         images = reconstruction.images.detach().cpu()
         order = leakage.assignment if leakage else None
         caption = [
-            f"round {observation.round}, client {observation.client}, {reconstruction.attack}, "
+            f"round {observation.round}, {who.replace('-', ' ')}, {reconstruction.attack}, "
             f"labels {reconstruction.labels_level}"
         ]
         if leakage:
@@ -410,8 +431,9 @@ class Auditor:
         picture = str(path.relative_to(self.run_dir))
         try:
             write_reconstruction(path, found)
-            private = truth.images if truth else None
-            save_picture(path, found.in_order_of_truth, private, caption)
+            private, classes = (truth.images, truth.labels) if truth else (None, ())
+            notes = pair_notes(leakage, classes, _in_order(reconstruction.labels, leakage))
+            save_picture(path, found.in_order_of_truth, private, caption, notes)
         except OSError:
             self._remove(picture)
             raise
@@ -457,4 +479,4 @@ def _in_order(labels: Sequence[int], leakage: Leakage | None) -> tuple[int, ...]
 
 
 def _absent(reason: str) -> dict[str, str]:
-    return dict.fromkeys((*_NO_SCORE, "labels_source", "picture"), reason)
+    return dict.fromkeys((*_NO_SCORE, "labels_source", "device", "picture"), reason)

@@ -60,7 +60,7 @@ class Comparison:
         Returns
         -------
         dict
-            ``baselines``: by name the metrics; ``attacks``: by name
+            ``baselines``: by name the metrics; ``attacks``: by name, the best PSNR first,
             ``succeeded`` (observations), ``failures`` (observation and error),
             ``metrics``, ``identified`` (see `Identified`), ``single_colour`` (mean PSNR
             in dB), ``psnr_by_step``, the mean costs ``seconds``,
@@ -71,13 +71,14 @@ class Comparison:
             same observations. ``label_accuracy`` is among the metrics
             where labels were inferred.
         """
+        attacks = {name: self._attack(lines) for name, lines in self.lines.items()}
         return {
             "observations": list(self.observations),
             "baselines": {
                 name: {metric: _spread(metric, values) for metric, values in scores.items()}
                 for name, scores in self.baselines.items()
             },
-            "attacks": {name: self._attack(lines) for name, lines in self.lines.items()},
+            "attacks": dict(sorted(attacks.items(), key=lambda each: -_psnr(each[1], -math.inf))),
             "reasons": dict(self.reasons),
         }
 
@@ -187,8 +188,9 @@ def save_comparison_picture(
     comparison: Comparison,
     caption: Sequence[str],
 ) -> None:
-    """Write a grid of a few private images: the ground truth, and each attack's reconstruction.
+    """Write a grid of a few private images: the ground truth, each attack's reconstruction, chance.
 
+    Attacks come best first, then the baselines, each with its mean PSNR over all observations.
     Images are the first of the first observations, in training order.
 
     Parameters
@@ -201,14 +203,18 @@ def save_comparison_picture(
     caption : sequence of str
         Lines above the grid.
     """
+    summary = comparison.summary()
     truths: dict[str, Tensor] = {}
+    guessed: dict[tuple[str, str], Tensor] = {}
     found: dict[tuple[str, str], Tensor] = {}
     shown = comparison.observations[:_SHOWN]
     for id_ in shown:
         with suppress(ValueError, FileNotFoundError):  # it is among the comparison's reasons
-            truth = auditor.truth(store.load(id_))
-            if truth:
+            observation = store.load(id_)
+            if truth := auditor.truth(observation):
                 truths[id_] = truth.images
+                images, _ = auditor.baseline_images(observation, truth)
+                guessed |= {(name, id_): each for name, each in images.items()}
         for attack, lines in comparison.lines.items():
             picture = lines.get(id_, {}).get("picture")
             with suppress(ValueError):  # that cell says none
@@ -224,9 +230,23 @@ def save_comparison_picture(
     columns = {"private": [_at(truths.get(id_), i) for id_, i in rows]}
     if not truths:
         columns, caption = {}, [*caption, "no truth: reconstructions alone"]
-    for attack in comparison.lines:
-        columns[attack] = [_at(found.get((attack, id_)), i) for id_, i in rows]
+    for name, entry in summary["attacks"].items():
+        columns[_head(name, entry["metrics"])] = [_at(found.get((name, id_)), i) for id_, i in rows]
+    for name, metrics in summary["baselines"].items() if truths else ():
+        columns[_head(name, metrics)] = [_at(guessed.get((name, id_)), i) for id_, i in rows]
     save_grid(path, columns, caption)
+
+
+def _head(name: str, metrics: Mapping[str, Any]) -> str:
+    """Return a column's name, and its mean PSNR below it."""
+    psnr = _psnr({"metrics": metrics}, math.nan)
+    return name if math.isnan(psnr) else f"{name}\n{psnr:.1f} dB"
+
+
+def _psnr(entry: Mapping[str, Any], otherwise: float) -> float:
+    """Return the mean PSNR of an attack or a baseline, where it has one."""
+    score = entry["metrics"].get("psnr")
+    return float(score["mean"]) if score else otherwise
 
 
 def _at(images: Tensor | None, place: int) -> Tensor | None:

@@ -13,13 +13,13 @@ from fl_app.util.extras import extras
 from fl_app.util.files import whole_file
 
 FORMATS = ("csv", "parquet")
-# Of a line, in each of its rows. Node ids, up to 2^64, are text: programs read them as floats.
+# Of a line, in each of its rows.
 _OF_LINE: Mapping[str, type] = {
     "run": str, "round": int, "node": str, "client": int, "attack": str, "status": str,
     "labels": str, "dataset": str, "prior": str, "seed": int, "defense": str,
     "defense_known": bool, "matching": str, "labels_source": str, "stop_reason": str,
-    "iterations": int, "seconds": float, "peak_memory": int, "flops": int, "num_examples": int,
-    "picture": str, "job": str, "written": str, "error": str,
+    "iterations": int, "seconds": float, "device": str, "peak_memory": int, "flops": int,
+    "num_examples": int, "picture": str, "job": str, "written": str, "error": str,
 }  # fmt: skip
 _OF_IMAGE: Mapping[str, type] = {
     each.name: next(kind for kind in (bool, int, float) if kind.__name__ in str(each.type))
@@ -40,7 +40,7 @@ def export_rows(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         Of the log, as `read_lines` gives them.
     """
     for line in lines:
-        common = {name: line[name] for name in _OF_LINE} | {"node": str(line["node"])}
+        common = {name: line[name] for name in _OF_LINE}
         rows = image_rows(line)
         for row in rows:
             yield common | {name: getattr(row, name) for name in _OF_IMAGE}

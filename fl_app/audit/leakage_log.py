@@ -18,6 +18,7 @@ from fl_app.util.schema import LARGEST_FLOAT, problem
 MAX_LOSSES = 100
 SCHEMA = 1  # what a line holds; another number is another version's
 
+_NODE = re.compile(r"[0-9]{1,20}")
 _PICTURE = re.compile(r"reconstructions/[^./\0][^/\0]*\.png")
 
 
@@ -68,8 +69,10 @@ class LogLine:
 
     Attributes
     ----------
-    round, node : int
+    round : int
         As in the Observation.
+    node : str
+        That of the Observation, in digits: many programs round whole numbers above 2^53.
     client : int or None
         The partition; None where the update was not watched, -1 for a sum.
     clients : sequence of int
@@ -111,6 +114,9 @@ class LogLine:
     labels_source : str or None
         "given", or the method that inferred them, or their order; None where no attack
         succeeded.
+    device : str or None
+        Where the attack ran: the GPU's name, or "cpu"; None where none succeeded, and in older
+        lines.
     seconds, iterations_per_second : float
     iterations, peak_memory, flops : int
         Steps, bytes, floating-point operations.
@@ -153,7 +159,7 @@ class LogLine:
     """
 
     round: int
-    node: int
+    node: str
     client: int | None
     attack: str
     status: Literal["ok", "failed", "skipped"]
@@ -171,6 +177,7 @@ class LogLine:
     label_accuracy: float | None = None
     label_chance: float | None = None
     labels_source: str | None = None
+    device: str | None = None
     seconds: float = 0.0
     iterations: int = 0
     iterations_per_second: float = 0.0
@@ -231,10 +238,15 @@ def thinned(losses: Sequence[float]) -> list[float]:
     return [losses[round(i * step)] for i in range(MAX_LOSSES)]
 
 
-def append_line(path: Path, line: LogLine) -> None:
+def append_line(path: Path, line: LogLine) -> dict[str, Any]:
     """Append a line whole or not at all, as strict JSON; for a single writer.
 
     Numbers that are not finite, or huge, become null, with a reason.
+
+    Returns
+    -------
+    dict
+        The line as it stands there.
 
     Raises
     ------
@@ -267,6 +279,7 @@ def append_line(path: Path, line: LogLine) -> None:
             raise
     finally:
         os.close(handle)
+    return entry
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[BadLine]]:
@@ -324,6 +337,8 @@ def _line(raw: bytes) -> dict[str, Any]:
     line = _DEFAULTS | {name: found[name] for name in found if name in _NAMES}
     if line.get("labels") == "given":  # as version 0.1 called it
         line["labels"] = "by-step"
+    if type(line.get("node")) is int:  # as it wrote it
+        line["node"] = str(line["node"])
     if words := _problem(line):
         raise ValueError(words)
     return line
@@ -340,6 +355,8 @@ def _problem(line: Mapping[str, Any]) -> str:
             return "identification is not of the same images throughout"
         if min(found["candidates"], default=0) < 0:
             return f"identification.candidates has {min(found['candidates'])}; allowed: 0 or more"
+    if not _NODE.fullmatch(line["node"]):
+        return f"node is {line['node']!r:.40}; allowed: a node's id, in digits"
     if line["picture"] is not None and not _PICTURE.fullmatch(line["picture"]):
         return f"picture is {line['picture']!r:.40}; allowed: reconstructions/NAME.png"
     return ""

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fl_app.audit.metrics import Leakage
 from fl_app.util.files import whole_file
 
 _TILE = 96  # pixels a tile has at least: 32 x 32 is too small to judge
@@ -18,8 +19,39 @@ _LINE = 16  # pixels a line of the caption
 _MAX_PAIRS = 64
 
 
+def pair_notes(
+    leakage: Leakage | None, true: Sequence[int], found: Sequence[int]
+) -> list[tuple[str, str]]:
+    """Return what stands below each pair of a picture: its place and score, and its class.
+
+    Parameters
+    ----------
+    leakage : Leakage or None
+        None: there is no truth.
+    true, found : sequence of int
+        Classes of the private images, where they are known, and of their reconstructions.
+    """
+    psnr = leakage.metrics["psnr"] if leakage else None
+    identified = leakage.identification.identified if leakage and leakage.identification else ()
+    notes = []
+    for i, label in enumerate(found):
+        score = f"image {i}"
+        score += f": {psnr.values[i]:.1f} dB" if psnr else ""
+        score += ", identified" if i < len(identified) and identified[i] else ""
+        if i >= len(true):
+            words = f"class {label} by the attack"
+        else:
+            words = f"class {true[i]}" + (f", taken for {label}" if true[i] != label else "")
+        notes.append((score, words))
+    return notes
+
+
 def save_picture(
-    path: Path, reconstructed: Tensor, private: Tensor | None, caption: Sequence[str]
+    path: Path,
+    reconstructed: Tensor,
+    private: Tensor | None,
+    caption: Sequence[str],
+    notes: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write a PNG of pairs, private | reconstructed, enlarged without smoothing.
 
@@ -33,6 +65,8 @@ def save_picture(
         None: there is no truth, and the reconstructions stand alone.
     caption : sequence of str
         Lines above the pairs.
+    notes : sequence of sequence of str
+        Lines below each pair, as many for each; see `pair_notes`.
     """
     shown = min(len(reconstructed), _MAX_PAIRS)
     lines = list(caption)
@@ -44,17 +78,16 @@ def save_picture(
     scale = math.ceil(_TILE / min(reconstructed.shape[-2:]))
     tiles = [[_tile(images[i], scale) for images in sources] for i in range(shown)]
     width, height = tiles[0][0].size
-    pair_width = len(sources) * (width + 2) - 2
     columns = math.ceil(math.sqrt(shown / len(sources)))
     rows = math.ceil(shown / columns)
 
     font = ImageFont.load_default(size=12)
     text_width = math.ceil(max(font.getlength(line) for line in lines))
+    below = [font.getlength(words) for note in notes[:shown] for words in note]
+    across = math.ceil(max([len(sources) * (width + 2) - 2, *below])) + _GAP
+    down = height + _GAP + (_LINE * len(notes[0]) if notes else 0)
     top = _GAP + len(lines) * _LINE
-    size = (
-        max(columns * (pair_width + _GAP), text_width + _GAP) + _GAP,
-        top + rows * (height + _GAP) + _GAP,
-    )
+    size = (max(columns * across, text_width + _GAP) + _GAP, top + rows * down + _GAP)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(lines):
@@ -62,8 +95,12 @@ def save_picture(
     for i, pair in enumerate(tiles):
         row, column = divmod(i, columns)
         for j, tile in enumerate(pair):
-            left = _GAP + column * (pair_width + _GAP) + j * (width + 2)
-            canvas.paste(tile, (left, top + _GAP + row * (height + _GAP)))
+            left = _GAP + column * across + j * (width + 2)
+            canvas.paste(tile, (left, top + _GAP + row * down))
+        for below_it, words in enumerate(notes[i] if notes else ()):
+            y = top + _GAP + row * down + height + below_it * _LINE
+            place = (_GAP + column * across, y)
+            draw.text(place, words, fill="black", font=font)
     with whole_file(path) as temporary:
         canvas.save(temporary, format="PNG")
 
@@ -78,8 +115,8 @@ def save_grid(
     path : Path
         Written whole or not at all.
     columns : mapping of str to sequence of (Tensor or None)
-        By heading: images (C, H, W) in [0, 1], C 1 or 3, one a row, or None where
-        there is none. As many in every column, and one image at least.
+        By heading, of one line or several: images (C, H, W) in [0, 1], C 1 or 3, one a row, or
+        None where there is none. As many in every column, and one image at least.
     caption : sequence of str
         Lines above the grid.
     """
@@ -87,8 +124,10 @@ def save_grid(
     scale = math.ceil(_TILE / min(images[0].shape[-2:]))
     width, height = _tile(images[0], scale).size
     font = ImageFont.load_default(size=12)
-    step = _GAP + max(width, *(math.ceil(font.getlength(name)) for name in columns))
-    top = _GAP + (len(caption) + 1) * _LINE
+    heads = [name.splitlines() for name in columns]
+    step = _GAP + max(width, *(math.ceil(font.getlength(line)) for head in heads for line in head))
+    head_lines = max(map(len, heads))
+    top = _GAP + (len(caption) + head_lines) * _LINE
     rows = max(map(len, columns.values()))
     text_width = math.ceil(max((font.getlength(line) for line in caption), default=0))
     size = (
@@ -99,9 +138,11 @@ def save_grid(
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(caption):
         draw.text((_GAP, _GAP + number * _LINE), line, fill="black", font=font)
-    for number, (name, column) in enumerate(columns.items()):
+    for number, (head, column) in enumerate(zip(heads, columns.values(), strict=True)):
         left = _GAP + number * step
-        draw.text((left, top - _LINE), name, fill="black", font=font)
+        for above, words in enumerate(head, start=-head_lines):
+            place = (left, top + above * _LINE)
+            draw.text(place, words, fill="black", font=font)
         for row, image in enumerate(column):
             corner = (left, top + row * (height + 2))
             if image is None:

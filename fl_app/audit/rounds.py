@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fl_app.audit.exposure import (
     Identified,
@@ -19,8 +19,11 @@ from fl_app.audit.exposure import (
 )
 from fl_app.audit.leakage_log import read_lines
 from fl_app.util.files import whole_file
-from fl_app.util.intervals import spread, spread_words
+from fl_app.util.intervals import PERCENT, Bounds, spread, spread_words
 from fl_app.util.reading import BrokenFileError, read_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips_vgg": "LPIPS VGG", "lpips_alex": "LPIPS Alex"}
 _DIGITS = {"psnr": 1}  # after the point; 3 otherwise
@@ -144,7 +147,7 @@ def by_round(
     accuracy : mapping of int to (float or None)
         See `read_accuracy`.
     """
-    latest: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    latest: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
     for line in logged:
         latest.setdefault((line["round"], line["attack"]), {})[line["node"]] = line
     attacked = {round_ for round_, _ in latest}
@@ -229,8 +232,10 @@ def _decimal(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:
-    """Draw accuracy and each metric by round, attacks beside the mean-colour baseline.
+def save_plot(
+    path: Path, lines: Sequence[RoundLine], title: str, chance: float | None = None
+) -> None:
+    """Draw accuracy and each metric by round, attacks beside the baselines.
 
     Parameters
     ----------
@@ -239,6 +244,8 @@ def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:
     lines : sequence of RoundLine
         One or more.
     title : str
+    chance : float, optional
+        The accuracy of a guess, in [0, 1].
     """
     # Slow to import, and only a plot needs it.
     from matplotlib.figure import Figure
@@ -249,8 +256,12 @@ def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:
     panels = figure.subplots(1 + len(there), 1, sharex=True, squeeze=False)[:, 0]
     known = {line.round: 100 * line.accuracy for line in lines if line.accuracy is not None}
     panels[0].plot(list(known), list(known.values()), ".-", color="black")
+    if chance is not None:
+        panels[0].axhline(100 * chance, linestyle="--", color="grey", label="chance")
+        panels[0].legend(fontsize="small")
     panels[0].set_ylabel("accuracy %")
     panels[0].set_title(title)
+    _keep_within(panels[0], PERCENT)
     for panel, name in zip(panels[1:], there, strict=True):
         for attack in dict.fromkeys(line.attack for line in lines if name in line.scores):
             scored = [line for line in lines if line.attack == attack and name in line.scores]
@@ -261,12 +272,35 @@ def save_plot(path: Path, lines: Sequence[RoundLine], title: str) -> None:
                 for score in scores
             ]
             panel.fill_between(x, *zip(*ends, strict=True), alpha=0.2, color=drawn.get_color())
-            baseline = [score.mean_colour for score in scores]
-            panel.plot(x, baseline, "--", color=drawn.get_color(), label=f"{attack}: mean colour")
+        mean_colour = [(line.round, line.scores[name].mean_colour) for line in lines
+                       if name in line.scores]  # fmt: skip
+        _draw_baseline(panel, "mean colour", mean_colour, "--")
+        if name == "psnr":
+            single = [(line.round, line.single_colour) for line in lines
+                      if line.single_colour is not None]  # fmt: skip
+            _draw_baseline(panel, "best single colour", single, ":")
         panel.set_ylabel(METRICS[name])
+        _keep_within(panel, bounds_of(name))
     if there:
         panels[1].legend(fontsize="small")
     panels[-1].set_xlabel("round")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def _draw_baseline(panel: Axes, name: str, values: Sequence[tuple[int, float]], style: str) -> None:
+    """Draw what needs no update by round, the mean over the attacks of the round."""
+    by_round: dict[int, list[float]] = {}
+    for round_, value in values:
+        by_round.setdefault(round_, []).append(value)
+    rounds = sorted(by_round)
+    means = [sum(by_round[round_]) / len(by_round[round_]) for round_ in rounds]
+    marker = "." if len(rounds) == 1 else ""  # a line of one point is none
+    panel.plot(rounds, means, linestyle=style, marker=marker, color="grey", label=name)
+
+
+def _keep_within(panel: Axes, bounds: Bounds) -> None:
+    """Show no value that there can't be: the drawing's margins end where the values do."""
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(low, bounds[0]), min(high, bounds[1]))

@@ -22,6 +22,7 @@ from fl_app.audit.exposure import (
     verdict,
 )
 from fl_app.util.intervals import spread, spread_words
+from fl_app.util.tables import Fitting
 from fl_app.util.text import printable
 
 _SCORES = (
@@ -38,8 +39,8 @@ def _verdict(line: Mapping[str, Any]) -> str:
     return verdict(score["mean"], score["baseline"], mean_single_colour([line]))
 
 
-def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of a run from the lines of its log; it fits 80 columns.
+def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Fitting:
+    """Return the table of a run from the lines of its log, for a terminal of any width.
 
     A reconstruction that is no better than the mean colour, or shows no structure, is said
     to be so; failed attacks are red, with their error below the table, as is what the
@@ -53,10 +54,10 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         pad_edge=False,
     )
     for name in ("Round", "Client"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("Attack", overflow="fold", min_width=8)
     for name in _SCORES:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("Note", min_width=10)
     below = Text(justify="left")
     for line in lines:
@@ -96,7 +97,7 @@ def leakage_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         below.append(words)
     table.caption = below if below else None
     table.caption_style = "none"
-    return table
+    return Fitting(table)
 
 
 def _client(line: Mapping[str, Any]) -> str:
@@ -168,7 +169,7 @@ def _alone(scores: Mapping[str, Any]) -> str:
             words.append(f"{what} {score['mean']:.3f} (noise {score['baseline']:.3f})")
     counted = scores.get("label_counts", {}).items()
     counts = ", ".join(f"{count} of {label}" for label, count in counted)
-    return printable("; ".join([*words, f"labels: {counts}"]))
+    return printable("; ".join([*words, *([f"labels: {counts}"] if counts else [])]))
 
 
 def _labels(line: Mapping[str, Any]) -> str:

@@ -101,8 +101,8 @@ def _private(folder: Path, line: Mapping[str, Any], count: int) -> Array:
 def _nodes(folder: Path, line: Mapping[str, Any]) -> list[int]:
     """Return whose images an update is of, in their order."""
     if not line["clients"]:
-        return [line["node"]]
-    id_ = observation_id(line["round"], line["node"])
+        return [int(line["node"])]
+    id_ = observation_id(line["round"], int(line["node"]))
     path = folder / "observations" / f"{id_}.safetensors"
     try:
         facts = parse_json(read_header(path).get("observation", ""), dict[str, Any])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
 from itertools import product
 from pathlib import Path
@@ -14,11 +14,15 @@ from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.defense_table import LOWER, METRICS
 from fl_app.protocol import Defense
 from fl_app.util.files import whole_file
+from fl_app.util.intervals import PERCENT, Spread, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_Point = tuple[Case, float, dict[str, Any]]
+_SIZE = 11  # points of a label's letters
+_ROW, _LETTER = 18.0, 9.0  # pixels of a label's line, and of one of its letters
+_Point = tuple[Case, Spread, dict[str, Any]]
+_Label = tuple[float, float, str, str]  # where it points to, in the data; its words and colour
 
 
 def kind(defense: Defense) -> str:
@@ -45,8 +49,8 @@ def save_defense_plot(path: Path, results: AttackResults, accuracies: Accuracies
 
     Of flow_matching's cases: a panel a metric, solid where the attacker knows the
     defence and dashed where it does not, a star for no defence, a dotted line for
-    the mean colour; each point with its parameter. Only of the client with the most
-    cases.
+    the mean colour; each point with its parameter and its 95% intervals. Only of the client
+    with the most cases.
 
     Parameters
     ----------
@@ -58,46 +62,95 @@ def save_defense_plot(path: Path, results: AttackResults, accuracies: Accuracies
     # Slow to import, and only a plot needs it.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 6), layout="constrained")
-    panels = figure.subplots(1, len(METRICS))
+    figure = Figure(figsize=(15, 18), layout="constrained")
+    panels = figure.subplots(len(METRICS), 1)
     points = _points(results, accuracies)
+    labels = []
     for panel, metric in zip(panels, METRICS, strict=True):
         scored = [point for point in points if point[2].get(metric)]
-        _draw_curves(panel, metric, scored)
-        panel.set_xlabel("accuracy of the global model, %")
-        panel.set_ylabel(METRICS[metric][0] + (" (low: leaks)" if metric in LOWER else ""))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=9)
-    figure.suptitle("flow_matching; solid: the attacker knows the defence, dashed: it does not")
+        labels.append(_draw_curves(panel, metric, scored))
+        panel.set_xlabel("accuracy of the global model, %", fontsize=_SIZE)
+        words = METRICS[metric][0] + (" (low: leaks)" if metric in LOWER else "")
+        panel.set_ylabel(words, fontsize=_SIZE)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=13)
+    title = "flow_matching with 95% intervals; solid: the attacker knows the defence, dashed: not"
+    figure.suptitle(title, fontsize=15)
+    figure.draw_without_rendering()  # which decides where the points are
+    for panel, found in zip(panels, labels, strict=True):
+        _write_labels(panel, found)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _draw_curves(panel: Axes, metric: str, points: Sequence[_Point]) -> None:
+def _draw_curves(panel: Axes, metric: str, points: Sequence[_Point]) -> list[_Label]:
+    """Draw the curves of a panel; return what is to stand beside their points."""
     kinds = list(dict.fromkeys(kind(case.defense) for case, *_ in points))
+    labels: list[_Label] = []
     for name, known in product(kinds, (True, False)):
         curve = [
-            (100 * accuracy, summary[metric]["mean"], parameter(case.defense))
-            for case, accuracy, summary in points
-            if (kind(case.defense), case.defense_known) == (name, known)
+            point
+            for point in points
+            if (kind(point[0].defense), point[0].defense_known) == (name, known)
         ]
         if not curve:
             continue
-        x, y, parameters = zip(*curve, strict=True)
+        accuracies = [accuracy for _, accuracy, _ in curve]
+        scores: list[Mapping[str, Any]] = [summary[metric] for *_, summary in curve]
+        color = f"C{kinds.index(name) % 10}"
+        x, y = [each["mean"] for each in accuracies], [each["mean"] for each in scores]
         panel.plot(
             x,
             y,
             marker="o" if name else "*",
             markersize=5 if name else 15,
             linestyle="-" if known else "--",
-            color=f"C{kinds.index(name) % 10}",
+            color=color,
             label=(name or "no defence") if known else None,
         )
-        for place in zip(x, y, parameters, strict=True) if known and name else ():
-            panel.annotate(place[2], place[:2], (3, 3), textcoords="offset points", fontsize=7)
+        panel.errorbar(x, y, _ends(scores), _ends(accuracies), fmt="none", ecolor=color, alpha=0.4)
+        if known and name:
+            words = [parameter(case.defense) for case, *_ in curve]
+            labels += [(*each, color) for each in zip(x, y, words, strict=True)]
     if points:
         baseline = sum(summary[metric]["baseline"] for *_, summary in points) / len(points)
         panel.axhline(baseline, linestyle=":", color="grey", label="mean colour")
+    return labels
+
+
+def _ends(scores: Iterable[Mapping[str, Any]]) -> list[list[float]]:
+    """Return how far the intervals reach below and above their means; 0 where there is none."""
+    pairs = [(each["mean"], each["low"], each["high"]) for each in scores]
+    return [
+        [0.0 if low is None else mean - low for mean, low, _ in pairs],
+        [0.0 if high is None else high - mean for mean, _, high in pairs],
+    ]
+
+
+def _write_labels(panel: Axes, labels: Iterable[_Label]) -> None:
+    """Write words right of their points, one below the other where they would overlap."""
+    taken: list[tuple[float, float, float]] = []
+    for x, y, words, color in sorted(labels, key=lambda each: -each[1]):
+        left, height = panel.transData.transform((x, y))
+        width, lowest = _LETTER * (len(words) + 2), height
+        while near := [
+            at for start, at, end in taken
+            if start < left + width and left < end and abs(at - height) < _ROW
+        ]:  # fmt: skip
+            height = min(near) - _ROW
+        taken.append((left, height, left + width))
+        moved = lowest - height
+        panel.annotate(
+            words,
+            (x, y),
+            (9, 8 - moved * 72 / panel.figure.dpi),
+            textcoords="offset points",
+            fontsize=_SIZE,
+            color=color,
+            va="center",
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5} if moved else None,
+        )
 
 
 def _points(results: AttackResults, accuracies: Accuracies) -> list[_Point]:
@@ -107,7 +160,8 @@ def _points(results: AttackResults, accuracies: Accuracies) -> list[_Point]:
         reached, summary = accuracies.of(case), results.summary(case)
         if case.attack.name != "flow_matching" or not reached or not summary["trials"]:
             continue
-        points.append((case, sum(reached.values()) / len(reached), summary))
+        shares = [100 * share for share in reached.values()]
+        points.append((case, spread(shares, PERCENT), summary))
     most = [case.training for case, *_ in points]
     shown = max(dict.fromkeys(most), key=most.count, default=None)
     points.sort(key=lambda point: astuple(point[0].defense))

@@ -11,6 +11,7 @@ from fl_app.commands.arguments import RunName, RunsDir
 from fl_app.commands.output import screen, tell, warn
 
 if TYPE_CHECKING:
+    from fl_app.audit.on_line import OnLine
     from fl_app.config import AttackConfig
     from fl_app.runs.pairs import Pair
 
@@ -21,6 +22,12 @@ ClientFile = Annotated[
         "--client",
         help="The file that describes the clients of your own federation (flowleak.Client); "
         "default: audit.py here. It is run.",
+    ),
+]
+OnLineName = Annotated[
+    str,
+    typer.Option(
+        help="module:function of yours that gets each line as it joins the log (docs/log.md)."
     ),
 ]
 
@@ -88,6 +95,7 @@ def attack(
     lpips_weights: Annotated[
         str, typer.Option(help="With --truth: LPIPS weights, as audit.lpips_weights.")
     ] = "",
+    on_line: OnLineName = "",
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Attack a run's recorded Observations again, or one update from two files of weights.
@@ -96,6 +104,8 @@ def attack(
     has its line already is not run again, and comparison.md, .json and .png in the run's folder
     compare them. With --before and --after the result is a run of its own.
     """
+    from fl_app.audit.on_line import told_lines
+
     if before or after:
         from fl_app.runs.pairs import Pair
 
@@ -103,7 +113,8 @@ def attack(
             raise typer.BadParameter("--before goes with --after, and with no run or budget")
         file = client or Path("audit.py")
         pair = Pair(before, after, file, examples, truth, labels)
-        _attack_pair(pair, attack or "flow_matching", set_ or [], out, lpips_weights)
+        with told_lines(on_line) as take:
+            _attack_pair(pair, attack or "flow_matching", set_ or [], out, lpips_weights, take)
         return
     if not run:
         raise typer.BadParameter("name a run, or give --before and --after")
@@ -123,20 +134,23 @@ def attack(
     if budget or attack == "all" or "," in attack:
         if set_ or follow:
             raise ConfigError("--set and --follow are allowed with one attack, without --budget")
-        AttackComparison.of(attack or "all", budget or "authors").run(folder, console, client)
+        compared = AttackComparison.of(attack or "all", budget or "authors")
+        with told_lines(on_line) as take:
+            compared.run(folder, console, client, take)
         _report(folder)
         return
     store, auditor = ObservationStore(folder), open_auditor(folder, tell, client=client)
     config = auditor.config
     warn(auditor.bad_lines())
     earlier = len(auditor.lines())
-    if attack:
-        chosen = _attack_config(attack, set_ or [])
-        with only_one(folder):
-            for id_ in store.ids():
-                new = new_id(id_, chosen)
-                enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
-    finish_attacks(auditor, console, watch_input() if follow else lambda: True)
+    with told_lines(on_line) as auditor.on_line:
+        if attack:
+            chosen = _attack_config(attack, set_ or [])
+            with only_one(folder):
+                for id_ in store.ids():
+                    new = new_id(id_, chosen)
+                    enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
+        finish_attacks(auditor, console, watch_input() if follow else lambda: True)
     lines, left = auditor.lines()[earlier:], len(pending(folder))
     if left:
         warn([f"{left} attacks are still queued: flowleak attack {run} goes on with them"])
@@ -159,10 +173,12 @@ def score(
         ),
     ],
     client: ClientFile = None,
+    on_line: OnLineName = "",
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Score a run's reconstructions where the ground truth comes later; the lines join its log."""
     from fl_app.audit.leakage_log import read_lines
+    from fl_app.audit.on_line import told_lines
     from fl_app.audit.table import leakage_table
     from fl_app.runs.attacking import score_later
     from fl_app.runs.folder import find_run
@@ -174,7 +190,8 @@ def score(
 
         take_private(folder, truth, client, screen())
         truth = folder
-    lines, problems = score_later(folder, truth, tell, client)
+    with told_lines(on_line) as take:
+        lines, problems = score_later(folder, truth, tell, client, take)
     warn([*read_lines(folder / "leakage.jsonl")[1], *problems])
     if not lines and not problems:
         typer.echo(f"Nothing to do: {truth / 'truth'} holds none of the unscored clients")
@@ -192,13 +209,14 @@ def _report(folder: Path) -> None:
 
 
 def _attack_pair(
-    pair: Pair, attack: str, settings: list[str], out: Path, lpips_weights: str
+    pair: Pair, attack: str, settings: list[str], out: Path, lpips_weights: str, on_line: OnLine
 ) -> None:
     from fl_app.audit.table import leakage_table
     from fl_app.runs.pairs import attack_pair
 
     console = screen()
-    auditor = attack_pair(pair, _attack_config(attack, settings), out, console, lpips_weights)
+    chosen = _attack_config(attack, settings)
+    auditor = attack_pair(pair, chosen, out, console, lpips_weights, on_line)
     lines = auditor.lines()
     console.print(leakage_table(lines))
     for line in lines:

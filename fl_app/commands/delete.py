@@ -22,7 +22,8 @@ def delete(
         typer.Option(
             "--private-only",
             help="Remove what shows private images or leads to them: truth, observations, "
-            "reconstructions, their queue and pictures. Scores, tables and global models stay.",
+            "reconstructions, their queue and pictures, the images' classes in the log. Scores, "
+            "tables and global models stay.",
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

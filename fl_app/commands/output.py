@@ -10,7 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+
+    from fl_app.util.tables import Fitting
 
 _MOST_PROBLEMS = 20  # that are said one by one
 _WIDE = 100_000  # characters: more than any line has
@@ -29,17 +30,19 @@ def tell(words: str) -> None:
     typer.secho(words, fg="yellow", err=True)
 
 
-def table_of(cells: Sequence[Sequence[str]]) -> Table:
-    """Return a table for a terminal; the first of `cells` is its head."""
+def table_of(cells: Sequence[Sequence[str]]) -> Fitting:
+    """Return a table for a terminal of any width; the first of `cells` is its head."""
     from rich.table import Table
     from rich.text import Text
+
+    from fl_app.util.tables import Fitting
 
     table = Table()
     for heading in cells[0]:
         table.add_column(heading, overflow="fold")
     for row in cells[1:]:
         table.add_row(*map(Text, row))  # Text, not str: a name may look like rich's markup
-    return table
+    return Fitting(table)
 
 
 def warn(problems: Iterable[object]) -> None:

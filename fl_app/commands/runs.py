@@ -15,8 +15,12 @@ from fl_app.commands.output import print_json, screen, table_of, warn
 from fl_app.util.text import printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fl_app.audit.rounds import RoundLine
 
+# What differs from run to run of what `assumptions` says.
+_GIVEN = ("Sees", "Labels", "Model", "Local training", "Defence")
 _ROUNDS_NOTE = (
     "Accuracy: of the global model after the round, on the test images of the clients that "
     "evaluated it. The updates of round r start from the model after round r - 1. Scores: mean "
@@ -157,7 +161,7 @@ def show(
     runs_dir: RunsDir = Path("runs"),
     json_: LinesJson = False,
 ) -> None:
-    """Show a run's leakage table, and where its pictures are."""
+    """Show which run it is and what its attacker was given, the leakage table, and the pictures."""
     from fl_app.audit.leakage_log import LogLine, read_lines
     from fl_app.runs.folder import find_run
     from fl_app.util.files import runs_folder
@@ -172,12 +176,33 @@ def show(
     _print_leakage(folder, lines)
 
 
+def _about(folder: Path) -> Table:
+    """Return what a run is of, and what its attacker was given, as its report says it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fl_app.report.setting import setting
+    from fl_app.report.source import read_source
+    from fl_app.report.words import assumptions
+
+    source = read_source(folder)
+    started = source.setting("started")
+    about = [("Run", f"{folder.name}, {started}" if started else folder.name), *setting(source)]
+    about += [(f"Given: {each.topic.lower()}", f"{each.words} ({each.mark})")
+              for each in assumptions(source) if each.topic in _GIVEN]  # fmt: skip
+    table = Table.grid(padding=(0, 2))
+    for name, words in about:
+        table.add_row(*(Text(printable(cell)) for cell in (name, words)))
+    return table
+
+
 def _print_leakage(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     from fl_app.audit.defense_effect import defense_advice
     from fl_app.audit.table import leakage_table
     from fl_app.config import ConfigError
 
     console = screen()
+    console.print(_about(folder))
     console.print(leakage_table(lines))
     try:
         advice = defense_advice(folder)
@@ -216,6 +241,17 @@ def rounds(
     _save_rounds(folder, lines)
 
 
+def _chance_accuracy(folder: Path) -> float | None:
+    """Return the accuracy of a guess, where the run says how many classes there are."""
+    from fl_app.config import ConfigError, read_settings
+
+    try:
+        classes = _setting(read_settings(folder / "config.yaml"), "data", "num_classes")
+    except ConfigError:
+        return None
+    return 1 / classes if isinstance(classes, int) and classes > 0 else None
+
+
 def _save_rounds(folder: Path, lines: Sequence[RoundLine]) -> None:
     """Print the table, and write what is not as it was."""
     from fl_app.audit.rounds import rounds_cells, save_plot
@@ -234,7 +270,7 @@ def _save_rounds(folder: Path, lines: Sequence[RoundLine]) -> None:
     if not known or not picture.exists():  # drawing takes more time than all else here
         try:
             with extras():
-                save_plot(picture, lines, folder.name)
+                save_plot(picture, lines, folder.name, _chance_accuracy(folder))
         except MissingExtraError as error:
             console.print(f"No picture: {error}", style="yellow", markup=False)
     write_text(written, text)

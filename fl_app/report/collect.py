@@ -15,8 +15,9 @@ from fl_app.config import ConfigError
 from fl_app.protocol import Defense
 from fl_app.report.evidence import signed
 from fl_app.report.model import Pair, Report
+from fl_app.report.setting import setting
 from fl_app.report.source import Source, read_source
-from fl_app.report.tables import comparison, config_cells, failures, setting
+from fl_app.report.tables import comparison, config_cells, failures
 from fl_app.report.updates import Drawn, draw_updates, heat_map
 from fl_app.report.verdict import main_attack, verdict_of
 from fl_app.report.words import assumptions, measures, untested

@@ -52,7 +52,7 @@ class Source:
     problems: Sequence[str]
 
     @cached_property
-    def _names(self) -> dict[int, str]:
+    def _names(self) -> dict[str, str]:
         """Clients' names by node, from the lines that say them."""
         return {line["node"]: _client_words(line) for line in self.lines if _named(line)}
 

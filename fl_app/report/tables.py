@@ -1,7 +1,8 @@
-"""The tables of the report: comparison, failures, settings, data and model. Free of torch."""
+"""The tables of the report: comparison, failures, settings. Free of torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,10 +11,9 @@ from fl_app.audit.exposure import bounds_of, count_words, identified_of, mean_si
 from fl_app.audit.rounds import METRICS
 from fl_app.config import ConfigError, load_config
 from fl_app.report.model import Cells
-from fl_app.report.source import Source, number, plural
+from fl_app.report.source import Source, number
 from fl_app.report.updates import setting_words
 from fl_app.runs.advice import Advice, best, privacy_words
-from fl_app.runs.folder import DESCRIBED
 from fl_app.util.intervals import FEWEST, spread, spread_words
 from fl_app.util.schema import problem
 
@@ -33,10 +33,11 @@ def comparison(source: Source) -> tuple[Cells, tuple[str, ...]]:
     if not any(line["metrics"] for line in good):
         return [], ()
     there = [name for name in _COMPARED if any(line["metrics"].get(name) for line in good)]
-    head = ["", "updates", "identified", *(_COMPARED[name] for name in there), "seconds"]
+    head = ["attack", "updates", "identified", *(_COMPARED[name] for name in there), "seconds"]
     rows = []
-    for attack in source.attacks:
-        lines = source.of(attack)
+    by_attack = {attack: source.of(attack) for attack in source.attacks}
+    for attack in sorted(by_attack, key=lambda name: -_mean_psnr(by_attack[name])):
+        lines = by_attack[attack]
         done = [line for line in lines if line["status"] == "ok"]
         found = [_over(name, done, "mean") for name in there]
         seconds = sum(line["seconds"] for line in done) / len(done) if done else None
@@ -71,6 +72,13 @@ def advice_cells(rows: Sequence[Advice]) -> Cells:
             for place, row in enumerate(rows, 1)
         ),
     ]
+
+
+def _mean_psnr(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Return an attack's mean PSNR over its updates, below all others where it has none."""
+    known = [score["mean"] for line in lines if (score := line["metrics"].get("psnr"))]
+    means = [mean for mean in known if mean is not None]
+    return sum(means) / len(means) if means else -math.inf
 
 
 def _over(metric: str, lines: Sequence[Mapping[str, Any]], what: str) -> str:
@@ -147,56 +155,3 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, key)
         else:
             yield key, value
-
-
-def setting(source: Source) -> Iterator[tuple[str, str]]:
-    """Yield what was trained on what, and how good the model was, by name."""
-    config = source.config
-    data = source.settings.get("data")
-    facts = data if isinstance(data, Mapping) else {}
-    shape, classes = facts.get("image_shape"), facts.get("num_classes")
-    of = f"{classes} classes" if isinstance(classes, int) else ""
-    if isinstance(shape, list) and shape:
-        of += f", images {'x'.join(map(str, shape))}"
-    if source.described:
-        yield "Federation", f"the user's own; model {source.setting('described', 'model')}"
-        yield "Data", of or "not said"
-        yield "Local training", _described_words(source)
-    elif config:
-        split = "" if config.dataset.split == "train" else f" ({config.dataset.split} split)"
-        yield "Data", ", ".join(filter(None, [f"{config.dataset.name}{split}", of]))
-        norm = f", {config.model.norm} norm" if config.model.norm not in ("", "none") else ""
-        yield "Model", f"{config.model.name}{norm}"
-        yield "Clients", f"{plural(config.num_clients, 'client')}, {config.dataset.partitioner}"
-        yield "Local training", _training_words(config.client)
-        yield "Rounds", f"{config.rounds}, {config.strategy.name}"
-    elif model := source.setting("model", "name"):
-        yield "Model", model
-    known = [(round_, share) for round_, share in source.accuracy.items() if share is not None]
-    attacked = {line["round"] for line in source.lines}
-    shown = [each for each in known if each[0] + 1 in attacked or each[0] in attacked]
-    shown = [shown[0], shown[-1]] if len(shown) > 2 else shown
-    words = ", ".join(f"{share:.1%} after round {round_}" for round_, share in shown)
-    yield "Accuracy", words or "of the global model: not measured"
-
-
-def _described_words(source: Source) -> str:
-    """Return a described client's training in words; of a damaged description what is there."""
-    where = (DESCRIBED, "training")
-    said = {key: source.setting(*where, key) or "-" for key in ("optimizer", "lr", "batch_size")}
-    steps, epochs = (source.setting(*where, f"local_{unit}") for unit in ("steps", "epochs"))
-    count, unit = (epochs or "-", "epoch") if steps in ("", "0") else (steps, "step")
-    return (
-        f"{said['optimizer']}, lr {said['lr']}, batches of {said['batch_size']}, "
-        f"{count} {unit}{'' if count == '1' else 's'} a round"
-    )
-
-
-def _training_words(client: Any) -> str:
-    length = plural(client.local_steps, "step")
-    if not client.local_steps:
-        length = plural(client.local_epochs, "epoch")
-    return (
-        f"{client.optimizer}, lr {client.lr:g}, {length} of "
-        f"{plural(client.batch_size, 'image')} a round"
-    )

@@ -128,7 +128,7 @@ def draw_updates(source: Source, attack: str, pictures: bool) -> Drawn:
     )  # fmt: skip
 
 
-def _key(line: Mapping[str, Any]) -> tuple[int, int]:
+def _key(line: Mapping[str, Any]) -> tuple[int, str]:
     return line["round"], line["node"]
 
 
@@ -136,7 +136,7 @@ def _grouped(
     source: Source, attack: str, rows: Mapping[int, Sequence[ImageRow]]
 ) -> list[list[Mapping[str, Any]]]:
     """Return the lines of each update, those of an attack first; the worst update comes first."""
-    found: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for line in sorted(source.lines, key=lambda line: line["attack"] != attack):
         found.setdefault(_key(line), []).append(line)
 
@@ -173,7 +173,7 @@ def _badness(row: ImageRow) -> tuple[bool, float]:
     return bool(row.identified), -1.0 if row.psnr is None else row.psnr
 
 
-def _clients(source: Source) -> dict[tuple[int, int], str]:
+def _clients(source: Source) -> dict[tuple[int, str], str]:
     """Return the client's name of each update; two of a round that claim one name differ."""
     names = {(line["round"], line["node"]): source.client(line) for line in source.lines}
     taken = Counter((round_, name) for (round_, _), name in names.items())
@@ -239,7 +239,7 @@ def _update(
         anchor=_anchor(first),
         round=first["round"],
         client=client,
-        node=str(first["node"]),
+        node=first["node"],
         images=next((line["num_examples"] for line in lines if line["num_examples"]), None),
         summary=_summary(first),
         cell=cell,
@@ -298,12 +298,21 @@ def _attempt(
         psnr_by_step=tuple(line["psnr_by_step"]),
         mean_colour=psnr.get("baseline"),
         diagnosis=tuple(line["diagnosis"]),
-        reasons=tuple(line["reasons"].items()),
+        reasons=_reasons(line),
         settings=settings.place(line["attack"], line["options"]) if line["options"] else -1,
         protocol=protocols.place("", line["protocol"]) if line["protocol"] else -1,
         command=_command(source, line),
         picture=line["picture"] or "" if pictures else "",
     )
+
+
+def _reasons(line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return what a line lacks and why, each reason once; an error says it for all that it took."""
+    lacking: dict[str, list[str]] = {}
+    for name, why in line["reasons"].items():
+        if why != line["error"]:
+            lacking.setdefault(why, []).append(name)
+    return tuple((", ".join(names), why) for why, names in lacking.items())
 
 
 def _facts(line: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -339,11 +348,12 @@ def _facts(line: Mapping[str, Any]) -> list[tuple[str, str]]:
     losses = [loss for loss in line["losses"] if loss is not None]
     if losses:
         facts.append(("matching loss", f"{losses[0]:.3g} at first, {losses[-1]:.3g} at last"))
+    where = f" on {line['device']}" if line["device"] else ""
     facts += [
         ("matching", line["matching"]),
         ("labels from", line["labels_source"] or "-"),
         ("ended by", line["stop_reason"]),
-        ("cost", f"{line['seconds']:.1f} s, {plural(line['iterations'], 'iteration')}, "
+        ("cost", f"{line['seconds']:.1f} s{where}, {plural(line['iterations'], 'iteration')}, "
                  f"{line['peak_memory'] / 1e6:,.0f} MB, {line['flops'] / 1e9:,.0f} GFLOP"),
     ]  # fmt: skip
     if line["update_bytes"] is not None:
@@ -381,8 +391,10 @@ def heat_map(updates: Sequence[Update]) -> HeatMap | None:
     cells = {(update.round, update.client): update for update in updates}
     names = sorted({update.client for update in updates}, key=_natural)
     rounds = sorted({update.round for update in updates})
-    shared = any("/" in update.cell for update in updates)
-    shows = "images identified, of those that could be" if shared else "mean PSNR"
+    if any("/" in update.cell for update in updates):
+        shows = "images identified, of those that could be"
+    else:
+        shows = "mean PSNR" if any(update.heat >= 0 for update in updates) else "the outcome"
     return HeatMap(tuple(names), tuple(rounds), cells, shows)
 
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.on_line import OnLine
 from fl_app.audit.reconstructions import read_reconstruction
 from fl_app.config import AttackConfig
 from fl_app.protocol import Knowledge, Observation, Reconstruction, observation_id
@@ -49,7 +50,7 @@ def open_pool(auditor: Auditor) -> AttackPool:
     return AttackPool(
         auditor.run_dir,
         auditor.config.pool,
-        on_result=lambda job, found: auditor.record(job.observation, found, job.id),
+        on_result=lambda job, found, where: auditor.record(job.observation, found, job.id, where),
         on_error=lambda job, error: auditor.record_failure(
             job.observation, job.attack.name, error, job.id
         ),
@@ -158,15 +159,19 @@ class AttackProcess:
     run_dir : Path
     tell : callable
         Takes each line that the process prints, in a thread of its own.
+    on_line : str
+        The function that gets its lines, see `load_on_line`; "": none.
     starts : int
         How often it is started again after the training's end, before the rest is
         left in the queue.
     """
 
-    def __init__(self, run_dir: Path, tell: Callable[[str], None], starts: int = 3) -> None:
+    def __init__(
+        self, run_dir: Path, tell: Callable[[str], None], on_line: str = "", starts: int = 3
+    ) -> None:
         self._command = [
             sys.executable, "-m", "flowleak", "attack", run_dir.name,
-            "--runs-dir", str(run_dir.parent), "--follow",
+            "--runs-dir", str(run_dir.parent), "--follow", "--on-line", on_line,
         ]  # fmt: skip
         self._tell = tell
         self._starts = starts
@@ -248,6 +253,7 @@ def score_later(
     truth_dir: Path,
     tell: Callable[[str], None] = _log.warning,
     client: Path | None = None,
+    on_line: OnLine | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Score the reconstructions of a run without Truth, now that there is one.
 
@@ -257,7 +263,7 @@ def score_later(
     truth_dir : Path
         Holds ``truth/round-NNNN-node-ID.safetensors``, as clients write it; what
         it lacks stays unscored. It is not copied, but the pictures show it.
-    tell, client
+    tell, client, on_line
         See `open_auditor`.
 
     Returns
@@ -274,8 +280,8 @@ def score_later(
     """
     if not (truth_dir / "truth").is_dir():
         raise FileNotFoundError(f"{truth_dir / 'truth'} is no folder; clients write it there")
-    auditor, store = open_auditor(run_dir, tell, truth_dir, client), ObservationStore(run_dir)
-    lines = auditor.lines()
+    auditor = open_auditor(run_dir, tell, truth_dir, client, on_line)
+    store, lines = ObservationStore(run_dir), auditor.lines()
     scored = {line["job"] for line in lines if line["metrics"]}
     problems = []
     for line in lines:
@@ -297,7 +303,7 @@ def _score_line(auditor: Auditor, store: ObservationStore, line: Mapping[str, An
     ValueError, FileNotFoundError
         If a file that this needs is missing, or can't be used.
     """
-    observation = store.load(observation_id(line["round"], line["node"]))
+    observation = store.load(observation_id(line["round"], int(line["node"])))
     if not auditor.has_truth(observation):
         return
     auditor.truth(observation)
@@ -310,4 +316,4 @@ def _score_line(auditor: Auditor, store: ObservationStore, line: Mapping[str, An
     kept["losses"] = tuple(math.nan if loss is None else loss for loss in line["losses"])
     kept["labels_level"] = line["labels"]
     found = Reconstruction(images=stored.images, labels=stored.labels, **kept)
-    auditor.record(observation, found, line["job"])
+    auditor.record(observation, found, line["job"], line["device"])

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from fl_app.audit.comparison import compare, save_comparison_picture
 from fl_app.audit.exposure import chance_words, count_words, verdict
+from fl_app.audit.on_line import OnLine
 from fl_app.config import UNBOUNDED, AttackConfig, ConfigError, load_config
 from fl_app.registry import ATTACKS
 from fl_app.runs.attacking import finish_attacks
@@ -28,6 +29,7 @@ from fl_app.util.files import write_text
 from fl_app.util.intervals import FEWEST, spread_words
 from fl_app.util.machine import host
 from fl_app.util.markdown import markdown_table, sections_markdown
+from fl_app.util.tables import Fitting
 from fl_app.util.text import printable
 from server_strategies.attack_pool import QueueEntry, enqueue
 from server_strategies.attacks.run import create_attack
@@ -91,7 +93,13 @@ class AttackComparison:
             create_attack(attack)
         return cls(attacks, budget)
 
-    def run(self, folder: Path, console: Console, client: Path | None = None) -> None:
+    def run(
+        self,
+        folder: Path,
+        console: Console,
+        client: Path | None = None,
+        on_line: OnLine | None = None,
+    ) -> None:
         """Run what has no line in the log, then write ``comparison.md``, ``.json`` and ``.png``.
 
         Parameters
@@ -100,7 +108,7 @@ class AttackComparison:
             The run's; an earlier comparison's files there are replaced.
         console : Console
             Shows the progress and the table.
-        client : Path, optional
+        client, on_line
             See `open_auditor`.
 
         Raises
@@ -108,7 +116,8 @@ class AttackComparison:
         ConfigError
             If the run holds no Observation.
         """
-        auditor = open_auditor(folder, partial(console.print, **_TOLD), client=client)
+        tell = partial(console.print, **_TOLD)
+        auditor = open_auditor(folder, tell, client=client, on_line=on_line)
         store, config = ObservationStore(folder), auditor.config
         for bad in auditor.bad_lines():
             console.print(str(bad), style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -293,7 +302,7 @@ def _failures(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _table(cells: Sequence[Sequence[str]]) -> Table:
+def _table(cells: Sequence[Sequence[str]]) -> Fitting:
     """Return what of the table fits 80 columns; comparison.md has all of it."""
     table = Table(
         title="Comparison: mean over observations, 95% interval",
@@ -306,4 +315,4 @@ def _table(cells: Sequence[Sequence[str]]) -> Table:
         table.add_column(cells[0][column], overflow="fold")
     for row in cells[1:]:
         table.add_row(*(Text(row[column]) for column in shown))
-    return table
+    return Fitting(table)

@@ -17,12 +17,12 @@ _CONFIG = "config.yaml"
 _LOG = "leakage.jsonl"
 # What runs, attacks and commands leave in a run's folder: nothing else is ever removed.
 PRIVATE = (
-    "truth", "observations", "reconstructions", "queue", "advise", "comparison.png", "report.html",
+    "truth", "observations", "reconstructions", "queue", "advise", "tensorboard", "comparison.png",
+    "report.html", "images.csv", "images.parquet",
 )  # fmt: skip
 KEPT = (
     "models", "training.json", "rounds.md", "rounds.png", "comparison.md", "comparison.json",
-    "advise.json", "advise.svg", "report-redacted.html", "images.csv", "images.parquet", LOCK_FILE,
-    _LOG, _CONFIG,
+    "advise.json", "advise.svg", "report-redacted.html", LOCK_FILE, _LOG, _CONFIG,
 )  # fmt: skip
 # What a killed process leaves of these, see `whole_file`.
 _TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.(yaml|jsonl?|md|png|svg|html|csv|parquet)")
@@ -85,8 +85,8 @@ def delete_run(run_dir: Path, private_only: bool = False) -> list[Path]:
     ----------
     run_dir : Path
     private_only : bool
-        Keep the scores: the log, whose lines lose their pictures, the configuration,
-        the tables and the global models.
+        Keep the scores: the log, whose lines lose their pictures and the images' classes, the
+        configuration, the tables and the global models.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def delete_run(run_dir: Path, private_only: bool = False) -> list[Path]:
         for part in parts(run_dir, private_only):
             _remove(part.path)
         if private_only:
-            _forget_pictures(run_dir / _LOG)
+            _forget(run_dir / _LOG)
         kept = KEPT if private_only else ()
         left = sorted(path for path in run_dir.iterdir() if path.name not in kept)
     if not left and not private_only:
@@ -169,24 +169,30 @@ def _images(path: Path) -> int | None:
         return None
 
 
-def _forget_pictures(log: Path) -> None:
-    """Write into each line that its picture is gone; what is no line stays as it is."""
+def _forget(log: Path) -> None:
+    """Take pictures and classes out of each line; what is no line stays as it is."""
     if log.is_symlink() or not log.is_file():
         return
     before = log.read_bytes()
-    after = b"\n".join(_without_picture(raw) for raw in before.split(b"\n"))
+    after = b"\n".join(_without_private(raw) for raw in before.split(b"\n"))
     if after != before:
         with whole_file(log) as temporary:
             temporary.write_bytes(after)
 
 
-def _without_picture(raw: bytes) -> bytes:
+def _without_private(raw: bytes) -> bytes:
+    """Return a line without what is private: the classes that were found are the images', too."""
     try:
         line = json.loads(raw)
     except (ValueError, RecursionError):
         return raw
-    if not isinstance(line, dict) or not line.get("picture"):
+    if not isinstance(line, dict):
         return raw
-    reasons = line.get("reasons")
-    line["reasons"] = {**(reasons if isinstance(reasons, dict) else {}), "picture": _GONE}
-    return json.dumps(line | {"picture": None}).encode()
+    gone = [name for name in ("picture", "true_labels") if line.get(name) is not None]
+    alone, reasons = line.get("reference_free"), line.get("reasons")
+    counted = isinstance(alone, dict) and alone.pop("label_counts", None)
+    if not gone and not counted and not line.get("found_labels"):
+        return raw
+    reasons = reasons if isinstance(reasons, dict) else {}
+    found = {"found_labels": [], "reasons": {**reasons, **dict.fromkeys(gone, _GONE)}}
+    return json.dumps(line | found | dict.fromkeys(gone)).encode()

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.on_line import OnLine
 from fl_app.config import Config, ConfigError, DatasetConfig, from_settings, read_settings
 from fl_app.data import dataset_info, fingerprint, on_hub
 from fl_app.protocol import Client, DatasetInfo, Knowledge
@@ -75,6 +76,7 @@ def open_auditor(
     tell: Callable[[str], None],
     truth_dir: Path | None = None,
     client: Path | None = None,
+    on_line: OnLine | None = None,
 ) -> Auditor:
     """Return the auditor of a run that has ended, by what its folder says of the data.
 
@@ -87,6 +89,8 @@ def open_auditor(
         See `Auditor`.
     client : Path, optional
         The file that describes the clients of a user's own federation, see `client_of`.
+    on_line : OnLine, optional
+        See `Auditor`. The function that config.yaml names is not looked at.
 
     Raises
     ------
@@ -103,10 +107,10 @@ def open_auditor(
         own = client_of(described, client)
         if described.get("training") != plain_settings(own.training):
             tell(f"the clients' training is described otherwise than when {run_dir.name} began")
-        return described_auditor(run_dir, config, own, truth_dir)
+        return described_auditor(run_dir, config, own, truth_dir, on_line)
     if facts is None:
         knowledge = config.knowledge(dataset_info(config.dataset))
-        return Auditor(run_dir, config, knowledge, truth_dir)
+        return Auditor(run_dir, config, knowledge, truth_dir, on_line=on_line)
     info = _recorded(facts, path)
     difference = _difference(config.dataset, info, facts.get("fingerprint"))
     if difference:
@@ -115,15 +119,20 @@ def open_auditor(
     # Like the fingerprint, candidates are not worth fetching a data set for.
     elsewhere = on_hub(config.dataset) and facts.get("fingerprint") is None
     why = "the data set is on the hub, and was not on this machine" if elsewhere else ""
-    return Auditor(run_dir, config, config.knowledge(info), truth_dir, difference, why)
+    known = config.knowledge(info)
+    return Auditor(run_dir, config, known, truth_dir, difference, why, on_line)
 
 
 def described_auditor(
-    run_dir: Path, config: Config, client: Client, truth_dir: Path | None = None
+    run_dir: Path,
+    config: Config,
+    client: Client,
+    truth_dir: Path | None = None,
+    on_line: OnLine | None = None,
 ) -> Auditor:
     """Return the auditor of a run of described clients; its data set is the user's own."""
     config = described_config(config, client)
-    return Auditor(run_dir, config, client.knowledge, truth_dir, NO_DATA)
+    return Auditor(run_dir, config, client.knowledge, truth_dir, NO_DATA, on_line=on_line)
 
 
 def _recorded(facts: Any, path: Path) -> DatasetInfo:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.on_line import OnLine
 from fl_app.audit.truth import Truth, check_truth, write_truth
 from fl_app.config import (
     AttackConfig,
@@ -28,6 +29,7 @@ from fl_app.runs.facts import described_auditor
 from fl_app.runs.folder import DESCRIBED
 from fl_app.runs.weights import observed, read_weights, replies
 from fl_app.util.files import user_path
+from fl_app.util.machine import device
 from fl_app.util.reading import BrokenFileError, check_regular
 from server_strategies.attacks.run import run_attack
 from server_strategies.observations import MOST_IMAGES, ObservationStore
@@ -62,7 +64,12 @@ class Pair:
 
 
 def attack_pair(
-    pair: Pair, attack: AttackConfig, out: Path, console: Console, lpips_weights: str = ""
+    pair: Pair,
+    attack: AttackConfig,
+    out: Path,
+    console: Console,
+    lpips_weights: str = "",
+    on_line: OnLine | None = None,
 ) -> Auditor:
     """Record an update as a run, attack it in this process, and log what leaked.
 
@@ -79,6 +86,8 @@ def attack_pair(
         Shows how far the attack is.
     lpips_weights : str
         As ``audit.lpips_weights``.
+    on_line : OnLine, optional
+        See `Auditor`.
 
     Returns
     -------
@@ -109,7 +118,7 @@ def attack_pair(
         store.save(each)
     for truth in truths:
         write_truth(run_dir, truth)
-    auditor = described_auditor(run_dir, config, client)
+    auditor = described_auditor(run_dir, config, client, on_line=on_line)
     tell_forecast(seen[0], known, attack, console)
     for each in seen:
         if len(files) > 1:
@@ -248,7 +257,7 @@ def _attack(seen: Observation, known: Knowledge, auditor: Auditor, console: Cons
         except (ValueError, RuntimeError) as error:
             auditor.record_failure(seen, config.attack.name, str(error))
             raise
-    auditor.record(seen, found)
+    auditor.record(seen, found, device=device())
 
 
 def read_private(path: Path, client: Client, examples: int) -> Truth:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_app.audit.exposure import RECOGNISABLE
 from fl_app.audit.metrics import Leakage, score
-from fl_app.audit.pictures import save_picture
+from fl_app.audit.pictures import pair_notes, save_picture
 from fl_app.audit.truth import Truth, check_truth
 from fl_app.protocol import Budget, Client, Reconstruction
 from fl_app.runs.weights import observed, weights_of
@@ -56,7 +56,8 @@ class Verdict:
         """Draw the reconstructions as a PNG, beside the private images where they were given."""
         order = self.leakage.assignment if self.leakage else range(len(self.found.images))
         caption = str(self).split("; ")
-        save_picture(Path(path), self.found.images[list(order)], self.private, caption)
+        notes = pair_notes(self.leakage, (), [self.found.labels[i] for i in order])
+        save_picture(Path(path), self.found.images[list(order)], self.private, caption, notes)
 
 
 def attack_update(

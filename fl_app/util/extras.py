@@ -18,6 +18,7 @@ _EXTRA = {
     "matplotlib": "server",
     "ray": "server",
     "scipy": "server",
+    "tensorboard": "tensorboard",
 }
 """By package."""
 

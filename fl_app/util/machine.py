@@ -16,3 +16,10 @@ def host() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "numpy", "flowleak")},
     }
+
+
+def device() -> str:
+    """Return where an attack of this process runs: the GPU's name, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -463,7 +463,7 @@ def run_with(folder: Path, name: str, defense: str, psnr: float, accuracy: float
     run = create_run(config)
     score = {"mean": psnr, "low": None, "high": None, "baseline": 12}
     line = LogLine(
-        1, 5, 0, "sme", "ok", "counts", metrics={"psnr": score}, defense=str(config.defense)
+        1, "5", 0, "sme", "ok", "counts", metrics={"psnr": score}, defense=str(config.defense)
     )
     append_line(run / "leakage.jsonl", line)
     rounds = [{"round": 1, "train": {}, "evaluate": {"accuracy": accuracy}}]

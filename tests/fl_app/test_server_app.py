@@ -29,9 +29,9 @@ def test_a_prior_that_is_not_there_is_refused_where_the_attack_needs_one() -> No
 def test_a_watch_that_matched_nothing_is_told_at_the_end() -> None:
     config = Config(watch=WatchConfig(clients=[0, 7]))
     assert _unwatched(config, []).startswith("NOTHING WAS WATCHED")
-    lines = [{"client": 0, "node": 2**40}]
+    lines = [{"client": 0, "node": str(2**40)}]
     assert _unwatched(config, lines) == "NEVER WATCHED: client 7 sent no update"
-    assert not _unwatched(config, [*lines, {"client": 3, "node": 7}])
+    assert not _unwatched(config, [*lines, {"client": 3, "node": "7"}])
 
 
 @pytest.mark.parametrize("place", ["a file", "a folder that is no folder's"])

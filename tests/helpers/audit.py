@@ -55,7 +55,7 @@ def shared_lpips() -> Path:
 
 
 def line_of(**fields: object) -> LogLine:
-    line = LogLine(round=1, node=7, client=0, attack="sme", status="ok", labels="by-step")
+    line = LogLine(round=1, node="7", client=0, attack="sme", status="ok", labels="by-step")
     return replace(line, **fields)  # type: ignore[arg-type]
 
 

@@ -80,7 +80,7 @@ class Pretence:
             if client == 0:
                 save_picture(run / picture, found[:1], private[:1], [attack])
             line = LogLine(
-                round_, node, client, attack, "ok", "counts" if self.truth else "unknown",
+                round_, str(node), client, attack, "ok", "counts" if self.truth else "unknown",
                 matching="surrogate", truth=self.truth, num_examples=self.images, picture=picture,
                 losses=[0.5 * 0.96**i for i in range(100)], iterations=200, seconds=12.0,
                 stop_reason="iterations", options={"lr": 0.1, "tv": 0.03}, found_labels=labels,

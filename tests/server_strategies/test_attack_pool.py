@@ -64,7 +64,8 @@ def test_every_job_gets_one_outcome_whatever_happens_to_its_worker(
     results: dict[int, float] = {}
     errors: dict[int, str] = {}
 
-    def on_result(done: Job, found: Reconstruction) -> None:
+    def on_result(done: Job, found: Reconstruction, device: str) -> None:
+        assert device
         if done.attack.options["order"] == "full disk":
             raise OSError("no space left")
         results[done.observation.round] = float(found.images.mean())

@@ -429,7 +429,7 @@ def test_a_runs_log_table_and_picture_name_what_was_granted_of_the_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str
 ) -> None:
     captions: list[str] = []
-    monkeypatch.setattr(auditor, "save_picture", lambda *given: captions.extend(given[-1]))
+    monkeypatch.setattr(auditor, "save_picture", lambda *given: captions.extend(given[3]))
     audit = Audit(tmp_path, AuditConfig(truth=True, labels=level))
     x = images(4)
     write_truth(audit.run_dir, truth_of(x))

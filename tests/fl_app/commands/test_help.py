@@ -50,7 +50,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = create_run(load_config({"overrides": f"runs_dir={folder} name=x"}))
     score = {"mean": 20.0, "low": None, "high": None, "baseline": 12.0}
     for node in (7, 8):
-        line = LogLine(1, node, node, "sme", "ok", "counts", metrics={"psnr": score})
+        line = LogLine(1, str(node), node, "sme", "ok", "counts", metrics={"psnr": score})
         append_line(run / "leakage.jsonl", line)
     flowleak("rounds", "x", "--runs-dir", str(folder))
     return folder

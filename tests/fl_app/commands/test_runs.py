@@ -73,7 +73,7 @@ def test_a_table_in_a_pipe_is_as_wide_as_what_it_holds(
     name = "a-run-whose-name-is-longer-than-the-screen-is-wide"
     folder = create_run(load_config({"overrides": f"runs_dir={tmp_path} name={name}"}))
     why = f"{'long ' * 30}reason"
-    line = LogLine(1, 7, 0, "sme", "skipped", "counts", reasons={"metrics": why})
+    line = LogLine(1, "7", 0, "sme", "skipped", "counts", reasons={"metrics": why})
     append_line(folder / "leakage.jsonl", replace(line, status="ok"))
     assert name in flowleak("runs", "--runs-dir", str(tmp_path))
     assert why in flowleak("show", name, "--runs-dir", str(tmp_path))

@@ -49,11 +49,49 @@ FAINT = """() => {
   }
   return [...faint];
 }"""
-# What a screen reader has no name for.
-UNNAMED = """() => ["img", "svg", "select", "input", "button", "a", "[role=region]"]
-  .flatMap((each) => [...document.querySelectorAll(each)])
-  .filter((e) => !(e.alt || e.ariaLabel || e.textContent.trim() || e.labels?.length))
-  .map((e) => e.outerHTML.slice(0, 80))"""
+# What keeps a screen reader from saying what there is and where: the rules of axe-core by their
+# names there, as far as the page can break them.
+BROKEN = """() => {
+  const all = (query) => [...document.querySelectorAll(query)];
+  const name = (e) => (e.alt || e.ariaLabel || e.textContent.trim() ||
+    [...(e.labels || [])].map((each) => each.textContent.trim()).join(""));
+  const found = (rule, broken) => broken.map((e) => rule + ": " + e.outerHTML.slice(0, 80));
+  const repeated = (values) => values.filter((v, i) => v && values.indexOf(v) !== i);
+  const level = (e) => Number(e.tagName[1]);
+  const heads = all("h1, h2, h3, h4, h5, h6");
+  const words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const outside = [];
+  while (words.nextNode()) {
+    const e = words.currentNode.parentElement;
+    if (words.currentNode.data.trim() && !e.closest("header, main, nav, footer, script")) {
+      outside.push(e);
+    }
+  }
+  return [
+    ...found("image-alt, label, link-name, button-name",
+      all("img, svg, select, input, button, a, summary, [role=region], nav, th")
+        .filter((e) => !name(e))),
+    ...found("heading-order", heads.filter((e, i) => level(e) > (i ? level(heads[i - 1]) : 0) + 1)),
+    ...found("empty-heading", heads.filter((e) => !name(e))),
+    ...found("page-has-heading-one", all("h1").slice(1)),
+    ...found("region", outside),
+    ...found("landmark-one-main", all("main").slice(1)),
+    ...found("th-has-data-cells", all("table").filter((e) => !e.querySelector("th"))),
+    ...found("scope-attr-valid", all("th").filter((e) => !["col", "row"].includes(e.scope))),
+    ...found("scrollable-region-focusable", all("body *").filter((e) => e.tabIndex < 0 &&
+      e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX === "auto")),
+    ...found("list", all("ul > :not(li), ol > :not(li), dl > :not(dt):not(dd)")),
+    ...repeated(all("[id]").map((e) => e.id)).map((id) => "duplicate-id: " + id),
+    ...repeated(all("[role=region], nav").map((e) => e.ariaLabel))
+      .map((label) => "landmark-unique: " + label),
+    ...(document.documentElement.lang && document.title ? [] : ["html-has-lang, document-title"]),
+  ];
+}"""
+# What has the focus and does not look so.
+UNSEEN = """() => {
+  const e = document.activeElement, style = getComputedStyle(e);
+  return style.outlineStyle === "none" || !parseFloat(style.outlineWidth) ? [e.outerHTML] : [];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +151,20 @@ def test_it_fits_and_can_be_read(opened: tuple[Any, list[str]], width: int) -> N
     page.set_viewport_size({"width": width, "height": 900})
     page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate(FAINT) == []
-    assert page.evaluate(UNNAMED) == []
+    assert page.evaluate(BROKEN) == []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate(FAINT) == []
+
+
+def test_what_has_the_focus_shows_it(opened: tuple[Any, list[str]]) -> None:
+    page, _ = opened
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        assert page.evaluate(UNSEEN) == []
+        reached.add(page.evaluate("document.activeElement.tagName"))
+    assert reached >= {"A", "DIV", "SELECT", "INPUT", "BUTTON"}
 
 
 def test_the_table_of_images_is_sorted_and_filtered(opened: tuple[Any, list[str]]) -> None:

@@ -145,7 +145,7 @@ def test_what_others_say_is_text(tmp_path: Path) -> None:
     run = Pretence(clients=1).write(tmp_path)
     scored = json.loads((run / "leakage.jsonl").read_text())
     scored |= {"attack": EVIL, "matching": EVIL, "options": {EVIL: EVIL}, "labels": EVIL,
-               "diagnosis": [EVIL], "reasons": {EVIL: EVIL}, "defense": EVIL, "node": 5,
+               "diagnosis": [EVIL], "reasons": {EVIL: EVIL}, "defense": EVIL, "node": "5",
                "protocol": {EVIL: EVIL}, "stop_reason": EVIL}  # fmt: skip
     with (run / "leakage.jsonl").open("a") as log:
         log.write(json.dumps(scored) + "\n")
@@ -161,8 +161,9 @@ def test_what_others_say_is_text(tmp_path: Path) -> None:
 def test_a_run_whose_attacks_all_failed(tmp_path: Path) -> None:
     run = Pretence(clients=0).write(tmp_path)
     for node, status in ((7, "failed"), (8, "failed"), (9, "skipped")):
-        line = line_of(status=status, error="out of memory", node=node, client=None)
-        append_line(run / "leakage.jsonl", line)
+        reasons = {"metrics": "out of memory", "picture": "none", "seed": "none"}
+        fields = {"status": status, "error": "out of memory", "client": None, "reasons": reasons}
+        append_line(run / "leakage.jsonl", line_of(node=str(node), **fields))
     report = collect(run)
     assert report.verdict.level == "unknown" and not report.worst and not report.private
     assert report.verdict.sentence == (
@@ -173,6 +174,9 @@ def test_a_run_whose_attacks_all_failed(tmp_path: Path) -> None:
         ["failed", "out of memory"], ["failed", "out of memory"], ["skipped", "out of memory"]
     ]  # fmt: skip
     assert "out of memory" in page_of(run).text
+    (attempt,) = report.updates[0].attempts
+    assert attempt.reasons == (("picture, seed", "none"),)  # the error says why for the others
+    assert report.heat_map and report.heat_map.shows == "the outcome"
 
 
 def test_a_run_without_attacks_or_readable_files(tmp_path: Path) -> None:
@@ -212,6 +216,7 @@ def test_a_run_without_truth_says_so(tmp_path: Path) -> None:
     assert pairs[1].labels == "1 (inferred)"
     text = page_of(run).text
     assert "total variation" in text and "0.600" in text  # beside that of noise
+    assert "PSNR dB" not in text and "worst first" not in text
 
 
 def test_redacted_there_is_no_picture_class_or_path(tmp_path: Path) -> None:

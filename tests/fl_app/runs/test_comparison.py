@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_every_attack_is_lined_up_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(drawing, "save_grid", spy)
     chosen = AttackComparison.of("all", "iterations=2")
     chosen.run(folder, Console(quiet=True))
-    assert list(drawn[0]) == ["private", *ATTACKS]  # the truth in the first column
+    heads = [head.partition("\n") for head in drawn[0]]
     private = [image for image in drawn[0]["private"] if image is not None]
     truths = [read_truth(folder, 1, seed) for seed in range(2)]
     assert torch.equal(torch.stack(private), torch.cat([t.images for t in truths if t]))
@@ -94,6 +95,13 @@ def test_every_attack_is_lined_up_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(lines) == 2 * len(ATTACKS)
     summary = json.loads((folder / "comparison.json").read_text())
     assert set(summary["attacks"]) == set(ATTACKS)
+    # The truth is in the first column, then the best attack, and what needs no update in the last.
+    baselines = (MEAN_COLOUR, TRAINING, PRIOR)
+    assert [name for name, *_ in heads] == ["private", *summary["attacks"], *baselines]
+    found = [entry["metrics"].get("psnr") for entry in summary["attacks"].values()]
+    best_first = [score["mean"] if score else -math.inf for score in found]
+    assert best_first == sorted(best_first, reverse=True)
+    assert heads[1][2] == f"{best_first[0]:.1f} dB"
     for entry in summary["attacks"].values():
         assert entry["succeeded"] + len(entry["failures"]) == 2
 

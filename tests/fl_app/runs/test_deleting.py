@@ -31,10 +31,15 @@ def finished_run(runs_dir: Path) -> Path:
     (run / "training.json").write_text("[]")
     score = {"mean": 20.0, "low": None, "high": None, "baseline": 12.0}
     for node in (7, 8):
-        line = LogLine(1, node, node - 7, "sme", "ok", "counts", metrics={"psnr": score})
+        line = LogLine(1, str(node), node - 7, "sme", "ok", "counts", metrics={"psnr": score})
         append_line(run / "leakage.jsonl", line)
-    shown = LogLine(1, 7, 0, "dlg", "ok", "counts", picture="reconstructions/a.png")
+    shown = LogLine(1, "7", 0, "dlg", "ok", "counts", picture="reconstructions/a.png",
+                    true_labels=(3, 5), found_labels=(3, 4))  # fmt: skip
     append_line(run / "leakage.jsonl", shown)
+    alone = LogLine(1, "8", 1, "dlg", "ok", "unknown", found_labels=(3, 3),
+                    reference_free={"matching_loss": 0.5, "label_counts": {"3": 2}})  # fmt: skip
+    append_line(run / "leakage.jsonl", alone)
+    (run / "images.csv").write_text("true_label\n3\n")
     with (run / "leakage.jsonl").open("ab") as log:
         log.write(b'{"torn')
     return run
@@ -88,7 +93,11 @@ def test_without_what_is_private_the_scores_stay(tmp_path: Path) -> None:
     }  # fmt: skip
     lines, bad = read_lines(run / "leakage.jsonl")
     assert len(bad) == 1 and lines[:2] == before[:2]
-    assert lines[2]["picture"] is None and "delete" in lines[2]["reasons"]["picture"]
+    for name in ("picture", "true_labels"):
+        assert lines[2][name] is None and "delete" in lines[2]["reasons"][name]
+    # The classes that were found are those of the private images, too.
+    assert [line["found_labels"] for line in lines[2:]] == [[], []]
+    assert lines[3]["reference_free"] == {"matching_loss": 0.5}
     assert "20.0" in flowleak("show", "x", *runs_dir)
     assert flowleak("rounds", "x", *runs_dir) == table
     assert "Nothing to do" in flowleak("delete", "x", "--private-only", *runs_dir)

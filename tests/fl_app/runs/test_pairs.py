@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,12 @@ def pair(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def test_two_files_become_a_scored_run(pair: Path) -> None:
     arguments = ("--before", "before.pt", "--after", "after.pt", "--examples", "2")
+    (pair / "hooks.py").write_text("def keep(line, kept=[]):\n    kept.append(line['folder'])\n")
+    arguments += ("--on-line", "hooks:keep")
     flowleak("attack", *arguments, "--truth", "truth.pt", "--set", "iterations=150")
     line = json.loads((pair / "leak" / "leakage.jsonl").read_text())
+    assert sys.modules["hooks"].keep.__defaults__ == ([str(pair / "leak")],)
+    assert line["device"] == "cpu" or torch.cuda.is_available()
     assert line["status"] == "ok" and line["labels"] == "unknown" and line["label_accuracy"] == 1
     assert line["protocol"]["model"] == "helpers.foreign:Small"
     assert line["metrics"]["psnr"]["mean"] > line["metrics"]["psnr"]["baseline"] + 3

@@ -206,7 +206,7 @@ def test_a_run_by_round(tmp_path: Path) -> None:
             for name, (mean, grey) in scores.items()
             if status == "ok"
         }
-        line = LogLine(round_, node, node, "sme", status, "counts", metrics=metrics)
+        line = LogLine(round_, str(node), node, "sme", status, "counts", metrics=metrics)
         append_line(folder / "leakage.jsonl", line)
 
     log(1, 7, 0.9)
