@@ -55,7 +55,7 @@ def comparison(source: Source) -> tuple[Cells, tuple[str, ...]]:
 def advice_cells(rows: Sequence[Advice]) -> Cells:
     """Return what `flowleak advise` tried; each change with its number in `advice_chart`."""
     places = {row.change: f"best {place}" for place, row in enumerate(best(rows), 1)}
-    head = ["", "change", "leaked", "PSNR dB", "accuracy", "s", "note"]
+    head = ["no.", "change", "leaked", "PSNR dB", "accuracy", "s", "note"]
     return [
         head,
         *(
