@@ -196,7 +196,7 @@ def _row(row: Advice, lines: Sequence[Mapping[str, Any]]) -> Advice:
 
 def _beside_the_run(row: Advice, auditor: Auditor, taken: Sequence[Observation]) -> Advice:
     """Return the row of unchanged clients, with a note where the run's own attack found more."""
-    ids = {(each.round, each.node) for each in taken}
+    ids = {(each.round, str(each.node)) for each in taken}
     lines = {
         (line["round"], line["node"]): line
         for line in auditor.lines()

@@ -29,7 +29,7 @@ def test_changes_are_tried_scored_and_kept(tmp_path: Path) -> None:
     folder, observation, _ = recorded_run(replace(config, runs_dir=str(tmp_path), name="run"))
     one = {"identified": [True], "rank": [1], "candidates": [9]}
     found = {name: 3 * value for name, value in one.items()} | {"by": "pixels"}
-    place = {"round": observation.round, "node": observation.node, "attack": "flow_matching"}
+    place = {"round": observation.round, "node": str(observation.node), "attack": "flow_matching"}
     append_line(folder / "leakage.jsonl", line_of(**place, identification=found))
     told: list[str] = []
     changes = (
