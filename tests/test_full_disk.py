@@ -102,7 +102,7 @@ def test_a_finished_attack_keeps_its_numbers_or_stays_queued(
 
     attacking_pool = attacking.open_pool
     monkeypatch.setattr(attacking, "open_pool", pool)
-    monkeypatch.setattr(AttackPool, "_run", lambda self, job: pretended(seen, attack))
+    monkeypatch.setattr(AttackPool, "_run", lambda *_: (pretended(seen, attack), "cpu"))
 
     filler = fill(disk, left=0)
     assert finish_attacks(auditor, Console(quiet=True)) == 1
