@@ -94,7 +94,8 @@ def test_what_was_hardly_searched_is_said(tmp_path: Path) -> None:
     few = {"stop_reason": "seconds", "iterations": 9, "seconds": 300.0, "num_examples": 1600}
     append_line(run / "leakage.jsonl", line_of(**few))
     append_line(run / "leakage.jsonl", line_of(**few | {"iterations": 900}, node="8"))
-    append_line(run / "leakage.jsonl", line_of(**few, determined=(0.9,), node="9"))  # exact features
+    exact = {"determined": (0.9,), "node": "9"}  # exact features need few
+    append_line(run / "leakage.jsonl", line_of(**few | exact))
     (said,) = [words for words in collect(run).untested if "iterations" in words]
     assert said.startswith("1,600 images of 1 update, ")
     assert "the 300 seconds of sme held 9 iterations" in flowleak("show", str(run))
