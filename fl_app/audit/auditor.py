@@ -203,13 +203,15 @@ class Auditor:
             reasons["picture"] = str(error)
             self._append(observation, attack, picture=None, reasons=reasons, **fields)
 
-    def baselines(self, observation: Observation) -> tuple[dict[str, Leakage], dict[str, str]]:
-        """Score the baselines that do not use the update, see `baseline_images`.
+    def baselines(
+        self, observation: Observation
+    ) -> tuple[dict[str, tuple[Tensor, Leakage]], dict[str, str]]:
+        """Guess the images without the update, see `baseline_images`, and score that.
 
         Returns
         -------
-        scores : dict of str to Leakage
-            By baseline; empty where there is no truth.
+        guesses : dict of str to (Tensor, Leakage)
+            By baseline its images and their scores; empty where there is no truth.
         reasons : dict of str to str
             Why a baseline is missing.
 
@@ -221,25 +223,18 @@ class Auditor:
         truth = self.truth(observation)
         if truth is None:
             return {}, {}
-        images, reasons = self.baseline_images(observation, truth)
-        guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
-        scores = {
-            name: self._score(observation, replace(guess, images=guessed), truth, False)
-            for name, guessed in images.items()
-        }
-        return scores, reasons
-
-    def baseline_images(
-        self, observation: Observation, truth: Truth
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the baselines' images for an update with a truth, see `baseline_images`."""
         network, why = self._prior
         seed = (self.config.seed, observation.round, observation.node)
         mean, dataset = self.knowledge.mean, None if self.no_data else self.config.dataset
         images, reasons = baseline_images(truth.images, mean, dataset, network, seed)
         if self.no_data:
             reasons[TRAINING] = self.no_data
-        return images, reasons | dict.fromkeys([PRIOR] if why else [], "; ".join(why.values()))
+        guess = Reconstruction("none", torch.empty(0), truth.labels, (), 0, 0.0, 0, 0, "none")
+        guesses = {
+            name: (guessed, self._score(observation, replace(guess, images=guessed), truth, False))
+            for name, guessed in images.items()
+        }
+        return guesses, reasons | dict.fromkeys([PRIOR] if why else [], "; ".join(why.values()))
 
     def record_failure(
         self, observation: Observation, attack: str, error: str, job: str | None = None

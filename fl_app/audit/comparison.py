@@ -45,6 +45,8 @@ class Comparison:
         without those that have none.
     baselines : mapping of str to Scores
         By baseline, see `baseline_images`; `NOISE` where there is no truth.
+    guesses : mapping of (str, str) to Tensor
+        By baseline and observation id: its images, of the observations that the picture shows.
     reasons : mapping of str to str
         Why a baseline or a metric is missing.
     """
@@ -52,6 +54,7 @@ class Comparison:
     observations: tuple[str, ...]
     lines: Mapping[str, Mapping[str, dict[str, Any]]]
     baselines: Mapping[str, Scores]
+    guesses: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
@@ -146,12 +149,14 @@ def compare(
         for attack, ids in jobs.items()
     }
     baselines: dict[str, Scores] = {}
+    guesses: dict[tuple[str, str], Tensor] = {}
     reasons: dict[str, str] = {}
     for id_ in observations:
-        for name, metric, mean in _chances(auditor, store, id_, lines, reasons):
+        kept = guesses if id_ in observations[:_SHOWN] else {}
+        for name, metric, mean in _chances(auditor, store, id_, lines, kept, reasons):
             if math.isfinite(mean):
                 baselines.setdefault(name, {}).setdefault(metric, {})[id_] = mean
-    return Comparison(observations, lines, baselines, reasons)
+    return Comparison(observations, lines, baselines, guesses, reasons)
 
 
 def _chances(
@@ -159,24 +164,26 @@ def _chances(
     store: ObservationStore,
     id_: str,
     lines: Mapping[str, Mapping[str, dict[str, Any]]],
+    guesses: dict[tuple[str, str], Tensor],
     reasons: dict[str, str],
 ) -> Iterator[tuple[str, str, float]]:
-    """Yield baseline, metric and score of one observation; add to the reasons."""
+    """Yield baseline, metric and score of one observation; add to the guesses and the reasons."""
     try:
-        scores, why = auditor.baselines(store.load(id_))
+        found, why = auditor.baselines(store.load(id_))
     except Exception as error:  # whatever is wrong with the file, the others are compared
         reasons[id_] = f"no baselines: {error}"
         return
     reasons.update(why)
-    for name, leakage in scores.items():
+    for name, (images, leakage) in found.items():
+        guesses[name, id_] = images
         reasons.update({k: v for k, v in leakage.reasons.items() if k in leakage.metrics})
         for metric, score in leakage.metrics.items():
             if score:
                 yield name, metric, score.mean
-    if not scores:
+    if not found:
         reasons["metrics"] = "no truth: only scores without one, and those of uniform noise"
-    for found in lines.values():
-        for metric, score in (found.get(id_) or {}).get("reference_free", {}).items():
+    for logged in lines.values():
+        for metric, score in (logged.get(id_) or {}).get("reference_free", {}).items():
             if _scored(score) and score["baseline"] is not None:
                 yield NOISE, metric, score["baseline"]
 
@@ -203,18 +210,14 @@ def save_comparison_picture(
     caption : sequence of str
         Lines above the grid.
     """
-    summary = comparison.summary()
+    summary, guesses = comparison.summary(), comparison.guesses
     truths: dict[str, Tensor] = {}
-    guessed: dict[tuple[str, str], Tensor] = {}
     found: dict[tuple[str, str], Tensor] = {}
     shown = comparison.observations[:_SHOWN]
     for id_ in shown:
         with suppress(ValueError, FileNotFoundError):  # it is among the comparison's reasons
-            observation = store.load(id_)
-            if truth := auditor.truth(observation):
+            if truth := auditor.truth(store.load(id_)):
                 truths[id_] = truth.images
-                images, _ = auditor.baseline_images(observation, truth)
-                guessed |= {(name, id_): each for name, each in images.items()}
         for attack, lines in comparison.lines.items():
             picture = lines.get(id_, {}).get("picture")
             with suppress(ValueError):  # that cell says none
@@ -233,7 +236,7 @@ def save_comparison_picture(
     for name, entry in summary["attacks"].items():
         columns[_head(name, entry["metrics"])] = [_at(found.get((name, id_)), i) for id_, i in rows]
     for name, metrics in summary["baselines"].items() if truths else ():
-        columns[_head(name, metrics)] = [_at(guessed.get((name, id_)), i) for id_, i in rows]
+        columns[_head(name, metrics)] = [_at(guesses.get((name, id_)), i) for id_, i in rows]
     save_grid(path, columns, caption)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fl_app.runs.advice import AS_IT_IS, Advice
+from fl_app.runs.advice import AS_IT_IS, Advice, as_it_is
 
 _WIDTH, _HEIGHT = 380, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 26, 38  # around the drawing
@@ -144,8 +144,8 @@ def _spots(measured: Sequence[tuple[int, Advice]], dots: Sequence[_Point]) -> li
 
 def _half(rows: Sequence[Advice]) -> float | None:
     """Return the height of half the leakage as it is; None where that is not known, or none."""
-    now = next((row for row in rows if _is_now(row) and row.leaked), None)
-    return None if now is None else (_up(now) + _HEIGHT - _BOTTOM) / 2
+    now = as_it_is(rows)
+    return (_up(now) + _HEIGHT - _BOTTOM) / 2 if now and now.leaked else None
 
 
 def _band(half: float) -> Markup:

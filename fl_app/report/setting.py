@@ -19,7 +19,7 @@ def setting(source: Source) -> Iterator[tuple[str, str]]:
     if isinstance(shape, list) and shape:
         of += f", images {'x'.join(map(str, shape))}"
     if source.described:
-        yield "Federation", f"the user's own; model {source.setting('described', 'model')}"
+        yield "Federation", f"the user's own; model {source.setting(DESCRIBED, 'model')}"
         yield "Data", of or "not said"
         yield "Local training", _described_words(source)
     elif config:

@@ -14,7 +14,7 @@ from fl_app.protocol import Defense
 from fl_app.registry import ATTACKS, OURS
 from fl_app.report.model import Assumption, Measure
 from fl_app.report.source import Source, plural, rounds_words
-from fl_app.runs.advice import AS_IT_IS, Advice, best, privacy_words
+from fl_app.runs.advice import Advice, as_it_is, best, privacy_words
 
 _MOST_ROUNDS = 100_000  # that are looked through; a damaged file may say any number
 
@@ -183,7 +183,7 @@ def measures(advice: Sequence[Advice]) -> tuple[Measure, ...]:
 
     docs/defenses.md has the figures of the latter.
     """
-    now = next((row for row in advice if row.change == AS_IT_IS), None)
+    now = as_it_is(advice)
     measured = [Measure(_capital(row.change), _CHOSEN, _effect(row, now)) for row in best(advice)]
     general = (Measure(words, why, NOT_MEASURED) for words, why in _MEASURES)
     return (*measured, *general)[: len(_MEASURES)]  # the first screen is one page

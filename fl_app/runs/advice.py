@@ -96,13 +96,18 @@ def read_advice(folder: Path, setting: Mapping[str, Any] | None = None) -> list[
         raise BrokenFileError(f"{path} is no advice of this version: {error}") from error
 
 
+def as_it_is(rows: Iterable[Advice]) -> Advice | None:
+    """Return the row that the others are held against, where it is there."""
+    return next((row for row in rows if row.change == AS_IT_IS), None)
+
+
 def best(rows: Iterable[Advice], most: int = 3) -> list[Advice]:
     """Return the changes that at least halve what leaks, those that cost least accuracy first.
 
     Of the same accuracy, within a point, those after which least leaks come first.
     """
     rows = list(rows)
-    now = next((row for row in rows if row.change == AS_IT_IS), None)
+    now = as_it_is(rows)
     if now is None or now.problem or not now.leaked:
         return []
     tried = [row for row in rows if not row.problem and row.of and row is not now]

@@ -196,8 +196,9 @@ def take_private(run_dir: Path, path: Path, file: Path | None, console: Console)
         If the run is not from files, or the one file can't be used.
     """
     described = read_settings(run_dir / "config.yaml").get(DESCRIBED)
-    names = described.get(REPLIES) if isinstance(described, Mapping) else None
-    if not isinstance(described, Mapping) or not isinstance(names, Mapping):
+    described = described if isinstance(described, Mapping) else {}
+    names = described.get(REPLIES)
+    if not isinstance(names, Mapping):
         raise ConfigError(
             f"truth is {path}; allowed for {run_dir.name}, which was not made from files: a folder "
             "that holds truth/, as clients write it"
