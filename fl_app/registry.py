@@ -12,7 +12,6 @@ Its configuration file, where it has one, is ``conf/attack/noisy.yaml`` in that 
 from __future__ import annotations
 
 import ast
-import importlib
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_app.util.extras import MissingExtraError, extras
+from fl_app.util.importing import imported
 
 OURS = "flowleak"
 
@@ -58,12 +58,9 @@ class Entry:
         """
         if self.problem:
             raise ValueError(self.problem)
-        module, _, attribute = self.target.partition(":")
         try:
             with extras() if self.package == OURS else nullcontext():
-                found: Any = importlib.import_module(module)
-            for part in attribute.split("."):
-                found = getattr(found, part)
+                return imported(self.target)
         except MissingExtraError:
             raise
         except Exception as error:  # a plug-in may raise anything
@@ -71,7 +68,6 @@ class Entry:
                 f"{self.name!r} of the package {self.package} can't be loaded from "
                 f"{self.target}: {type(error).__name__}: {error}"
             ) from error
-        return found
 
     def docstring(self) -> str:
         """Return its docstring, read from the source without importing anything."""

@@ -6,7 +6,6 @@ too, is for people to read: nothing there is ever imported.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import queue
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from fl_app.config import ConfigError
 from fl_app.util.extras import extras
 from fl_app.util.files import user_path
+from fl_app.util.importing import imported
 from fl_app.util.text import printable
 
 OnLine = Callable[[dict[str, Any]], object]
@@ -45,10 +45,9 @@ def load_on_line(target: str) -> OnLine:
     folder = str(user_path(""))
     if folder not in sys.path:
         sys.path.append(folder)  # last: a file there takes no installed module's place
-    module, _, name = target.partition(":")
     try:
         with extras():
-            found = getattr(importlib.import_module(module), name)
+            found = imported(target)
     except Exception as error:  # a user's module may raise anything
         words = f"{type(error).__name__}: {printable(str(error))}"
         raise ConfigError(f"on_line is {target!r}, which can't be imported: {words}") from error

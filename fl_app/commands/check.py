@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fl_app.commands.output import screen
+from fl_app.util.importing import imported
 
 
 def check(
@@ -63,11 +63,8 @@ def _function(name: str) -> Callable[..., Any]:
     """Return a function that the user named, by module:function."""
     from fl_app.config import ConfigError
 
-    module, _, attribute = name.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found = imported(name)
     except Exception as error:  # a user's code may raise anything
         raise ConfigError(
             f"trains is {name!r}, which can't be imported: {type(error).__name__}: {error}"
