@@ -2,10 +2,12 @@
 
 import os
 
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-# Read when the libraries are loaded, by this process and by those that tests start. Threads that
-# outnumber the cores wait for each other in a loop.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+# Threads that outnumber the cores wait for each other in a loop. Set before the libraries are
+# loaded, by this process and by those that tests start; not by the one that starts pytest-xdist's,
+# from which these would have it.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
 
 from helpers.federation import identity as identity  # noqa: E402  a fixture of every test
 

@@ -96,12 +96,13 @@ def test_no_stranger_gets_into_a_simulation(hosts: tuple[Host, Host], tmp_path: 
         run_id = home.start(f'attack="sme" overrides="{settings}"')
         opened: set[int] = set()
         refused = None
-        while not (status := home.status(run_id)).startswith("finished"):
-            opened |= set(_opened(auditor, stranger))
-            port, folder = _ray(auditor)
-            if port and refused is None:
-                refused, kept = _steal(auditor, port), folder
-        log = home.flwr("log", run_id, "local-simulation", "--show")
+        with home.follow(run_id) as run:
+            while run.poll() is None:
+                opened |= set(_opened(auditor, stranger))
+                port, folder = _ray(auditor)
+                if port and refused is None:
+                    refused, kept = _steal(auditor, port), folder
+        status, log = home.ended(run_id), home.flwr("log", run_id, "local-simulation")
     assert status == "finished:completed", log
     assert not opened
     assert refused is not None and refused.returncode != 0

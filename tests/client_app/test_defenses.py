@@ -365,7 +365,7 @@ def arrays(message: Message) -> Update:
         "defense.sparsify=0.5",
         "defense.quantize=bf16",
         "defense.local_dp=10 defense.clip=0.1 defense.clip_by=norm",
-        "defense.soteria=0.1",
+        "defense.soteria=0.1 client.batch_size=1 client.local_steps=1",
         "defense.dp_clip=0.1 defense.dp_noise=1",
     ],
 )
@@ -373,7 +373,8 @@ def test_our_client_defends_as_configured_and_repeats(overrides: str) -> None:
     info = dataset_info(load_config().dataset)
     model = create_model("convnet", info.num_classes, info.image_shape, seed=0)
     w0 = model.state_dict()
-    plain, reply, again = (arrays(asked(o)) for o in ("", overrides, overrides))
+    training = " ".join(word for word in overrides.split() if word.startswith("client."))
+    plain, reply, again = (arrays(asked(o)) for o in (training, overrides, overrides))
     assert all(torch.equal(reply[name], again[name]) for name in reply)
     update = {name: plain[name] - w0[name] for name in w0}
     sent = {name: reply[name] - w0[name] for name in w0}

@@ -49,13 +49,22 @@ class FlowerHome:
     def audit(self, config: str) -> tuple[str, str]:
         """Run the audit to its end with a run config; return its status and its log."""
         run_id = self.start(config)
-        deadline = time.monotonic() + 500
-        while time.monotonic() < deadline:
-            status = self.status(run_id)
-            if status.startswith("finished"):
-                return status, self.flwr("log", run_id, "local-simulation", "--show")
-            time.sleep(2)
-        raise TimeoutError(f"run {run_id} did not finish")
+        log = self.flwr("log", run_id, "local-simulation")  # as it comes, to the run's end
+        return self.ended(run_id), log
+
+    def follow(self, run_id: str) -> subprocess.Popen[bytes]:
+        """Return a process that ends with a run: asking for its status takes one each time."""
+        command = [*self.enter, str(SCRIPTS / "flwr"), "log", run_id, "local-simulation"]
+        return subprocess.Popen(
+            command, cwd=self.app, env=self.environment, stdout=subprocess.DEVNULL
+        )
+
+    def ended(self, run_id: str) -> str:
+        """Return the status of a run that has ended."""
+        deadline = time.monotonic() + 30
+        while not (status := self.status(run_id)).startswith("finished"):
+            assert time.monotonic() < deadline, f"run {run_id} is {status}"
+        return status
 
     def superlinks(self) -> list[int]:
         """Return the process that serves this home's port; the port makes it ours."""

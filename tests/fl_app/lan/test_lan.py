@@ -174,9 +174,8 @@ def test_nobody_enters_without_a_key(lan: Deployment) -> None:
     home = lan.folder / "stranger"
     home.mkdir()
     shutil.copy(lan.folder / "flwr" / "config.toml", home)
-    for arguments in (("run", ".", "lan"), ("list", "lan"), ("supernode", "list", "lan")):
-        refused = lan.flwr(*arguments, home="stranger")
-        assert refused.returncode and "uthenticat" in refused.stdout + refused.stderr
+    refused = lan.flwr("run", ".", "lan", home="stranger")
+    assert refused.returncode and "uthenticat" in refused.stdout + refused.stderr
     # The ServerApp's side of the SuperLink: whoever acquires a task reads its updates.
     url = f"https://{HOST}:{PORT}/v1/runtime/acquire-task"
     body = {"content": b"", "headers": {"Content-Type": "application/protobuf"}}
@@ -215,18 +214,17 @@ def test_training_and_attacks_outlive_what_is_killed(lan: Deployment) -> None:
             f"client-{i}", "client", kit, "--partition", str(i),
             "--truth-dir", str(lan.folder / f"truth-{i}"),
         )  # fmt: skip
-    for i in (0, 1):
-        lan.start(f"worker-{i}", "worker", str(lan.folder / "lan" / f"worker-{HOST}"))
+    lan.start("worker", "worker", str(lan.folder / "lan" / f"worker-{HOST}"))
     began = time.monotonic()
     lan.run(
         "rounds=2 strategy.fraction_evaluate=0 watch.clients=all watch.rounds=[] "
-        "attack.iterations=9999 attack.seconds=5"
+        "attack.iterations=9999 attack.seconds=3 client.batch_size=1 client.local_steps=1"
     )
     wait_until(lambda: run.exists() and len(ObservationStore(run).ids()) == 2, "round 1 was seen")
 
     # A client's machine dies in round 2; the server hears of it by a missing heartbeat.
     kill("client-1/node.key")
-    # A worker dies in the middle of an attack: the attack goes to another. (Its process is called
+    # A worker dies in the middle of an attack: the attack goes to a fresh one. (Its process is called
     # after the method that it began last, which is seldom the attack.)
     wait_until(lambda: find("ray::_Worker"), "an attack runs")
     killed = find("ray::_Worker")[0]
@@ -345,7 +343,7 @@ def test_an_end_leaves_nothing_that_another_ray_could_take_for_its_own(lan: Depl
     for process in (lan.processes["server"], *workers.values()):
         process.terminate()
         assert process.wait(60) == 0
-    assert len(folders) == 3
+    assert len(folders) == 2
     for each in folders:
         assert not each.exists(), list(each.rglob("*"))[:5]
     done = subprocess.run(
