@@ -39,7 +39,9 @@ class FlowerHome:
     def start(self, config: str) -> str:
         """Start the audit with a run config; return the run's id."""
         started = self.flwr("run", ".", "local-simulation", "--format", "json", "-c", config)
-        return str(json.loads(started[started.index("{") :])["run-id"])
+        answer = json.loads(started[started.index("{") :])
+        assert "run-id" in answer, started
+        return str(answer["run-id"])
 
     def status(self, run_id: str) -> str:
         """Return a run's status, as Flower words it."""

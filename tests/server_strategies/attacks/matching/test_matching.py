@@ -165,10 +165,10 @@ def test_auto_says_what_it_chose_and_why() -> None:
         ("adamw", one_step, "inversion", "rounding leaves the gradient's size"),
     ):
         observation, knowledge, _ = client(replace(CLIENTS[name], **change))
-        objective = matching_objective("auto", observation, knowledge)
+        objective = matching_objective("auto", observation, knowledge, seconds=3.0)
         assert (objective.name, why in objective.reason) == (chosen, True)
     noisy = {k: w + 1e-4 * torch.randn(w.shape) for k, w in observation.w1.items()}
-    objective = matching_objective("auto", replace(observation, w1=noisy), knowledge)
+    objective = matching_objective("auto", replace(observation, w1=noisy), knowledge, seconds=3.0)
     assert objective.name == "trajectory"
     assert "noise or coarse rounding" in objective.reason
 
