@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
 from fl_app.benchmarks import processes
 
 
-class _Here(Executor):
-    """Calls at once what is submitted."""
-
-    def submit(  # type: ignore[override]
-        self, function: Callable[..., Any], /, *arguments: Any
-    ) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(function(*arguments))
-        return done
-
-
 @contextmanager
 def _pool_here(workers: int, threads: int, shared: object = None) -> Iterator[Executor]:
     processes._shared = shared
-    yield _Here()
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)
