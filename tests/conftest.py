@@ -9,6 +9,6 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
 
-from helpers.federation import identity as identity  # noqa: E402  a fixture of every test
+from helpers.federation import identity as identity
 
 os.environ["COLUMNS"] = "200"  # rich wraps what it prints, and takes 80 where it does not know

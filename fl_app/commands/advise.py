@@ -18,8 +18,11 @@ def advise(
         int, typer.Option(help="Updates of the first attacked round that are taken.", min=1)
     ] = 2,
     seconds: Annotated[
-        float, typer.Option(help="That each attack may take; as many for every change.", min=1)
-    ] = 20.0,
+        float,
+        typer.Option(
+            help="Of one core that each attack may take; as many for every change.", min=1
+        ),
+    ] = 40.0,
     rounds: Annotated[
         int,
         typer.Option(

@@ -40,7 +40,7 @@ class Advice:
     epsilon, delta : float or None
         That DP-SGD spends over the rounds of that federation, see `epsilon_of`; None: no DP-SGD.
     seconds : float
-        That it took, the federation beside it.
+        Of all its attacks together, each in one thread.
     problem : str
         Why a change was not tried; "": it was.
     note : str

@@ -2,14 +2,18 @@
 
 The auditor holds the private images, so that the clients' rounds can be trained again, with a
 defence, in larger batches or longer. The attack knows what was changed. A federation trained with
-the change and without, in a process beside, says what it costs in accuracy.
+the change and without says what it costs in accuracy. Attacks and federations have a process of
+one thread each, as many at once as there are cores: a search whose threads wait for another's is
+many times slower, and what it then does not find is taken for the change's merit.
 """
 
 from __future__ import annotations
 
-import time
+import os
+import pickle
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +23,7 @@ from fl_app.audit.exposure import identified_of
 from fl_app.benchmarks.processes import process_pool
 from fl_app.config import UNBOUNDED, AttackConfig
 from fl_app.models import known_model
-from fl_app.protocol import Observation
+from fl_app.protocol import Observation, Reconstruction
 from fl_app.runs.advice import AS_IT_IS, FOLDER, Advice, read_advice, write_advice
 from fl_app.runs.changes import Change, changes_for, times_seen
 from fl_app.runs.privacy import epsilon_of
@@ -27,6 +31,9 @@ from fl_app.runs.retraining import Federations, changed_update, model_before
 from server_strategies.attacks.run import run_attack
 from server_strategies.honest_but_curious import sum_of
 from server_strategies.observations import ObservationStore
+
+_MOST = 4  # processes: each has torch in memory, and the prior
+_AHEAD = 1  # changes whose attacks begin before those of the one before have ended
 
 
 def advise(
@@ -76,68 +83,94 @@ def advise(
         spent = rounds or auditor.config.rounds
         changes = changes_for(taken, auditor.config.client, auditor.knowledge, spent)
     known = {row.change for row in done}
-    with process_pool(workers=1, threads=1) as pool:
-        federations = Federations(rounds, pool)
-        trials = [
-            _prepare(change, auditor, taken, federations)
-            for change in changes
-            if change.words not in known
-        ]
-        for trial in trials:
-            tell(f"advise: {trial.change.words}, on {len(taken)} updates of round {first}")
-            row = _try(trial, auditor, taken, attack, rounds)
+    with process_pool(min(_MOST, os.cpu_count() or 1), threads=1) as pool:
+        federations, trials = Federations(rounds, pool), deque[_Trial]()
+
+        def end_one() -> None:
+            row = _ended(trials.popleft(), taken, rounds)
             done.append(_beside_the_run(row, auditor, taken) if row.change == AS_IT_IS else row)
             write_advice(folder, setting, done)
+
+        for change in changes:
+            if change.words not in known:
+                tell(f"advise: {change.words}, on {len(taken)} updates of round {first}")
+                trials.append(_begun(change, auditor, taken, attack, federations))
+            if len(trials) > _AHEAD:
+                end_one()
+        while trials:
+            end_one()
     return done
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A change, the auditor of a run with it, what speaks against it, and its accuracy to come."""
+    """A change, the auditor of a run with it, what speaks against it, and what is to come.
+
+    Attributes
+    ----------
+    attacks : sequence of (Observation, Future of Reconstruction)
+    accuracy : Future of float or None
+    """
 
     change: Change
     own: Auditor
     problem: str = ""
+    attacks: Sequence[tuple[Observation, Future[Reconstruction]]] = ()
     accuracy: Future[float] | None = None
 
 
-def _prepare(
-    change: Change, auditor: Auditor, taken: Sequence[Observation], federations: Federations
-) -> _Trial:
-    own = _changed(change, auditor, max(each.num_examples for each in taken))
-    defense = own.config.defense
-    try:
-        check_defense(defense, own.config.client, known_model(own.knowledge))
-        if defense.secagg and len(taken) < 2:
-            raise ValueError("a sum needs two clients or more")
-    except ValueError as error:
-        return _Trial(change, own, str(error))
-    return _Trial(change, own, accuracy=federations.accuracy(own))
-
-
-def _try(
-    trial: _Trial,
+def _begun(
+    change: Change,
     auditor: Auditor,
     taken: Sequence[Observation],
     attack: AttackConfig,
-    rounds: int,
-) -> Advice:
-    """Return what a change does; what does not fit the clients is told."""
-    began, own = time.monotonic(), trial.own
-    config, defense, change = own.config, own.config.defense, trial.change
-    row = Advice(change.words, str(defense), problem=trial.problem)
-    if trial.problem:
-        return row
+    federations: Federations,
+) -> _Trial:
+    """Train the clients with a change, and begin to attack them and to train the federation."""
+    own = _changed(change, auditor, max(each.num_examples for each in taken))
+    config, defense, attacks = own.config, own.config.defense, []
     try:
+        check_defense(defense, config.client, known_model(own.knowledge))
+        if defense.secagg and len(taken) < 2:
+            raise ValueError("a sum needs two clients or more")
         own.run_dir.mkdir(parents=True, exist_ok=True)
         if change.norm:
             w0 = model_before(taken[0].round, own)
             taken = [replace(each, w0=w0) for each in taken]
         updates = [changed_update(each, auditor, own) for each in taken]
         for each in [sum_of(updates)] if defense.secagg else updates:
-            known = own.grant(each)
-            own.record(each, run_attack(each, known, attack, config.prior, config.seed))
-        row = _row(row, own.lines()[-(1 if defense.secagg else len(taken)) :])
+            call = (each, own.grant(each), attack, config.prior, config.seed)
+            attacks.append((each, _attacked(federations.pool, call)))
+    except (ValueError, RuntimeError) as error:
+        return _Trial(change, own, str(error))
+    return _Trial(change, own, "", attacks, federations.accuracy(own))
+
+
+def _attacked(pool: Executor, call: tuple[Any, ...]) -> Future[Reconstruction]:
+    """Begin an attack in another process; here where a user's model can't be sent to one."""
+    try:
+        pickle.dumps(call)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        done: Future[Reconstruction] = Future()
+        try:
+            done.set_result(run_attack(*call))
+        except (ValueError, RuntimeError) as error:
+            done.set_exception(error)
+        return done
+    return pool.submit(run_attack, *call)
+
+
+def _ended(trial: _Trial, taken: Sequence[Observation], rounds: int) -> Advice:
+    """Return what a change does; what does not fit the clients is told."""
+    own, config, defense = trial.own, trial.own.config, trial.own.config.defense
+    row = Advice(trial.change.words, str(defense), problem=trial.problem)
+    if trial.problem:
+        return row
+    try:
+        found = [(seen, attack.result()) for seen, attack in trial.attacks]
+        for seen, each in found:
+            own.record(seen, each)
+        row = _row(row, own.lines()[-len(found) :])
         accuracy = trial.accuracy.result() if trial.accuracy else None
     except (ValueError, RuntimeError) as error:
         return replace(row, problem=str(error))
@@ -145,7 +178,8 @@ def _try(
         times = times_seen(taken, config.client, rounds or config.rounds)
         epsilon = round(epsilon_of(defense.dp_noise, times, defense.delta), 2)
         row = replace(row, epsilon=epsilon, delta=defense.delta)
-    return replace(row, accuracy=accuracy, seconds=round(time.monotonic() - began, 1))
+    seconds = sum(each.seconds for _, each in found)
+    return replace(row, accuracy=accuracy, seconds=round(seconds, 1))
 
 
 def _changed(change: Change, auditor: Auditor, count: int) -> Auditor:

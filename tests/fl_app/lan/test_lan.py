@@ -224,8 +224,8 @@ def test_training_and_attacks_outlive_what_is_killed(lan: Deployment) -> None:
 
     # A client's machine dies in round 2; the server hears of it by a missing heartbeat.
     kill("client-1/node.key")
-    # A worker dies in the middle of an attack: the attack goes to a fresh one. (Its process is called
-    # after the method that it began last, which is seldom the attack.)
+    # A worker dies in the middle of an attack: the attack goes to a fresh one. (Its process is
+    # called after the method that it began last, which is seldom the attack.)
     wait_until(lambda: find("ray::_Worker"), "an attack runs")
     killed = find("ray::_Worker")[0]
     os.kill(killed, signal.SIGKILL)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from helpers.audit import line_of
+from helpers.pools import pool_here
 from helpers.runs import recorded_run
 
 from fl_app.audit.leakage_log import append_line
 from fl_app.config import load_config
 from fl_app.protocol import Defense, LocalTraining
 from fl_app.report.words import measures
+from fl_app.runs import advising
 from fl_app.runs.advice import AS_IT_IS, FILE, Advice, best, read_advice
 from fl_app.runs.advising import advise
 from fl_app.runs.changes import Change
@@ -24,7 +26,8 @@ from server_strategies.observations import ObservationStore
 NOW = Advice(AS_IT_IS, leaked=8, of=10, accuracy=0.50)
 
 
-def test_changes_are_tried_scored_and_kept(tmp_path: Path) -> None:
+def test_changes_are_tried_scored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advising, "process_pool", pool_here)
     config = load_config({"overrides": "client.local_steps=2 client.batch_size=1 num_clients=2"})
     folder, observation, _ = recorded_run(replace(config, runs_dir=str(tmp_path), name="run"))
     one = {"identified": [True], "rank": [1], "candidates": [9]}
@@ -57,6 +60,17 @@ def test_changes_are_tried_scored_and_kept(tmp_path: Path) -> None:
     assert not (folder / "advise").exists() and read_advice(folder) == rows
     with pytest.raises(ValueError, match="no single client's update with its private images"):
         advise(open_auditor(folder, told.append), 1, 1.0, 0, told.append)
+
+
+def test_what_cannot_be_sent_to_a_process_is_attacked_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Own:
+        """A model of a user's file, which no other process can import."""
+
+    monkeypatch.setattr(advising, "run_attack", lambda seen, _: seen)
+    with advising.process_pool(1, 1) as pool:  # no process starts before its first call
+        assert isinstance(advising._attacked(pool, (Own(), 0)).result(), Own)
 
 
 def test_a_changed_training() -> None:
