@@ -150,43 +150,55 @@ def _unwatched(source: Source, config: Config) -> Iterator[str]:
 
 _CHOSEN = "Tried on this run by flowleak advise. A longer attack may find more."
 
-_MEASURES: Sequence[tuple[str, str]] = (
+# What it is, what to know of it, and how the change of `flowleak advise` begins that tries it.
+_MEASURES: Sequence[tuple[str, str, str]] = (
     (
         "Aggregate securely: the server sees sums alone",
         "It takes away a single client's update. A sum over few images can still leak.",
+        "secure aggregation",
     ),
     (
         "Train with DP-SGD on the clients, and state epsilon",
         "The only one with a guarantee against every attacker; it costs the most accuracy.",
+        "DP-SGD at epsilon",
     ),
     (
         "Make an update of more images: larger batches, epochs",
         "More images share an update's numbers. Clients with little data stay exposed.",
+        "all images of a round in one batch",
     ),
     (
         "Add noise of ten times the update's size",
         "The most that cost less than two points of accuracy in our benchmark.",
+        "noise 10 times",
     ),
     (
         "Send updates as bfloat16 or int8",
         "Cost no accuracy there, and the attack on Adam 7 dB. No protection alone.",
+        "updates in bfloat16",
     ),
     (
         "Start from a model trained on public data",
         "The updates of an untrained model leak most.",
+        "",
     ),
 )
 
 
 def measures(advice: Sequence[Advice]) -> tuple[Measure, ...]:
-    """Return what helps: what `flowleak advise` measured on this run, then what does in general.
+    """Return what helps: the best of what `flowleak advise` tried, then what does so in general.
 
-    docs/defenses.md has the figures of the latter.
+    docs/defenses.md has the figures of the latter; what was tried has those of this run.
     """
-    now = as_it_is(advice)
-    measured = [Measure(_capital(row.change), _CHOSEN, _effect(row, now)) for row in best(advice)]
-    general = (Measure(words, why, NOT_MEASURED) for words, why in _MEASURES)
-    return (*measured, *general)[: len(_MEASURES)]  # the first screen is one page
+    now, chosen = as_it_is(advice), best(advice)
+    measured = [Measure(_capital(row.change), _CHOSEN, _effect(row, now)) for row in chosen]
+    for words, why, change in _MEASURES:
+        tried = next((row for row in advice if change and row.change.startswith(change)), None)
+        if tried is None or not tried.of:
+            measured.append(Measure(words, why, NOT_MEASURED))
+        elif tried not in chosen:
+            measured.append(Measure(words, why, _effect(tried, now)))
+    return tuple(measured[: len(_MEASURES)])  # the first screen is one page
 
 
 def _capital(words: str) -> str:

@@ -96,6 +96,13 @@ def test_the_best_halve_what_leaks_at_the_least_cost() -> None:
     assert first.words == "As free"
     assert first.effect == "identified 2 of 10, as it is 8 of 10; accuracy 50.2%, as it is 50.0%"
     assert measures([])[0].effect == "not measured on this run"
+    # What was tried has its figures, and stands there once.
+    tried = [NOW, Advice("secure aggregation", leaked=1, of=10, accuracy=0.5),
+             Advice("DP-SGD at epsilon 8: clip 1", leaked=6, of=10, accuracy=0.1)]  # fmt: skip
+    first, second, *rest = measures(tried)
+    assert first.words == "Secure aggregation"
+    assert second.words.startswith("Train with DP-SGD") and "identified 6 of 10" in second.effect
+    assert {each.effect for each in rest} == {"not measured on this run"}
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
