@@ -221,6 +221,7 @@ ATTACKS = Registry(
         "idlg": "server_strategies.attacks.idlg:IDLG",
         "dlg": "server_strategies.attacks.dlg:DLG",
         "dropout_inversion": "server_strategies.attacks.dropout_inversion:DropoutInversion",
+        "feature_regression": "server_strategies.attacks.feature_regression:FeatureRegression",
     },
     "server_strategies.attacks.attack:Attack",
     classes=True,
