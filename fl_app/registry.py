@@ -292,6 +292,7 @@ BENCHMARKS = Registry(
         "learning-rates": "fl_app.benchmarks.learning_rates:SUITE",
         "prior": "fl_app.benchmarks.prior:SUITE",
         "models": "fl_app.benchmarks.models:SUITE",
+        "regression": "fl_app.benchmarks.regression:SUITE",
         "closed-form": "fl_app.benchmarks.closed_form:SUITE",
         "batch-sizes": "fl_app.benchmarks.batch_sizes:SUITE",
         "tiny-imagenet": "fl_app.benchmarks.tiny_imagenet:SUITE",

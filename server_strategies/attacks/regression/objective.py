@@ -27,7 +27,7 @@ from server_strategies.attacks.matching.gradient_match import mean_step
 from server_strategies.attacks.regression.kernel import Block, regress
 from server_strategies.attacks.regression.probe import Answers, Probe, channels_of
 
-_FLOPS = 1.5e12  # of the bank's passes through the model: about a minute of one CPU core
+_FLOPS = 1.2e12  # of the bank's passes through the model: about a minute of one CPU core
 _EXACT = 0.1  # expected relative error up to which features count as known
 _LOG_FLOOR = 1e-4  # added to variances, of which the logarithm is taken
 _RIDGE = 1e-2  # of the regression of statistics on features, in units of their mean square
