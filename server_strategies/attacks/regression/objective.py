@@ -118,16 +118,17 @@ class Regression(MatchingObjective):
         return torch.cat([each.to(self.mean) for each in found])
 
     def _features(self, seen: Observation, known: Knowledge) -> tuple[Tensor | None, str]:
-        """Return the features by batch, shape (batches, B, D), or why there are none."""
+        """Return the features by batch, shape (batches, B, D), NaN where not known, or why not."""
         if len({len(batch) for batch in self.distinct}) > 1:
             return None, "its batches differ in size"
         try:
             found = step_features(self.model, seen, known)
         except ValueError as error:
             return None, str(error)
-        if float(found.error.max()) > _EXACT:
+        exact = found.error <= _EXACT
+        if not exact.any():
             return None, "the classifier's update has its inputs in sums alone"
-        values = found.values.to(self.mean)
+        values = found.values.where(exact[:, None], torch.nan).to(self.mean)
         return torch.stack([values[list(batch)] for batch in self.distinct]), ""
 
     def _gradient(self, known: Knowledge) -> dict[str, Tensor] | None:
@@ -172,16 +173,23 @@ class Regression(MatchingObjective):
         images = self.bank.flatten(0, 1).unsqueeze(1) if self.apart else self.bank
         found = regress(self._blocks(self._observed), images, self.size if self.apart else 1)
         self.psnr = found.psnr
-        words = (
-            f"{self.bank[:, :, 0, 0, 0].numel()} images, {found.kernel} kernel on {found.blocks}"
+        told = "" if self.features is None else f", features of {self._told} of {self.used} images"
+        self.reason = (
+            f"{self.name}: {found.kernel} kernel on {found.blocks}{told}, learned on "
+            f"{len(self.bank) * self.size} images; expected PSNR {self.psnr:.1f} dB"
         )
-        self.reason = f"{self.name}: {words}; expected PSNR {self.psnr:.1f} dB"
         each = found.images if self.apart else found.images.repeat_interleave(self.size, 0)
         # Images that no step trains on are the bank's mean.
         predicted = self.bank.mean((0, 1)).expand(len(self.labels), -1, -1, -1).clone()
         for place, batch in enumerate(self.distinct):
             predicted[list(batch)] = each[place * self.size : place * self.size + len(batch)]
         return self._normalised(predicted)
+
+    @property
+    def _told(self) -> int:
+        """How many images' features are known."""
+        assert self.features is not None
+        return int(self.features[..., 0].isfinite().sum())
 
     @property
     def apart(self) -> bool:
@@ -218,6 +226,10 @@ class Regression(MatchingObjective):
     def _blocks(self, asked: Answers) -> dict[str, Block]:
         """Return the regression's inputs: of the bank, and of an update's `_observed`."""
         learned, blocks = self._learned, {}
+        # Features that are not known stand for none: those of the bank's mean.
+        known = asked.features.isfinite()
+        features = asked.features.where(known, learned.features.mean((0, 1)))
+        asked = replace(asked, features=features)
         rows = self.size if self.apart else 1
         if learned.statistics.numel():
             train, test = self._unmixed(learned, asked)

@@ -102,11 +102,11 @@ def test_several_steps_are_unmixed_as_far_as_features_tell_them_apart(optimizer:
 
 def test_a_batch_without_features_is_predicted_by_its_mean() -> None:
     training = replace(SGD, optimizer="adam", lr=1e-3, batch_size=4)
-    seen, known, images = client(training, 4)
+    seen, known, _ = client(training, 4)
     found = FeatureRegression(images=400)(seen, known).images
     assert torch.equal(found[0], found[3])
     told = replace(training, optimizer="sgd")
-    seen, known, images = client(told, 4)
+    seen, known, _ = client(told, 4)
     found = FeatureRegression(images=400)(seen, known).images
     assert not torch.equal(found[0], found[3])
 
