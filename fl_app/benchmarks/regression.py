@@ -21,13 +21,12 @@ def _cases() -> tuple[Case, ...]:
         return Case(training, _ATTACK, model=model, above_mean_colour=above)
 
     sgd, adam = (replace(each, local_steps=1, batch_size=1) for each in (SGD, ADAM))
-    frozen = {"batch_norm": "eval"}
     cases = [
         case(model, training, above) for model, above in _ABOVE.items() for training in (sgd, adam)
     ]
     cases += [
-        case("resnet8", replace(sgd, **frozen), 3.5),
-        case("resnet8", replace(adam, **frozen)),
+        case("resnet8", replace(sgd, batch_norm="eval"), 3.5),
+        case("resnet8", replace(adam, batch_norm="eval")),
     ]
     cases += [
         case("resnet8", replace(sgd, local_steps=5)),

@@ -141,7 +141,8 @@ class Regression(MatchingObjective):
         if known.defense != Defense():
             return None
         names = [name for name in self.w0 if training.trains(name)]
-        steps = mean_step(*([w[n] for n in names] for w in (self.w0, self.w1)), training, 1)
+        w0, w1 = ([w[name] for name in names] for w in (self.w0, self.w1))
+        steps = mean_step(w0, w1, training, 1)
         if training.adaptive:
             steps = [step.sign() for step in steps]
         return dict(zip(names, steps, strict=True))

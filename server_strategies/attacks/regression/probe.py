@@ -127,6 +127,7 @@ class Probe:
         return statistics, seen[0] if seen else x.new_zeros(len(x), 0)
 
     def _gradient(self, x: Tensor) -> tuple[Tensor, ...]:
+        assert self.label is not None
         y = torch.full((len(x),), self.label, device=x.device)
         others = {n: w for n, w in self.weights.items() if n not in self.entries}
 
