@@ -81,7 +81,7 @@ def regress(blocks: Mapping[str, Block], images: Tensor, group: int) -> Regresse
         images of one batch; n is a multiple of it.
     """
     chosen = group * max(1, min(_CHOICE, len(images)) // group)
-    small = F.adaptive_avg_pool2d(images.flatten(0, 1), _THUMBNAIL).view(*images.shape[:2], -1)
+    small = F.adaptive_avg_pool2d(images.flatten(0, 1), _THUMBNAIL).reshape(*images.shape[:2], -1)
     best: tuple[float, str, str, float] | None = None
     names = [(name,) for name in blocks] + [tuple(blocks)] * (len(blocks) > 1)
     sides = {each: _joined([blocks[name] for name in each]) for each in names}
