@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fl_app.models import clients_model
+from fl_app.util.files import user_path
 from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.options import option
@@ -34,7 +35,8 @@ class FeatureRegression(Attack):
 
     def parts(self, task: Task) -> Parts:
         """See `Attack`."""
-        bank = load_bank(task.known.image_shape, self.folder)
+        folder = str(user_path(self.folder)) if self.folder else ""
+        bank = load_bank(task.known.image_shape, folder)
         model = clients_model(task.known, task.seen.w0).to(task.budget.device)
         setting = Setting(model, task.seen, task.known, "asked for")
         return Parts(Regression(setting, bank, self.images))
