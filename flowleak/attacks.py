@@ -9,6 +9,7 @@ with _extras():
     from server_strategies.attacks.dlf import DLF as DLF
     from server_strategies.attacks.dlg import DLG as DLG
     from server_strategies.attacks.dropout_inversion import DropoutInversion as DropoutInversion
+    from server_strategies.attacks.feature_regression import FeatureRegression as FeatureRegression
     from server_strategies.attacks.flow_matching import FlowMatching as FlowMatching
     from server_strategies.attacks.ggl import GGL as GGL
     from server_strategies.attacks.gradinversion import GradInversion as GradInversion

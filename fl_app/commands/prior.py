@@ -88,6 +88,28 @@ def train_prior(
     console.print(f"Weights: {out}", highlight=False, soft_wrap=True)
 
 
+@prior_app.command("bank")
+def draw_image_bank(
+    weights: Weights = "compact",
+    images: Annotated[int, typer.Option(help="A multiple of 50.", min=50)] = 2_000,
+    steps: Annotated[int, typer.Option(help="Euler steps to an image.", min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Of the noise that images start from.")] = 0,
+    out: Annotated[Path, typer.Option(help="The mosaic, .jpg or .png.")] = Path("bank.jpg"),
+) -> None:
+    """Draw the images that `feature_regression` learns on from a flow prior."""
+    from server_strategies.priors.bank import draw_bank, write_bank
+    from server_strategies.priors.flow import load_flow
+
+    console = screen()
+    network = load_flow(prior_weights(weights))
+    with console.status("drawing") as status:
+        drawn = draw_bank(
+            network, images, steps, seed, lambda done: status.update(f"{done:,} of {images:,}")
+        )
+    write_bank(drawn, out)
+    console.print(f"Images: {out}", highlight=False, soft_wrap=True)
+
+
 @prior_app.command("evaluate")
 def evaluate_prior(
     weights: Weights,
