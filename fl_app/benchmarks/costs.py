@@ -76,7 +76,7 @@ def prior_cost(
     pixels = truth.images.flip(0)
     x = normalise(pixels, knowledge.mean, knowledge.std).requires_grad_()
     pixels.requires_grad_()
-    chosen = FlowMatching(matching="trajectory", t_start=0.8)
+    chosen = FlowMatching(matching="trajectory", t_start=0.8, every=1)
     objective = matching_objective(chosen.matching, observation, knowledge)
     unknowns = [unknown.value for unknown in objective.unknowns]
     generator = torch.Generator().manual_seed(0)

@@ -24,8 +24,10 @@ from server_strategies.priors.bank import load_bank
 class FeatureRegression(Attack):
     """Kernel ridge regression from statistics, features and a gradient to images, without search.
 
-    Sources: Xue et al., Fast Generation-Based Gradient Leakage Attacks, 2022 (its network
-    decodes features; this one's kernel is learned at the client's own weights); `Regression`.
+    A network decodes features in the source; here a kernel is learned at the client's own
+    weights, see `Regression`.
+
+    Source: Xue et al., Fast Generation-Based Gradient Leakage Attacks, 2022.
     """
 
     name: ClassVar[str] = "feature_regression"

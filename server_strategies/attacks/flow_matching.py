@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.gauss_newton import decodes
+from server_strategies.attacks.matching.adam.decode import Decoded
 from server_strategies.attacks.matching.base import MatchingObjective
 from server_strategies.attacks.matching.defended import noise_share
 from server_strategies.attacks.optimise import cosine_schedule
@@ -27,6 +28,10 @@ on K=5, B=4, SGD's on four clients. Decoded images with Adam need more
 as well: not all of their features are known."""
 
 _SEARCHED, _DECODED = (0.03, 0.8), (0.0, 0.6)  # the default `tv` and `t_start`
+
+_OF_ROWS = 4
+"""The default `every` where single-step rows are matched: an iteration costs less than a run of
+the denoiser. Adam, K=5, B=1, untrained, three tuning clients, 12 s: 29.1 dB for 21.4 with 1."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ class FlowMatching(Attack):
     final_prior_strength: float | None = option(None, "the ratio at the end", low=1e-6)
     t_start: float | None = option(None, "flow time t(k) at the first iteration", low=1e-6, high=1)
     t_end: float = option(0.95, "flow time t(k) at the last iteration", low=1e-6, high=1)
-    every: int = option(1, "iterations from one run of the denoiser to the next", low=1)
+    every: int | None = option(
+        None,
+        "iterations from one run of the denoiser to the next; null: 4 for gradient rows, 1 else",
+        low=1,
+    )
     draws: int = option(1, "draws of noise that a run of the denoiser averages", low=1)
     polish: float = option(0.0, "share of the last iterations, without flow", low=0, high=0.99)
     statistics: float = option(0.1, STATISTICS)
@@ -77,6 +86,8 @@ class FlowMatching(Attack):
         last = last if self.final_prior_strength is None else self.final_prior_strength
         tv = tv if self.tv is None else self.tv
         t_start = t_start if self.t_start is None else self.t_start
+        rows = isinstance(matching, Decoded) and self.mode == "denoiser"
+        every = (_OF_ROWS if rows else 1) if self.every is None else self.every
         noise = noise_share(list(task.seen.update.values()), task.known.defense)
 
         def strength(progress: float) -> float:
@@ -84,7 +95,7 @@ class FlowMatching(Attack):
             # the update's square the strength falls less, and never below its length's share.
             return max(noise**0.5, first * (last / first) ** ((1 - noise) * progress))
 
-        times = (self.mode, t_start, self.t_end, task.generator(), self.every, self.draws)
+        times = (self.mode, t_start, self.t_end, task.generator(), every, self.draws)
         flow = FlowPrior(task.network, self.flow, *times, self.polish, self.tiles)
         priors: list[TotalVariation | FlowPrior] = [TotalVariation(tv, task.known.std), flow]
         return Parts(
@@ -100,5 +111,6 @@ class FlowMatching(Attack):
                 "relu_smoothing": matching.relu_smoothing,
                 "tv": tv,
                 "t_start": t_start,
+                "every": every,
             },
         )
