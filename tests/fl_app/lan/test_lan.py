@@ -33,7 +33,7 @@ from server_strategies.observations import ObservationStore
 PROJECT = Path(__file__).resolve().parents[3]
 HOST, PORT, RAY_PORT = "10.9.0.1", 9400, 9401
 INSIDE = "FLOWLEAK_TEST_INSIDE"
-PATIENCE = 150.0
+PATIENCE = 240.0
 
 inside = pytest.mark.skipif(INSIDE not in os.environ, reason="runs in a namespace of its own")
 
