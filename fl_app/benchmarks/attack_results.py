@@ -79,7 +79,8 @@ class AttackResults(Results):
         # Steps of later passes use no new image.
         entry["psnr_by_step"] = [sum(v) / len(v) for v in steps if None not in v]
         for key in _MEANS:
-            entry[key] = sum(row[key] for row in rows) / len(rows)
+            means = [row[key] for row in rows]
+            entry[key] = None if None in means else sum(means) / len(means)
         reference = self.reference(case)
         if reference:
             entry["compared_with"] = reference.name
@@ -153,7 +154,7 @@ class AttackResults(Results):
             gain_words(gain.get("psnr"), 2),
             gain_words(gain.get("lpips_vgg"), 3),
             f"{line['loss']:.3f}",
-            f"{line['loss_at_truth']:.3f}",
+            "" if line["loss_at_truth"] is None else f"{line['loss_at_truth']:.3f}",
             f"{line['seconds']:.0f}",
             f"{line['iterations_per_second']:.1f}",
             f"{line['peak_memory'] / 1e6:.0f}",

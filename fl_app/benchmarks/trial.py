@@ -46,10 +46,14 @@ def attack_trial(
     found = run_attack(observation, seen, case.attack, prior, seed)
     attack = create_attack(case.attack)
     options = {option.name: getattr(attack, option.name) for option in attack.options()}
-    distance = options.get("distance", "cosine")
-    objective = matching_objective(options["matching"], observation, knowledge, distance=distance)
-    private = normalise(truth.images, knowledge.mean, knowledge.std)
-    at_truth = objective(private, 1.0).item()
+    at_truth = None  # of an attack that matches no update
+    if "matching" in options:
+        distance = options.get("distance", "cosine")
+        objective = matching_objective(
+            options["matching"], observation, knowledge, distance=distance
+        )
+        private = normalise(truth.images, knowledge.mean, knowledge.std)
+        at_truth = objective(private, 1.0).item()
     perceptual, reasons = _perceptual(lpips_weights)
     features = target_features(observation, knowledge)
     measures: dict[str, Measure] = {**MEASURES, **perceptual, "fmse": feature_mse(features)}

@@ -16,7 +16,7 @@ from client_app.training import train
 from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import draw_client
-from fl_app.benchmarks.suite import AttackSuite
+from fl_app.benchmarks.suite import AttackSuite, Setting
 from fl_app.commands.main import app
 from fl_app.config import AttackConfig, load_config
 from fl_app.data import ImageSet, dataset_info, load_split
@@ -44,6 +44,18 @@ def test_a_trial_is_a_real_clients_training() -> None:
     train(model, truth.images, labels, batches, CASE.training, info.mean, info.std)
     assert all(torch.equal(observation.w1[k], v) for k, v in model.state_dict().items())
     assert knowledge.labels == truth.labels
+
+
+def test_an_attack_that_matches_no_update_has_a_row_too() -> None:
+    setting = Setting(load_config().dataset)
+    attack = AttackConfig("feature_regression", 1, options={"images": 60})
+    training = LocalTraining("sgd", lr=0.01, batch_size=1, local_steps=1)
+    case = Case(training, attack, model="resnet8")
+    (row,) = AttackSuite((case,)).trial(case, 0, setting.clients((case,)), setting)
+    assert row["loss_at_truth"] is None and row["metrics"]["psnr"]["mean"] > 0
+    results = AttackResults("known", (case,))
+    results.rows = [row]
+    assert case.client in results.markdown("command")
 
 
 def test_a_client_of_more_images_than_there_are_is_refused() -> None:
