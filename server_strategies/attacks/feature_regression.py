@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fl_app.models import clients_model
-from fl_app.util.files import user_path
 from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.options import option
@@ -33,12 +32,10 @@ class FeatureRegression(Attack):
     name: ClassVar[str] = "feature_regression"
 
     images: int = option(4000, "images that it learns on at most, mirrored ones included", low=50)
-    folder: str = option("", "folder of more images to learn on, see docs/attacks.md")
 
     def parts(self, task: Task) -> Parts:
         """See `Attack`."""
-        folder = str(user_path(self.folder)) if self.folder else ""
-        bank = load_bank(task.known.image_shape, folder)
+        bank = load_bank(task.known.image_shape)
         model = clients_model(task.known, task.seen.w0).to(task.budget.device)
         setting = Setting(model, task.seen, task.known, "asked for")
         return Parts(Regression(setting, bank, self.images))

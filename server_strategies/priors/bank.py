@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_app.data.base import read_image
 from fl_app.util.files import project_file, whole_file
 from server_strategies.priors.flow import generate
-from server_strategies.priors.images import load_images, tiles
 
 SIZE = 32  # height and width of a bank's images
 _AT_ONCE = 50  # images that are drawn in one go; a part of what the seed decides
@@ -82,16 +81,14 @@ def write_bank(images: Tensor, path: Path) -> None:
         mosaic.save(temporary, format="PNG" if path.suffix == ".png" else "JPEG", **options)
 
 
-def load_bank(image_shape: tuple[int, int, int], folder: str = "") -> Tensor:
-    """Load the shipped bank, and a folder's images after it, in the shape of a client's images.
+def load_bank(image_shape: tuple[int, int, int]) -> Tensor:
+    """Load the shipped bank in the shape of a client's images.
 
     Parameters
     ----------
     image_shape : tuple of int
         (C, H, W). Images of another size are resized; grey ones are the luma of coloured
         ones (ITU-R BT.601).
-    folder : str
-        More images, see `load_images`. "": none.
 
     Returns
     -------
@@ -101,17 +98,12 @@ def load_bank(image_shape: tuple[int, int, int], folder: str = "") -> Tensor:
     Raises
     ------
     ValueError
-        If C is neither 1 nor 3, or the folder holds no image.
+        If C is neither 1 nor 3.
     """
     channels, height, width = image_shape
     if channels not in (1, 3):
         raise ValueError(f"the image bank has images of 1 or 3 channels, not of {channels}")
-    images = _shipped()
-    if folder:
-        more, _ = load_images(folder, size=max(SIZE, height))
-        found = torch.cat([_resized(images, height, width), _resized(more, height, width)])
-    else:
-        found = _resized(images, height, width)
+    found = _resized(_shipped(), height, width)
     if channels == 3:
         return found
     luma = found.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
@@ -119,8 +111,11 @@ def load_bank(image_shape: tuple[int, int, int], folder: str = "") -> Tensor:
 
 
 def _shipped() -> Tensor:
-    path = str(project_file("server_strategies/priors/weights/bank.jpg"))
-    return torch.from_numpy(tiles(read_image(path, path), SIZE, path))
+    path = project_file("server_strategies/priors/weights/bank.jpg")
+    with path.open("rb") as file, Image.open(file) as mosaic:
+        grid = torch.from_numpy(np.array(mosaic.convert("RGB")))
+    cut = grid.unflatten(0, (-1, SIZE)).unflatten(2, (-1, SIZE))
+    return cut.permute(0, 2, 4, 1, 3).flatten(0, 1)
 
 
 def _resized(images: Tensor, height: int, width: int) -> Tensor:

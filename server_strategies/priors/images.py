@@ -68,7 +68,7 @@ def load_images(source: str, layout: str = "images", size: int = 32) -> tuple[Te
         except DataError:
             broken += 1
             continue
-        parts.append(tiles(pixels, size, where) if layout == "mosaic" else _square(pixels, size))
+        parts.append(_tiles(pixels, size, where) if layout == "mosaic" else _square(pixels, size))
     if not parts:
         raise ValueError(f"no readable image in {source} ({broken} broken)")
     return torch.from_numpy(np.concatenate(parts)), broken
@@ -124,27 +124,13 @@ def _square(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(fitted).transpose(2, 0, 1)[None]
 
 
-def tiles(pixels: np.ndarray, size: int, where: str) -> np.ndarray:
-    """Cut a grid (3, rows size, columns size) into its tiles, shape (N, 3, size, size).
-
-    Parameters
-    ----------
-    pixels : array of uint8
-    size : int
-        Height and width of a tile.
-    where : str
-        Names the grid, for errors.
-
-    Raises
-    ------
-    ValueError
-        If the grid does not consist of whole tiles.
-    """
+def _tiles(pixels: np.ndarray, size: int, where: str) -> np.ndarray:
+    """Cut a grid (3, rows size, columns size) into its tiles, shape (N, 3, size, size)."""
     rows, columns = pixels.shape[1] // size, pixels.shape[2] // size
     if not rows * columns or pixels.shape[1:] != (rows * size, columns * size):
         raise ValueError(
             f"{where} has {pixels.shape[1]} x {pixels.shape[2]} pixels: "
             f"no mosaic of {size} x {size} tiles"
         )
-    cut = pixels.reshape(3, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
-    return cut.reshape(-1, 3, size, size)
+    tiles = pixels.reshape(3, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
+    return tiles.reshape(-1, 3, size, size)

@@ -38,8 +38,13 @@ class FlowerHome:
 
     def start(self, config: str) -> str:
         """Start the audit with a run config; return the run's id."""
-        started = self.flwr("run", ".", "local-simulation", "--format", "json", "-c", config)
-        answer = json.loads(started[started.index("{") :])
+        # Flower gives its SuperLink 15 seconds to start, and ends it where a busy machine takes
+        # longer.
+        for _ in range(3):
+            started = self.flwr("run", ".", "local-simulation", "--format", "json", "-c", config)
+            answer = json.loads(started[started.index("{") :])
+            if "run-id" in answer or "Failed to start local SuperLink" not in started:
+                break
         assert "run-id" in answer, started
         return str(answer["run-id"])
 

@@ -39,10 +39,3 @@ def test_a_bank_is_seeded_and_written_as_a_mosaic(tmp_path: Path) -> None:
     assert torch.equal(load_images(str(tmp_path), "mosaic", SIZE)[0], images)
     with pytest.raises(ValueError, match="rows of 50"):
         write_bank(images[:70], tmp_path / "bank.png")
-
-
-def test_a_folder_adds_its_images(tmp_path: Path) -> None:
-    write_bank(torch.full((1, 3, SIZE, SIZE), 255, dtype=torch.uint8), tmp_path / "white.png")
-    images = load_bank((3, 16, 16), str(tmp_path))
-    assert len(images) == 2001
-    assert images[-1].min() == 1
