@@ -23,7 +23,7 @@ from fl_app.audit.exposure import identified_of
 from fl_app.benchmarks.processes import process_pool
 from fl_app.config import UNBOUNDED, AttackConfig
 from fl_app.models import known_model
-from fl_app.protocol import Observation, Reconstruction
+from fl_app.protocol import Knowledge, Observation, Reconstruction
 from fl_app.runs.advice import AS_IT_IS, FOLDER, Advice, read_advice, write_advice
 from fl_app.runs.changes import Change, changes_for, times_seen
 from fl_app.runs.privacy import epsilon_of
@@ -139,25 +139,27 @@ def _begun(
             taken = [replace(each, w0=w0) for each in taken]
         updates = [changed_update(each, auditor, own) for each in taken]
         for each in [sum_of(updates)] if defense.secagg else updates:
-            call = (each, own.grant(each), attack, config.prior, config.seed)
-            attacks.append((each, _attacked(federations.pool, call)))
-    except (ValueError, RuntimeError) as error:
+            setting = (attack, config.prior, config.seed)
+            attacks.append((each, _attacked(federations.pool, each, own.grant(each), *setting)))
+        return _Trial(change, own, "", attacks, federations.accuracy(own))
+    except (ValueError, RuntimeError) as error:  # a pool that is broken among them
         return _Trial(change, own, str(error))
-    return _Trial(change, own, "", attacks, federations.accuracy(own))
 
 
-def _attacked(pool: Executor, call: tuple[Any, ...]) -> Future[Reconstruction]:
+def _attacked(
+    pool: Executor, seen: Observation, known: Knowledge, *setting: Any
+) -> Future[Reconstruction]:
     """Begin an attack in another process; here where a user's model can't be sent to one."""
     try:
-        pickle.dumps(call)
+        pickle.dumps(known)
     except (pickle.PicklingError, AttributeError, TypeError):
         done: Future[Reconstruction] = Future()
         try:
-            done.set_result(run_attack(*call))
+            done.set_result(run_attack(seen, known, *setting))
         except (ValueError, RuntimeError) as error:
             done.set_exception(error)
         return done
-    return pool.submit(run_attack, *call)
+    return pool.submit(run_attack, seen, known, *setting)
 
 
 def _ended(trial: _Trial, taken: Sequence[Observation], rounds: int) -> Advice:

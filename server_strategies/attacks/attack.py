@@ -21,8 +21,6 @@ from server_strategies.attacks.matching.batch_norm import BatchStatistics, stati
 from server_strategies.attacks.matching.restarts import Restarts
 from server_strategies.attacks.optimise import Parts, Report, optimise
 from server_strategies.attacks.options import Option
-from server_strategies.attacks.regression.objective import Regression
-from server_strategies.attacks.regression.search import predict
 from server_strategies.priors.flow import load_flow
 
 _BEFORE = 0.6  # share of the seconds that may go before the search
@@ -187,10 +185,10 @@ class Attack(ABC):
 
 def _search(parts: Parts) -> Callable[..., Reconstruction]:
     """Return the search that suits what an attack consists of."""
+    if parts.search:
+        return parts.search
     if parts.population:
         return evolve
-    if isinstance(parts.matching, Regression):
-        return predict
     if decodes(parts.matching) and not parts.decode:
         return gauss_newton
     return optimise

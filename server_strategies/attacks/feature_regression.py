@@ -16,6 +16,7 @@ from server_strategies.attacks.attack import Attack, Parts, Task
 from server_strategies.attacks.matching.base import Setting
 from server_strategies.attacks.options import option
 from server_strategies.attacks.regression.objective import Regression
+from server_strategies.attacks.regression.search import predict
 from server_strategies.priors.bank import load_bank
 
 
@@ -38,4 +39,4 @@ class FeatureRegression(Attack):
         bank = load_bank(task.known.image_shape)
         model = clients_model(task.known, task.seen.w0).to(task.budget.device)
         setting = Setting(model, task.seen, task.known, "asked for")
-        return Parts(Regression(setting, bank, self.images))
+        return Parts(Regression(setting, bank, self.images), search=predict)

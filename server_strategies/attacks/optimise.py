@@ -65,6 +65,8 @@ class Parts:
     population : int
         0: the search follows the gradient, see `optimise`; otherwise the candidates of
         a generation, see `evolve`.
+    search : callable, optional
+        The attack's own search, called as `optimise`; None: the one that suits the others.
     others : Parts, optional
         What images are searched with that `gauss_newton` can't decode; None: the same.
     chosen : mapping
@@ -82,6 +84,7 @@ class Parts:
     decode: Callable[[Tensor], Tensor] | None = None
     decay: float = 0.0
     population: int = 0
+    search: Callable[..., Reconstruction] | None = None
     others: Parts | None = None
     chosen: Mapping[str, float] = field(default_factory=dict)
 

@@ -174,8 +174,9 @@ def test_nobody_enters_without_a_key(lan: Deployment) -> None:
     home = lan.folder / "stranger"
     home.mkdir()
     shutil.copy(lan.folder / "flwr" / "config.toml", home)
-    refused = lan.flwr("run", ".", "lan", home="stranger")
-    assert refused.returncode and "uthenticat" in refused.stdout + refused.stderr
+    for arguments in (("run", ".", "lan"), ("list", "lan"), ("supernode", "list", "lan")):
+        refused = lan.flwr(*arguments, home="stranger")
+        assert refused.returncode and "uthenticat" in refused.stdout + refused.stderr
     # The ServerApp's side of the SuperLink: whoever acquires a task reads its updates.
     url = f"https://{HOST}:{PORT}/v1/runtime/acquire-task"
     body = {"content": b"", "headers": {"Content-Type": "application/protobuf"}}
@@ -214,7 +215,8 @@ def test_training_and_attacks_outlive_what_is_killed(lan: Deployment) -> None:
             f"client-{i}", "client", kit, "--partition", str(i),
             "--truth-dir", str(lan.folder / f"truth-{i}"),
         )  # fmt: skip
-    lan.start("worker", "worker", str(lan.folder / "lan" / f"worker-{HOST}"))
+    for i in (0, 1):
+        lan.start(f"worker-{i}", "worker", str(lan.folder / "lan" / f"worker-{HOST}"))
     began = time.monotonic()
     lan.run(
         "rounds=2 strategy.fraction_evaluate=0 watch.clients=all watch.rounds=[] "
@@ -224,8 +226,8 @@ def test_training_and_attacks_outlive_what_is_killed(lan: Deployment) -> None:
 
     # A client's machine dies in round 2; the server hears of it by a missing heartbeat.
     kill("client-1/node.key")
-    # A worker dies in the middle of an attack: the attack goes to a fresh one. (Its process is
-    # called after the method that it began last, which is seldom the attack.)
+    # A worker dies in the middle of an attack: the attack goes to another. (Its process is called
+    # after the method that it began last, which is seldom the attack.)
     wait_until(lambda: find("ray::_Worker"), "an attack runs")
     killed = find("ray::_Worker")[0]
     os.kill(killed, signal.SIGKILL)
@@ -343,7 +345,7 @@ def test_an_end_leaves_nothing_that_another_ray_could_take_for_its_own(lan: Depl
     for process in (lan.processes["server"], *workers.values()):
         process.terminate()
         assert process.wait(60) == 0
-    assert len(folders) == 2
+    assert len(folders) == 3
     for each in folders:
         assert not each.exists(), list(each.rglob("*"))[:5]
     done = subprocess.run(

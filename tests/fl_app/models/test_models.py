@@ -242,10 +242,13 @@ def test_an_attack_chooses_for_itself(name: str) -> None:
     observation, knowledge, x = client(name, replace(SGD, batch_size=1))
     assert diagnose(observation, knowledge, [0.6, 0.05], None) == ()
     blind = knowledge.granting("unknown")  # counted from the classifier
-    attack = AttackConfig("flow_matching", 1, options={"flow": 0})
-    found = run_attack(observation, blind, attack, PriorConfig(), 0)
-    assert found.images.shape == x.shape and found.images.isfinite().all()
-    # Only layers with one input an image give away features.
-    single = name in ("convnet", "mlp")
-    assert found.labels_source == ("replay" if single else "dlf")
-    assert single or name == "lenet5" or found.matching.startswith("trajectory")
+    adam, known, _ = client(name, replace(ADAM, batch_size=1))
+    for seen, told in ((observation, blind), (adam, known)):
+        attack = AttackConfig("flow_matching", 1, options={"flow": 0})
+        found = run_attack(seen, told, attack, PriorConfig(), 0)
+        assert found.images.shape == x.shape and found.images.isfinite().all()
+        # Only layers with one input an image give away features.
+        single = name in ("convnet", "mlp")
+        inferred = "replay" if single else "dlf"
+        assert found.labels_source == (inferred if told is blind else "given")
+        assert single or name == "lenet5" or found.matching.startswith("trajectory")

@@ -68,9 +68,9 @@ def test_what_cannot_be_sent_to_a_process_is_attacked_here(
     class Own:
         """A model of a user's file, which no other process can import."""
 
-    monkeypatch.setattr(advising, "run_attack", lambda seen, _: seen)
+    monkeypatch.setattr(advising, "run_attack", lambda _, known: known)
     with advising.process_pool(1, 1) as pool:  # no process starts before its first call
-        assert isinstance(advising._attacked(pool, (Own(), 0)).result(), Own)
+        assert isinstance(advising._attacked(pool, 0, Own()).result(), Own)
 
 
 def test_a_changed_training() -> None:
