@@ -27,7 +27,7 @@ from fl_app.protocol import Client, LocalTraining, Observation
 from fl_app.runs.weights import state_names
 from server_strategies.attacks.forecast import forecast
 from server_strategies.attacks.matching import matching_objective
-from server_strategies.attacks.matching.trajectory import simulate
+from server_strategies.attacks.matching.simulation import simulate
 
 _SAME = 1e-3  # difference of two updates, as a share of their length, up to which they are one
 _AT_TRUTH = 0.05  # matching loss at the true images up to which an update is explained

@@ -15,7 +15,7 @@ from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.diagnosis.update import Update
 from server_strategies.attacks.labels import random_images
 from server_strategies.attacks.matching.distance import CosineDistance
-from server_strategies.attacks.matching.trajectory import simulated_weights
+from server_strategies.attacks.matching.simulation import simulated_weights
 
 CLIENTS = 3
 

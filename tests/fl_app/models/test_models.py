@@ -20,7 +20,7 @@ from fl_app.server_app import _prepare
 from server_strategies.attacks.diagnosis import diagnose
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.batch_norm import inferred_statistics, statistics_of
-from server_strategies.attacks.matching.trajectory import simulate
+from server_strategies.attacks.matching.simulation import simulate
 from server_strategies.attacks.run import run_attack
 
 SGD = LocalTraining("sgd", lr=0.01, batch_size=2, local_steps=2)

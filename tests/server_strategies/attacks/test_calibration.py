@@ -19,7 +19,7 @@ from fl_app.protocol import Knowledge, LocalTraining, Observation, ParameterGrou
 from server_strategies.attacks.diagnosis import calibration, diagnose
 from server_strategies.attacks.diagnosis.calibration import Healthy
 from server_strategies.attacks.labels import random_images
-from server_strategies.attacks.matching.trajectory import simulate, simulated_weights
+from server_strategies.attacks.matching.simulation import simulate, simulated_weights
 
 DOUBTFUL = (0.6, 0.1)  # matching losses: every layer is compared
 TRAININGS = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fl_app.protocol import LocalTraining
-from server_strategies.attacks.matching.trajectory import BETA1, BETA2, EPS
+from server_strategies.attacks.matching.optimizers import BETA1, BETA2, EPS
 
 _NEAR = 2e-3  # relative tolerance of a coordinate update around that of a large gradient
 _SHARE = 0.6  # of a row's changed coordinates, which have to be within that tolerance

@@ -16,7 +16,7 @@ from fl_app.protocol import LocalTraining, Observation
 from server_strategies.attacks.matching.base import OF_A_GRADIENT
 from server_strategies.attacks.matching.defended import consistent
 from server_strategies.attacks.matching.gradient_match import GradientMatch, mean_step, step_units
-from server_strategies.attacks.matching.trajectory import EPS
+from server_strategies.attacks.matching.optimizers import EPS
 
 
 class EpsInversion(GradientMatch):

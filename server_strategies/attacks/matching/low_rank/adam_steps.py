@@ -36,7 +36,7 @@ from server_strategies.attacks.matching.adam.fingerprints import (
 )
 from server_strategies.attacks.matching.low_rank.components import opened_units
 from server_strategies.attacks.matching.low_rank.gates import kinds, opened_and_there
-from server_strategies.attacks.matching.trajectory import BETA1, BETA2, EPS
+from server_strategies.attacks.matching.optimizers import BETA1, BETA2, EPS
 
 _SEEN = 0.3  # share of the images that has to show at all
 _LEAST = 8  # inputs at a step's length, by which its unit counts as open at first

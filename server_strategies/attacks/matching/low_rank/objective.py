@@ -22,7 +22,8 @@ from server_strategies.attacks.matching.low_rank.convolution import (
 from server_strategies.attacks.matching.low_rank.exact import ExactFeatures
 from server_strategies.attacks.matching.low_rank.head import Weights
 from server_strategies.attacks.matching.low_rank.spectrum import known_part
-from server_strategies.attacks.matching.trajectory import Adam, Sgd, Trajectory
+from server_strategies.attacks.matching.optimizers import Adam, Sgd
+from server_strategies.attacks.matching.trajectory import Trajectory
 
 _FINEST = 1e-6  # share of the features' square that the misfit counts as, at the least
 _TRUSTED = 0.05  # misfit from which images are not used to simulate Adam

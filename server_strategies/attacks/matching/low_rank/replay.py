@@ -18,7 +18,7 @@ from torch import Tensor
 from fl_app.protocol import LocalTraining
 from server_strategies.attacks.matching.low_rank.adam_steps import StepFactors
 from server_strategies.attacks.matching.low_rank.head import Head, Weights
-from server_strategies.attacks.matching.trajectory import Adam, Sgd
+from server_strategies.attacks.matching.optimizers import Adam, Sgd
 
 _WIDTH = 8  # orders that are followed at the same time
 _LENGTHS = (-3.0, 8.0, 0.1)  # logarithms of a feature vector's length that are tried

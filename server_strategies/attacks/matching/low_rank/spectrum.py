@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_app.protocol import LocalTraining
-from server_strategies.attacks.matching.trajectory import Sgd
+from server_strategies.attacks.matching.optimizers import Sgd
 
 Matrix = NDArray[np.float64]
 

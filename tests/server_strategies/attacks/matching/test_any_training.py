@@ -25,7 +25,7 @@ from server_strategies.attacks.inverting_gradients import InvertingGradients
 from server_strategies.attacks.labels import infer_labels
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.passes import Passes
-from server_strategies.attacks.matching.trajectory import simulate
+from server_strategies.attacks.matching.simulation import simulate
 
 SMOOTH = {"eps": 0.01}  # far from where a derivative is steep
 

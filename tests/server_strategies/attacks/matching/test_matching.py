@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
-from server_strategies.attacks.matching import matching_objective, trajectory
+from server_strategies.attacks.matching import matching_objective, simulation
 from server_strategies.attacks.matching.distance import CosineDistance
+from server_strategies.attacks.matching.simulation import simulate
 from server_strategies.attacks.matching.surrogate import mean_position
-from server_strategies.attacks.matching.trajectory import simulate
 
 
 @pytest.mark.parametrize("name", CLIENTS)
@@ -61,17 +61,17 @@ def test_the_adjoint_is_autograds_gradient(
         return start.grad
 
     computed: list[int] = []
-    original = trajectory._Steps._differentiable
+    original = simulation._Steps._differentiable
 
-    def counted(self: trajectory._Steps, *arguments: Any) -> list[Tensor]:
+    def counted(self: simulation._Steps, *arguments: Any) -> list[Tensor]:
         computed.append(self.graph_bytes)
         return original(self, *arguments)
 
-    monkeypatch.setattr(trajectory._Steps, "_differentiable", counted)
+    monkeypatch.setattr(simulation._Steps, "_differentiable", counted)
     gradient(simulate)
     assert len(computed) == 5 and computed[-1] > sum(w.nbytes for w in adjoint.values())
     # Half a graph more: the measured size varies with the addresses of memory.
-    monkeypatch.setattr(trajectory, "KEPT_GRAPHS", (graphs + 0.5) * computed[-1])
+    monkeypatch.setattr(simulation, "KEPT_GRAPHS", (graphs + 0.5) * computed[-1])
     expected = gradient(slow_simulation)
     computed.clear()
     assert (gradient(simulate) - expected).norm() <= 1e-10 * expected.norm()
