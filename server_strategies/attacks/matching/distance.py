@@ -7,7 +7,6 @@ The published distances that are not relative differ by a constant factor.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from server_strategies.attacks.matching.defended import Consistent, noise_part
+from server_strategies.attacks.matching.outer_products import OuterSum
 
 
 class Distance(ABC):
@@ -50,11 +50,14 @@ class Distance(ABC):
         if not any(part.any() for part in self._seen):
             raise ValueError("the update is zero: the client returned what it was sent")
 
-    def __call__(self, candidate: Sequence[Tensor]) -> Tensor:
+    def __call__(self, candidate: Sequence[Tensor | OuterSum]) -> Tensor:
         """Return the distance, shape (), of a candidate vector a, in the same pieces."""
+        if not (self._known or self._masks):
+            return self._from(candidate)
+        formed = dense(candidate)
         if self._known:
-            candidate = self._known.as_observed(candidate)
-        return self._from(self._masked(candidate))
+            formed = self._known.as_observed(formed)
+        return self._from(self._masked(formed))
 
     @classmethod
     def at_truth(cls, noise: float) -> float:
@@ -70,7 +73,7 @@ class Distance(ABC):
         return noise
 
     @abstractmethod
-    def _from(self, candidate: Sequence[Tensor]) -> Tensor:
+    def _from(self, candidate: Sequence[Tensor | OuterSum]) -> Tensor:
         """Return the distance of a candidate that is already masked."""
         ...
 
@@ -108,8 +111,8 @@ class CosineDistance(Distance):
         size = torch.cat([part.flatten() for part in self._known.seen])
         return 1 - self.at_truth(noise_part(size, self._known.sigma))
 
-    def _from(self, candidate: Sequence[Tensor]) -> Tensor:
-        dots = [(a * b).sum() for a, b in zip(candidate, self._seen, strict=True)]
+    def _from(self, candidate: Sequence[Tensor | OuterSum]) -> Tensor:
+        dots = [_dot(a, b) for a, b in zip(candidate, self._seen, strict=True)]
         return self._best - torch.stack(dots).sum() / (norm(candidate) * self._norm)
 
 
@@ -121,17 +124,24 @@ class SquaredDistance(Distance):
 
     name = "squared"
 
-    def _from(self, candidate: Sequence[Tensor]) -> Tensor:
-        apart = [a - b for a, b in zip(candidate, self._seen, strict=True)]
-        return self._size(apart) / self._seen_size
+    def _from(self, candidate: Sequence[Tensor | OuterSum]) -> Tensor:
+        pairs = zip(candidate, self._seen, self._seen_squares, strict=True)
+        apart = torch.stack([_apart(a, b, square) for a, b, square in pairs])
+        return self._size(apart) / self._size(self._seen_squares.to(apart))
 
     @cached_property
-    def _seen_size(self) -> Tensor:
-        return self._size(self._seen)
+    def _seen_squares(self) -> Tensor:
+        return torch.stack([part.double().square().sum() for part in self._seen])
 
-    def _size(self, vector: Sequence[Tensor]) -> Tensor:
-        """Return the size, shape (), that the distance is a ratio of."""
-        return _squares(vector).sum()
+    def _size(self, squares: Tensor) -> Tensor:
+        """Return the size, shape (), that the distance is a ratio of.
+
+        Parameters
+        ----------
+        squares : Tensor, shape (pieces,)
+            Squared norm of each piece.
+        """
+        return squares.sum()
 
 
 class LayeredDistance(SquaredDistance):
@@ -142,8 +152,9 @@ class LayeredDistance(SquaredDistance):
 
     name = "layered"
 
-    def _size(self, vector: Sequence[Tensor]) -> Tensor:
-        return torch.stack([norm([part]) for part in vector]).sum()
+    def _size(self, squares: Tensor) -> Tensor:
+        # Rounding can make the square of a sum of outer products less than 0.
+        return (squares.clamp_min(0) + 1e-30).sqrt().sum()
 
 
 class DecayingDistance(SquaredDistance):
@@ -154,9 +165,8 @@ class DecayingDistance(SquaredDistance):
 
     name = "decaying"
 
-    def _size(self, vector: Sequence[Tensor]) -> Tensor:
-        parts = [math.exp(-place) * part.square().sum() for place, part in enumerate(vector)]
-        return torch.stack(parts).sum()
+    def _size(self, squares: Tensor) -> Tensor:
+        return (squares * torch.exp(-torch.arange(len(squares))).to(squares)).sum()
 
 
 class EvenDistance(SquaredDistance):
@@ -174,11 +184,10 @@ class EvenDistance(SquaredDistance):
 
     @cached_property
     def _weights(self) -> Tensor:
-        squares = _squares(self._seen).detach()
-        return 1 / (squares + 1e-6 * squares.sum())
+        return 1 / (self._seen_squares + 1e-6 * self._seen_squares.sum())
 
-    def _size(self, vector: Sequence[Tensor]) -> Tensor:
-        return (self._weights * _squares(vector)).sum()
+    def _size(self, squares: Tensor) -> Tensor:
+        return (self._weights.to(squares) * squares).sum()
 
 
 DISTANCES: dict[str, type[Distance]] = {
@@ -187,12 +196,29 @@ DISTANCES: dict[str, type[Distance]] = {
 }
 
 
-def norm(vector: Sequence[Tensor]) -> Tensor:
+def dense(vector: Sequence[Tensor | OuterSum]) -> list[Tensor]:
+    """Return a vector with all its pieces formed."""
+    return [part.dense() if isinstance(part, OuterSum) else part for part in vector]
+
+
+def norm(vector: Sequence[Tensor | OuterSum]) -> Tensor:
     """Return the L2 norm, shape (), of a vector in pieces; differentiable at zero too."""
+    squares = [
+        part.square().to(part.inputs) if isinstance(part, OuterSum) else part.square().sum()
+        for part in vector
+    ]
     # The constant keeps the derivative finite for a candidate without any update.
-    return (_squares(vector).sum() + 1e-30).sqrt()
+    return (torch.stack(squares).sum() + 1e-30).sqrt()
 
 
-def _squares(vector: Sequence[Tensor]) -> Tensor:
-    """Return the squared L2 norm of each piece, shape (pieces,)."""
-    return torch.stack([part.square().sum() for part in vector])
+def _dot(a: Tensor | OuterSum, b: Tensor) -> Tensor:
+    """Return ``<a, b>``, shape ()."""
+    return a.dot(b).to(b) if isinstance(a, OuterSum) else (a * b).sum()
+
+
+def _apart(a: Tensor | OuterSum, b: Tensor, square: Tensor) -> Tensor:
+    """Return ``|a - b|^2``, shape (), with ``|b|^2`` as `square`."""
+    if isinstance(a, OuterSum):
+        return (a.square() - 2 * a.dot(b) + square).to(b)
+    # Its derivative takes one pass over the piece, that of a sum of squares two.
+    return torch.linalg.vector_norm(a - b).square()

@@ -12,6 +12,25 @@ from fl_app.models.extensions import given_noise, local_loss
 from fl_app.protocol import LocalTraining
 
 
+def client_loss(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    labels: Tensor,
+    training: LocalTraining,
+    noise: Sequence[Tensor] = (),
+) -> Tensor:
+    """Return a client's `local_loss`, shape (), at given weights.
+
+    Parameters
+    ----------
+    model, weights, x, labels, training, noise
+        See `loss_gradient`.
+    """
+    with given_noise(model, noise):
+        return local_loss(model, functional_call(model, dict(weights), (x,)), labels, training)
+
+
 def loss_gradient(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -37,9 +56,7 @@ def loss_gradient(
     noise : sequence of Tensor
         Noise of the model's random layers, see `given_noise`.
     """
-    with given_noise(model, noise):
-        logits = functional_call(model, dict(weights), (x,))
-        loss = local_loss(model, logits, labels, training)
+    loss = client_loss(model, weights, x, labels, training, noise)
     trained = {name: w for name, w in weights.items() if training.trains(name)}
     parts = torch.autograd.grad(loss, list(trained.values()), create_graph=True)
     gradient = dict(zip(trained, parts, strict=True))

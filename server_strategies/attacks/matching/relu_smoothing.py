@@ -23,7 +23,7 @@ RELU_SMOOTHING = 16.0
 
 _SHUT = 20.0  # widths below zero from which a gate is closed as far as it can be
 
-_RELUS = (F.relu, torch.relu, Tensor.relu)
+RELUS = (F.relu, torch.relu, Tensor.relu)
 
 
 def smooth_relu(model: nn.Module, width: float) -> None:
@@ -53,10 +53,16 @@ def smooth_relu(model: nn.Module, width: float) -> None:
     def smoothed(*args: Any, **kwargs: Any) -> Any:
         if _ReluAs.entered:  # the caller's own replacement, such as soft gates, goes first
             return forward(*args, **kwargs)
-        with _ReluAs(lambda z: _Relu.apply(z, width)):
+        with _ReluAs(lambda z: relu(z, width)):
             return forward(*args, **kwargs)
 
     model.forward = smoothed  # type: ignore[method-assign]
+
+
+def relu(z: Tensor, width: float = 0.0) -> Tensor:
+    """Return max(z, 0), with the surrogate second derivative of `smooth_relu`; 0: none."""
+    found: Tensor = _Relu.apply(z, width)
+    return found
 
 
 def soft_gates(width: float) -> TorchFunctionMode:
@@ -113,7 +119,7 @@ class _ReluAs(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _RELUS:
+        if func in RELUS:
             return self.other(args[0] if args else kwargs["input"])
         return func(*args, **kwargs)
 
@@ -140,11 +146,21 @@ class _ReluBackward(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, z: Tensor, width: float) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(g, z)
         ctx.width = width
-        return g * (z > 0)
+        return _passed_on(g, z)
 
     @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         g, z = ctx.saved_tensors
-        scale = ctx.width * z.square().mean().sqrt() + 1e-30  # the constant is for inputs of zeros
-        density = torch.exp(-0.5 * (z / scale).square()) / (math.sqrt(2 * math.pi) * scale)
-        return h * (z > 0), h * g * density, None
+        if not ctx.width:
+            return _passed_on(h, z), None, None
+        # In place: it is bound by memory.
+        change = z.square()
+        scale = ctx.width * change.mean().sqrt() + 1e-30  # the constant is for inputs of zeros
+        change.mul_(-0.5 / scale.square()).exp_()
+        change.mul_(g).mul_(h).mul_(1 / (math.sqrt(2 * math.pi) * scale))
+        return _passed_on(h, z), change, None
+
+
+def _passed_on(g: Tensor, z: Tensor) -> Tensor:
+    """Return ``g H(z)``."""
+    return torch.ops.aten.threshold_backward(g, z, 0)

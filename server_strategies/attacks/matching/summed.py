@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fl_app.protocol import Defense
 from server_strategies.attacks.matching.base import EVERY_SETTING, MatchingObjective, Setting
+from server_strategies.attacks.matching.distance import dense
 from server_strategies.attacks.matching.trajectory import Trajectory, swappable
 
 
@@ -62,7 +63,7 @@ class Summed(MatchingObjective):
         """Return the distance, shape (), of normalised images (N, C, H, W)."""
         parts = zip(self.each, x.split(self.counts), self.counts, strict=True)
         weighted = [
-            [count / len(x) * change for change in one.displacement(part, progress)]
+            [count / len(x) * change for change in dense(one.displacement(part, progress))]
             for one, part, count in parts
         ]
         return self.distance([torch.stack(each).sum(0) for each in zip(*weighted, strict=True)])

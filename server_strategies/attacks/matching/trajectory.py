@@ -10,7 +10,8 @@ from torch import Tensor
 
 from server_strategies.attacks.matching.base import EVERY_SETTING, MatchingObjective, Setting
 from server_strategies.attacks.matching.defended import consistent
-from server_strategies.attacks.matching.simulation import simulate
+from server_strategies.attacks.matching.outer_products import OuterSum, cheaper_as_sums
+from server_strategies.attacks.matching.simulation import displacement
 
 
 def swappable(
@@ -57,6 +58,7 @@ class Trajectory(MatchingObjective):
         self.by_step = self.knowledge.labels_level == "by-step"
         self.indices = [torch.tensor(batch, device=self.labels.device) for batch in self.batches]
         self.taken = list(accumulate((len(batch) for batch in self.batches), initial=0))
+        self._sums: tuple[str, ...] | None = None  # found with the first images
 
     def __call__(self, x: Tensor, progress: float) -> Tensor:
         """Return the distance, shape (), of normalised images (N, C, H, W)."""
@@ -78,12 +80,14 @@ class Trajectory(MatchingObjective):
             for image in range(len(self.labels))
         ]
 
-    def displacement(self, x: Tensor, progress: float) -> list[Tensor]:
-        """Return ``w_K(x) - w0``, one tensor a parameter, of normalised images (N, C, H, W)."""
+    def displacement(self, x: Tensor, progress: float) -> list[Tensor | OuterSum]:
+        """Return ``w_K(x) - w0``, in one piece a parameter, of normalised images (N, C, H, W)."""
         y, smoothing = self.targets(), self.smoothing * self.fall**progress
         batches = [
             (x[batch], y[batch], *self.noise_of(taken, x[batch]))
             for batch, taken in zip(self.indices, self.taken, strict=False)
         ]
-        weights = simulate(self.model, self.w0, batches, self.training, smoothing)
-        return [weights[name] - w for name, w in self.w0.items()]
+        if self._sums is None:
+            images = self.taken[-1]
+            self._sums = cheaper_as_sums(self.model, self.w0, batches[0], self.training, images)
+        return displacement(self.model, self.w0, batches, self.training, smoothing, self._sums)

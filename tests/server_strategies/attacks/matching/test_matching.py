@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining
 from server_strategies.attacks.matching import matching_objective, simulation
-from server_strategies.attacks.matching.distance import CosineDistance
-from server_strategies.attacks.matching.simulation import simulate
+from server_strategies.attacks.matching.distance import DISTANCES, CosineDistance, dense
+from server_strategies.attacks.matching.outer_products import OuterSum, cheaper_as_sums
+from server_strategies.attacks.matching.simulation import displacement, simulate
 from server_strategies.attacks.matching.surrogate import mean_position
 
 
@@ -61,13 +62,13 @@ def test_the_adjoint_is_autograds_gradient(
         return start.grad
 
     computed: list[int] = []
-    original = simulation._Steps._differentiable
+    original = simulation._Steps.differentiable
 
     def counted(self: simulation._Steps, *arguments: Any) -> list[Tensor]:
         computed.append(self.graph_bytes)
         return original(self, *arguments)
 
-    monkeypatch.setattr(simulation._Steps, "_differentiable", counted)
+    monkeypatch.setattr(simulation._Steps, "differentiable", counted)
     gradient(simulate)
     assert len(computed) == 5 and computed[-1] > sum(w.nbytes for w in adjoint.values())
     # Half a graph more: the measured size varies with the addresses of memory.
@@ -76,6 +77,72 @@ def test_the_adjoint_is_autograds_gradient(
     computed.clear()
     assert (gradient(simulate) - expected).norm() <= 1e-10 * expected.norm()
     assert len(computed) == 5 + 5 - max(graphs, 1)  # the first is always kept: it is the measure
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "schedule": (1.0, 0.5)},
+        {
+            "accumulate": 2,
+            "optimizer_options": {"dampening": 0.5, "maximize": True},
+            "momentum": 0.9,
+        },
+        {"groups": [{"pattern": "fc1*", "lr": 0.1, "weight_decay": 0.2}], "label_smoothing": 0.1},
+    ],
+)
+def test_weights_as_sums_are_those_that_are_formed(change: dict[str, Any]) -> None:
+    training = replace(CLIENTS["sgd"], local_steps=5, **change)
+    observation, knowledge, x = client(training, torch.float64)
+    labels, w0 = torch.tensor(knowledge.labels), dict(observation.w0)
+    model = create_model("convnet", 10, SHAPE).to(torch.float64)
+    start = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    start.requires_grad_()
+
+    def batches() -> list[tuple[Tensor, Tensor]]:
+        return [(start[list(b)], labels[list(b)]) for b in training.batches(6)]
+
+    def slopes(pieces: list[Tensor | OuterSum]) -> list[Tensor]:
+        seen = list(observation.update.values())
+        distances = torch.stack([kind(seen)(pieces) for kind in DISTANCES.values()])
+        uneven = torch.arange(1.0, 1 + len(distances)).to(x)
+        return [distances, *torch.autograd.grad(distances, start, uneven)]
+
+    weights = simulate(model, w0, batches(), training)
+    sums = ("fc1.weight", "classifier.weight")
+    pieces = displacement(model, w0, batches(), training, sums=sums)
+    assert any(isinstance(piece, OuterSum) for piece in pieces) != bool(training.weight_decay)
+    plain = [weights[name] - w for name, w in w0.items()]
+    for expected, found in zip(
+        [*plain, *slopes(plain)], [*dense(pieces), *slopes(pieces)], strict=True
+    ):
+        assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_only_weights_that_linear_layers_alone_read_are_sums() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = create_model("convnet", 10, SHAPE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale: Tensor = self.inner.fc1.weight.square().sum()
+            logits: Tensor = self.inner(x)
+            return scale * logits
+
+    training = CLIENTS["sgd"]
+    _, knowledge, x = client(training)
+    batch = (x[:2], torch.tensor(knowledge.labels)[:2])
+    for model, change, images, expected in (
+        (create_model("convnet", 10, SHAPE), {}, 6, ("fc1.weight",)),
+        (create_model("convnet", 10, SHAPE), {}, 2000, ()),  # more rows than it is large
+        (create_model("convnet", 10, SHAPE), {"max_grad_norm": 1.0}, 6, ()),
+        (create_model("convnet", 10, SHAPE), {"trainable": ("conv*",)}, 6, ()),
+        (Twice(), {}, 6, ()),
+    ):
+        w0 = dict(model.named_parameters())
+        assert cheaper_as_sums(model, w0, batch, replace(training, **change), images) == expected
 
 
 def slow_simulation(

@@ -1,0 +1,212 @@
+"""Weights of linear layers as sums of outer products, which are never formed.
+
+The gradient of a linear layer is ``D' H``, with its inputs H (R, in) and the loss's gradient D
+(R, out) in its outputs, for the R rows of a batch. Under SGD a weight is therefore
+``W_k = s_k W_0 + sum_j c_kj D_j' H_j``, and all that step k needs of it is
+``H W_k' = s_k H W_0' + sum_j c_kj (H H_j') D_j``. A wide layer has a million entries, which every
+step would write and read several times, but few rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fl_app.protocol import LocalTraining
+from server_strategies.attacks.matching.gradient import client_loss
+from server_strategies.attacks.matching.optimizers import optimizer_of
+from server_strategies.attacks.matching.relu_smoothing import RELUS, relu
+
+_SMALL = 1 << 16  # entries up to which a weight is cheap to form
+_AS_EQUAL = 1e-4  # relative difference of two ways to one gradient
+
+
+@dataclass
+class OuterSum:
+    """The matrix ``D' H``, of outputs D (R, out) and inputs H (R, in)."""
+
+    outputs: Tensor
+    inputs: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the matrix, shape (out, in)."""
+        return self.outputs.T @ self.inputs
+
+    def square(self) -> Tensor:
+        """Return the sum of its entries' squares, shape ().
+
+        In double precision, as its difference to nearly the same number is wanted.
+        """
+        h, d = self.inputs.double(), self.outputs.double()
+        return ((h @ h.T) * (d @ d.T)).sum()
+
+    def dot(self, other: Tensor) -> Tensor:
+        """Return the sum of its entries' products with those of a matrix (out, in), shape ()."""
+        return (self.outputs @ other * self.inputs).sum(dtype=torch.float64)
+
+
+@dataclass
+class LinearLayer:
+    """A linear layer in one local step.
+
+    Attributes
+    ----------
+    scale : float
+        s_k.
+    factors : Tensor, shape (R,)
+        c_kj of each row of the steps before.
+    inputs, outputs : Tensor, shape (R, in), (R, out)
+        H and D of these rows.
+    met : list of (Tensor, Tensor)
+        By call in this step, its inputs (rows, in), and its outputs (rows, out).
+    """
+
+    scale: float
+    factors: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    met: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the layer's output (..., out) for an input (..., in); parameters as `F.linear`.
+
+        `weight` is W_0.
+        """
+        rows = input.reshape(-1, input.shape[-1])
+        y = F.linear(rows, weight)
+        if self.scale != 1:
+            y = self.scale * y
+        if len(self.inputs):
+            y = torch.addmm(y, rows @ self.inputs.T * self.factors, self.outputs)
+        if bias is not None:
+            y = y + bias
+        self.met.append((rows, y))
+        return y.view(*input.shape[:-1], -1)
+
+
+class Layers(TorchFunctionMode):
+    """A context in which layers are computed in forms that are cheap to differentiate twice.
+
+    Linear layers by a `LinearLayer`, found by its weight W_0. Average pooling and ReLU without the
+    zeros that autograd adds to the gradients of their inputs.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], layers: Sequence[LinearLayer]) -> None:
+        super().__init__()
+        self.layers = {id(w): layer for w, layer in zip(weights, layers, strict=True)}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            layer = self.layers.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
+            if layer:
+                return layer(*args, **kwargs)
+        if func in RELUS:
+            return relu(args[0] if args else kwargs["input"])
+        if func is F.avg_pool2d and len(args) == 2 and not kwargs:
+            return _AveragePool.apply(*args)
+        return func(*args, **kwargs)
+
+
+class _AveragePool(torch.autograd.Function):
+    """`F.avg_pool2d` with a kernel's size alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: Any) -> Tensor:  # type: ignore[override]
+        ctx.x, ctx.size = x.detach(), size
+        return F.avg_pool2d(x, size)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _AveragePoolBackward.apply(g, ctx.x, ctx.size), None
+
+
+class _AveragePoolBackward(torch.autograd.Function):
+    """Its derivative, which is linear, and of whose input only the shape counts."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, size: Any) -> Tensor:  # type: ignore[override]
+        ctx.size = size
+        kernel = [size, size] if isinstance(size, int) else list(size)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        g = g.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        back = torch.ops.aten.avg_pool2d_backward
+        return back(g, x, kernel, kernel, [0, 0], False, True, None)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return F.avg_pool2d(h, ctx.size), None, None
+
+
+def coefficients(training: LocalTraining, name: str, steps: int) -> Tensor:
+    """Return s_k and c_kj of a weight under SGD, shape (steps + 1, steps + 1): row k after k steps.
+
+    SGD is linear: it is run on the unit vectors of W_0 and of the gradients.
+    """
+    units = torch.eye(steps + 1, dtype=torch.float64)
+    optimizer, rows = optimizer_of(training, [name], 0.0), [units[0]]
+    for unit in units[1:]:
+        rows += optimizer.step(rows[-1:], [unit])
+    return torch.stack(rows)
+
+
+def cheaper_as_sums(
+    model: nn.Module,
+    w0: Mapping[str, Tensor],
+    batch: Sequence[Tensor],
+    training: LocalTraining,
+    images: int,
+) -> tuple[str, ...]:
+    """Return the names of the weights that a simulation had better not form.
+
+    Those of linear layers with fewer rows than half their size, and which the model reads in
+    these layers alone: there ``D' H`` is autograd's gradient. Only under SGD, without what
+    is not linear in the gradients.
+
+    Parameters
+    ----------
+    model, w0, training
+        See `simulate`.
+    batch : sequence of Tensor
+        Images, labels and noise of one local step, see `simulate`.
+    images : int
+        That all local steps train on, each as often as it is used.
+    """
+    if training.optimizer != "sgd" or training.max_grad_norm or training.proximal:
+        return ()
+    names = [
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and layer.weight.numel() > _SMALL
+    ]
+    weights = {name: w.detach().requires_grad_() for name, w in w0.items()}
+    names = [name for name in names if name in weights and training.trains(name)]
+    if not names:
+        return ()
+    none = next(iter(weights.values())).new_empty(0)
+    layers = [LinearLayer(1.0, none, none, none) for _ in names]
+    x, labels, *noise = (part.detach() for part in batch)
+    with torch.enable_grad(), Layers([weights[name] for name in names], layers):
+        loss = client_loss(model, weights, x, labels, training, noise)
+    cheaper = []
+    for name, layer in zip(names, layers, strict=True):
+        if len(layer.met) != 1:
+            continue
+        ((inputs, outputs),) = layer.met
+        gradient, d = torch.autograd.grad(loss, (weights[name], outputs), retain_graph=True)
+        few = len(inputs) / len(x) * images * sum(gradient.shape) <= gradient.numel()
+        if few and (gradient - d.T @ inputs).norm() <= _AS_EQUAL * gradient.norm():
+            cheaper.append(name)
+    return tuple(cheaper)
