@@ -278,6 +278,7 @@ BENCHMARKS = Registry(
     {
         "quick": "fl_app.benchmarks.quick:SUITE",
         "matching": "fl_app.benchmarks.matching:SUITE",
+        "speed": "fl_app.benchmarks.speed:SUITE",
         "headline": "fl_app.benchmarks.headline:SUITE",
         "examples": "fl_app.benchmarks.examples:SUITE",
         "honest": "fl_app.benchmarks.honest:SUITE",

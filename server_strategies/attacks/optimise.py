@@ -17,7 +17,7 @@ Prior = Callable[[Tensor, float], Tensor]
 """Penalty, shape (), of images in [0, 1] (N, C, H, W) at a progress in [0, 1]."""
 
 _NEAR = 0.01  # share of the learning rate where the start is nearly a solution already
-_LOOK = 3  # iterations from one trial of a reassignment to the next
+EXCHANGES = 3  # iterations from one trial of a reassignment to the next
 _AS_GOOD = 0.05  # share by which a reassignment may raise the loss, at the start
 
 
@@ -156,8 +156,8 @@ def optimise(
                 against = against * parts.prior_strength(progress) * _norms(slope) / _norms(against)
             (gradient,) = torch.autograd.grad(x, variable, slope + against)
             order = None
-            if pairs and iteration % _LOOK == 0:
-                pair = pairs[iteration // _LOOK % len(pairs)]
+            if pairs and iteration % EXCHANGES == 0:
+                pair = pairs[iteration // EXCHANGES % len(pairs)]
                 order = _better_order(objective, x.detach(), progress, matching, pair)
         variable.grad = gradient.sign() if parts.signed else gradient
         for fitted, part in zip(objective.unknowns, slopes, strict=True):

@@ -9,19 +9,17 @@ step would write and read several times, but few rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from fl_app.protocol import LocalTraining
+from server_strategies.attacks.matching.fast_layers import Layers
 from server_strategies.attacks.matching.gradient import client_loss
 from server_strategies.attacks.matching.optimizers import optimizer_of
-from server_strategies.attacks.matching.relu_smoothing import RELUS, relu
 
 _SMALL = 1 << 16  # entries up to which a weight is cheap to form
 _AS_EQUAL = 1e-4  # relative difference of two ways to one gradient
@@ -90,66 +88,6 @@ class LinearLayer:
         return y.view(*input.shape[:-1], -1)
 
 
-class Layers(TorchFunctionMode):
-    """A context in which layers are computed in forms that are cheap to differentiate twice.
-
-    Linear layers by a `LinearLayer`, found by its weight W_0. Average pooling and ReLU without the
-    zeros that autograd adds to the gradients of their inputs.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], layers: Sequence[LinearLayer]) -> None:
-        super().__init__()
-        self.layers = {id(w): layer for w, layer in zip(weights, layers, strict=True)}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear:
-            layer = self.layers.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
-            if layer:
-                return layer(*args, **kwargs)
-        if func in RELUS:
-            return relu(args[0] if args else kwargs["input"])
-        if func is F.avg_pool2d and len(args) == 2 and not kwargs:
-            return _AveragePool.apply(*args)
-        return func(*args, **kwargs)
-
-
-class _AveragePool(torch.autograd.Function):
-    """`F.avg_pool2d` with a kernel's size alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: Any) -> Tensor:  # type: ignore[override]
-        ctx.x, ctx.size = x.detach(), size
-        return F.avg_pool2d(x, size)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _AveragePoolBackward.apply(g, ctx.x, ctx.size), None
-
-
-class _AveragePoolBackward(torch.autograd.Function):
-    """Its derivative, which is linear, and of whose input only the shape counts."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, size: Any) -> Tensor:  # type: ignore[override]
-        ctx.size = size
-        kernel = [size, size] if isinstance(size, int) else list(size)
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        g = g.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        back = torch.ops.aten.avg_pool2d_backward
-        return back(g, x, kernel, kernel, [0, 0], False, True, None)
-
-    @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return F.avg_pool2d(h, ctx.size), None, None
-
-
 def coefficients(training: LocalTraining, name: str, steps: int) -> Tensor:
     """Return s_k and c_kj of a weight under SGD, shape (steps + 1, steps + 1): row k after k steps.
 
@@ -198,8 +136,9 @@ def cheaper_as_sums(
     none = next(iter(weights.values())).new_empty(0)
     layers = [LinearLayer(1.0, none, none, none) for _ in names]
     x, labels, *noise = (part.detach() for part in batch)
-    with torch.enable_grad(), Layers([weights[name] for name in names], layers):
-        loss = client_loss(model, weights, x, labels, training, noise)
+    quick = Layers([weights[name] for name in names], layers)
+    with torch.enable_grad():
+        loss = client_loss(model, weights, x, labels, training, noise, quick)
     cheaper = []
     for name, layer in zip(names, layers, strict=True):
         if len(layer.met) != 1:

@@ -7,7 +7,6 @@ differentiates one local gradient at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from fl_app.protocol import LocalTraining
 from fl_app.protocol.optimizer import create_optimizer
 from server_strategies.attacks.matching.distance import norm
+from server_strategies.attacks.matching.fast_layers import Layers
 from server_strategies.attacks.matching.gradient import client_loss
 from server_strategies.attacks.matching.optimizers import Optimizer, optimizer_of
 from server_strategies.attacks.matching.outer_products import (
-    Layers,
     LinearLayer,
     OuterSum,
     coefficients,
@@ -218,8 +217,6 @@ class _Steps:
         """Return a step's gradient, differentiable in its weights and its batch."""
         trained, rows = w[: len(self.start)], w[len(self.start) :]
         weights = {**dict(zip(self.start, trained, strict=True)), **self.frozen}
-        if self.fast:
-            weights = {name: _laid_out(weight) for name, weight in weights.items()}
         firsts = range(0, len(batch), self.parts)
         each_batch, own = [], []
         for first in firsts:
@@ -228,10 +225,8 @@ class _Steps:
                 each.layer(step, *rows[2 * place : 2 * place + 2])
                 for place, each in enumerate(self.sums)
             ]
-            x = _laid_out(x) if self.fast else x
-            quick = Layers([each.before for each in self.sums], layers)
-            with quick if self.fast else nullcontext():
-                loss = client_loss(self.model, weights, x, y, self.training, noise)
+            quick = Layers([each.before for each in self.sums], layers) if self.fast else None
+            loss = client_loss(self.model, weights, x, y, self.training, noise, quick)
             met = [layer.met[0] for layer in layers]
             wanted = [*trained, *(outputs for _, outputs in met)]
             parts = torch.autograd.grad(loss, wanted, create_graph=True)
@@ -271,13 +266,6 @@ class _Steps:
         )
         on_batch = [next(products) if part.requires_grad else None for part in batch]
         return list(products), on_batch
-
-
-def _laid_out(tensor: Tensor) -> Tensor:
-    """Return images, or a convolution's weights, with channels last on a CPU: much faster there."""
-    if tensor.dim() == 4 and tensor.device.type == "cpu":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor
 
 
 def _weighed(compute: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:

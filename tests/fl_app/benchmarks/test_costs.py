@@ -7,6 +7,7 @@ import torch
 from helpers.clients import CLIENTS, client
 
 from fl_app.benchmarks.costs import PlainSurrogate
+from fl_app.benchmarks.step_costs import PlainSimulation
 from server_strategies.attacks.matching import matching_objective
 
 
@@ -19,3 +20,13 @@ def test_the_plain_loop_is_the_same_surrogate() -> None:
     theirs, expected = PlainSurrogate(observation, knowledge).gradients(x, 0.3)
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7)
     assert on_alpha.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_plain_simulation_is_the_same_trajectory() -> None:
+    observation, knowledge, x = client(CLIENTS["sgd"])
+    x = x.flip(0).requires_grad_()
+    trajectory = matching_objective("trajectory", observation, knowledge, distance="squared")
+    loss, expected = trajectory(x, 0.0), PlainSimulation(observation, knowledge)(x)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (ours,), (theirs,) = (torch.autograd.grad(each, x) for each in (loss, expected))
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
