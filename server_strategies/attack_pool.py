@@ -40,6 +40,7 @@ _MOST_WORKERS = 64  # in a cluster, each with a thread here that waits for it
 # Without a GPU. Each attack takes 1 GB or more, and several attacks at a time use the cores better
 # than one attack with more threads.
 _MOST_ON_CPU = 4
+_STARTS = 3  # of a local Ray, at most
 _TOO_LONG = 45.0  # seconds without a worker, after which it is said what to do
 _PATIENCE = 2.0  # seconds between checks whether a worker has started, or may start
 _log = logging.getLogger("flwr")  # Flower streams it to the user
@@ -428,12 +429,21 @@ class AttackPool:
             self._wait_for_cluster(os.environ["RAY_ADDRESS"])
         else:
             check_guarded()
-        ray.init(
-            **({} if self._cluster else {"include_dashboard": False, "address": "local"}),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-        )
+        for left in reversed(range(_STARTS)):
+            try:
+                ray.init(
+                    **({} if self._cluster else {"include_dashboard": False, "address": "local"}),
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+                )
+                break
+            except Exception as error:
+                # Ray gives its own processes 30 seconds, which a busy machine may not keep.
+                if self._cluster or not left or "timed out" not in str(error):
+                    raise
+                ray.shutdown()
+                _log.warning("Ray did not start in time, and is started again: %s", error)
         self._started_ray = True
 
     def _wait_for_cluster(self, address: str) -> None:

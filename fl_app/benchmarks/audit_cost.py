@@ -29,6 +29,7 @@ from server_strategies.recorder import Recorder
 
 MOST_OVERHEAD = 0.05  # of a round's wall time
 LEAST_SPEED = 0.5  # of the disk's sequential speed
+_PARTITIONS = 100  # of the images at most; more clients share them
 _DISK_BYTES = 2**26  # that the disk's speed is taken from
 
 
@@ -81,8 +82,8 @@ class AuditCost:
 class _Clients(Grid):
     """The real ClientApp, one client after the other, in this process."""
 
-    def __init__(self, config: Config, overrides: str) -> None:
-        self._clients, self._overrides = config.num_clients, overrides
+    def __init__(self, clients: int, partitions: int, overrides: str) -> None:
+        self._clients, self._partitions, self._overrides = clients, partitions, overrides
 
     def get_node_ids(self) -> Iterable[int]:
         return range(1, self._clients + 1)
@@ -97,7 +98,7 @@ class _Clients(Grid):
         context = Context(
             run_id=1,
             node_id=node,
-            node_config={"partition-id": node - 1},
+            node_config={"partition-id": (node - 1) % self._partitions},
             state=RecordDict(),
             run_config={"overrides": self._overrides},
         )
@@ -128,7 +129,8 @@ def audit_cost(rounds: int, clients: int, local_steps: int, folder: Path) -> Aud
     folder : Path
         On the disk to measure.
     """
-    overrides = f"num_clients={clients} client.local_steps={local_steps} rounds={rounds}"
+    partitions = min(clients, _PARTITIONS)
+    overrides = f"num_clients={partitions} client.local_steps={local_steps} rounds={rounds}"
     overrides += " strategy.fraction_evaluate=0 audit.truth=false audit.labels=unknown"
     config = load_config({"overrides": overrides})
     for name in ("run_id", "node_id", "task_id"):  # Flower's messages ask whose they are
@@ -138,7 +140,8 @@ def audit_cost(rounds: int, clients: int, local_steps: int, folder: Path) -> Aud
         store = ObservationStore(Path(name))
         for turn in range(rounds + 1):
             for watched in (False, True) if turn % 2 else (True, False):
-                taken = _round(config, overrides, store if watched else None, Path(name))
+                grid = _Clients(clients, partitions, overrides)
+                taken = _round(config, grid, store if watched else None, Path(name))
                 if turn:
                     seconds[watched].append(taken)
         ids = store.ids()
@@ -147,13 +150,12 @@ def audit_cost(rounds: int, clients: int, local_steps: int, folder: Path) -> Aud
     return AuditCost(seconds[False], seconds[True], store_speed, disk_speed)
 
 
-def _round(config: Config, overrides: str, store: ObservationStore | None, run: Path) -> float:
+def _round(config: Config, grid: Grid, store: ObservationStore | None, run: Path) -> float:
     """Return the seconds of one round; the record may go on after it, as in a training."""
     info = dataset_info(config.dataset)
     knowledge = config.knowledge(info)
     model = known_model(knowledge, config.seed)
-    arrays, grid = ArrayRecord(model.state_dict()), _Clients(config, overrides)
-    strategy = create_strategy(config)
+    arrays, strategy = ArrayRecord(model.state_dict()), create_strategy(config)
     if store is None:
         began = time.perf_counter()
         strategy.start(grid, arrays, 1)

@@ -276,6 +276,25 @@ def cost(
         raise typer.Exit(1)
 
 
+@lan_app.command()
+def throughput(
+    workers: Annotated[str, typer.Option(help="Numbers of workers, such as 1,2,4.")] = "1,2",
+    attacks: Annotated[int, typer.Option(help="Attacks of each worker, 1 or more.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Of an attack, 1 or more.")] = 5.0,
+    folder: Annotated[Path, typer.Option(help="On the disk that runs are written to.")] = Path("."),
+) -> None:
+    """Measure how many attacks a minute workers take from the queue, in the cluster or here."""
+    at_least("attacks", attacks, 1)
+    at_least("seconds", seconds, 1)
+    counts = workers.split(",")
+    if not all(count.strip().isdecimal() and int(count) for count in counts):
+        raise ConfigError(f"workers is {workers!r}; allowed: numbers of 1 or more, such as 1,2,4")
+    from fl_app.benchmarks import throughput as measuring
+
+    measured = measuring.throughput([int(count) for count in counts], attacks, seconds, folder)
+    screen().print(measuring.table(measured))
+
+
 def superlink(kit: Kit) -> Child:
     """Return the SuperLink: TLS, registered nodes only, the run key, and a state that stays."""
     from fl_app.lan.superlink import KEY_FILE
