@@ -207,7 +207,8 @@ def _better_order(
     order = torch.arange(len(x))
     other = order.clone()
     other[list(pair)] = order[list(reversed(pair))]
-    order, other = order.to(x.device), other.to(x.device)
+    # Not waiting: the search on a GPU never does.
+    order, other = (each.to(x.device, non_blocking=True) for each in (order, other))
     as_good = (1 + _AS_GOOD * (1 - progress)) * matching
     labels = objective.labels
     objective.labels = labels[other]

@@ -57,16 +57,13 @@ class LinearLayer:
     ----------
     scale : float
         s_k.
-    factors : Tensor, shape (R,)
-        c_kj of each row of the steps before.
     inputs, outputs : Tensor, shape (R, in), (R, out)
-        H and D of these rows.
+        H_j and c_kj D_j of the steps before.
     met : list of (Tensor, Tensor)
         By call in this step, its inputs (rows, in), and its outputs (rows, out).
     """
 
     scale: float
-    factors: Tensor
     inputs: Tensor
     outputs: Tensor
     met: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -81,15 +78,15 @@ class LinearLayer:
         if self.scale != 1:
             y = self.scale * y
         if len(self.inputs):
-            y = torch.addmm(y, rows @ self.inputs.T * self.factors, self.outputs)
+            y = torch.addmm(y, rows @ self.inputs.T, self.outputs)
         if bias is not None:
             y = y + bias
         self.met.append((rows, y))
         return y.view(*input.shape[:-1], -1)
 
 
-def coefficients(training: LocalTraining, name: str, steps: int) -> Tensor:
-    """Return s_k and c_kj of a weight under SGD, shape (steps + 1, steps + 1): row k after k steps.
+def coefficients(training: LocalTraining, name: str, steps: int) -> list[list[float]]:
+    """Return s_k and c_kj of a weight under SGD, by k from 0 to the number of steps.
 
     SGD is linear: it is run on the unit vectors of W_0 and of the gradients.
     """
@@ -97,7 +94,7 @@ def coefficients(training: LocalTraining, name: str, steps: int) -> Tensor:
     optimizer, rows = optimizer_of(training, [name], 0.0), [units[0]]
     for unit in units[1:]:
         rows += optimizer.step(rows[-1:], [unit])
-    return torch.stack(rows)
+    return [row[: k + 1].tolist() for k, row in enumerate(rows)]
 
 
 def cheaper_as_sums(
@@ -134,7 +131,7 @@ def cheaper_as_sums(
     if not names:
         return ()
     none = next(iter(weights.values())).new_empty(0)
-    layers = [LinearLayer(1.0, none, none, none) for _ in names]
+    layers = [LinearLayer(1.0, none, none) for _ in names]
     x, labels, *noise = (part.detach() for part in batch)
     quick = Layers([weights[name] for name in names], layers)
     with torch.enable_grad():

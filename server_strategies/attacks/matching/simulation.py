@@ -118,24 +118,25 @@ class _Sum:
     """A weight as a sum of outer products, see `outer_products`."""
 
     before: Tensor  # the first step
-    coefficients: Tensor  # see `coefficients`
+    coefficients: list[list[float]]  # see `coefficients`
     rows: list[int] = field(default_factory=list)  # of each step so far
 
-    def factors(self, step: int) -> Tensor:
-        """Return the factor of each row before a step, shape (R,)."""
-        rows = torch.tensor(self.rows[:step], dtype=torch.int64)
-        factors = self.coefficients[step, 1 : 1 + step].repeat_interleave(rows)
-        return factors.to(self.before)
+    def scaled(self, step: int, outputs: Tensor) -> Tensor:
+        """Return the outputs of the rows before a step, each by its factor then."""
+        factors = self.coefficients[step][1:]
+        if len(set(factors)) == 1:
+            return factors[0] * outputs
+        parts = zip(factors, outputs.split(self.rows[:step]), strict=True)
+        return torch.cat([factor * part for factor, part in parts]) if factors else outputs
 
     def layer(self, step: int, inputs: Tensor, outputs: Tensor) -> LinearLayer:
         """Return the layer in a step, given the rows of the steps before."""
-        return LinearLayer(self.coefficients[step, 0].item(), self.factors(step), inputs, outputs)
+        return LinearLayer(self.coefficients[step][0], inputs, self.scaled(step, outputs))
 
     def change(self, inputs: Tensor, outputs: Tensor) -> Tensor | OuterSum:
         """Return how far the weight is from where it started, given the rows of all steps."""
         last = len(self.rows)
-        found = OuterSum(outputs * self.factors(last)[:, None], inputs)
-        scale = self.coefficients[last, 0].item()
+        found, scale = OuterSum(self.scaled(last, outputs), inputs), self.coefficients[last][0]
         return found if scale == 1 else (scale - 1) * self.before + found.dense()
 
 
