@@ -117,6 +117,25 @@ def run_benchmark(
         raise typer.Exit(1)
 
 
+@bench_app.command("device")
+def tell_device(
+    dataset: DatasetChoice = "cifar10",
+    batches: Annotated[str, typer.Option(help="Images a step, such as 1,4,16.")] = "1,4,16",
+    seconds: Annotated[float, typer.Option(help="For each client, 0.1 or more.")] = 30.0,
+) -> None:
+    """Measure what this machine's GPU or CPU does with a search along the trajectory."""
+    from fl_app.benchmarks import device
+    from fl_app.commands.output import screen
+    from fl_app.config import ConfigError, at_least
+
+    sizes = batches.split(",")
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise ConfigError(f"batches is {batches!r}; allowed: numbers of 1 or more, such as 1,4,16")
+    at_least("seconds", seconds, 0.1)
+    speeds = device.device_speeds(dataset_config(dataset), [int(size) for size in sizes], seconds)
+    screen().print(device.table(speeds))
+
+
 @bench_app.command("status")
 def tell_status(
     folder: Annotated[Path, typer.Argument(help="Folder of the tables (.md).")] = Path(

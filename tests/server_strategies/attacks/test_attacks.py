@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from fl_app.data import dataset_info, load_split
 from fl_app.models import create_model
 from fl_app.protocol import Budget, Knowledge, LocalTraining, Observation, Reconstruction
 from fl_app.registry import ATTACKS
-from server_strategies.attacks.accounting import AttackError
+from server_strategies.attacks.accounting import AttackError, Run
 from server_strategies.attacks.flow_matching import FlowMatching
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.matching.base import MatchingObjective, Setting, Unknown
@@ -307,3 +308,25 @@ def test_flow_matching_runs_its_network_only_where_it_is_asked_to() -> None:
     assert len(calls) == 2
     attack(flow=0, tv=0)
     assert not calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+def test_no_iteration_waits_for_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterations = Run.iterations
+
+    def watched(self: Run) -> Iterator[float]:
+        for number, progress in enumerate(iterations(self)):
+            # The first ones find out what is cheaper in another form.
+            torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
+            yield progress
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Run, "iterations", watched)
+    monkeypatch.setattr(Run, "note", lambda self, loss: None)  # reads a loss once a second
+    observation, knowledge, _ = client(CLIENTS[name])
+    try:
+        budget = Budget(iterations=12, device="cuda")
+        FlowMatching(matching="trajectory")(observation, knowledge, budget=budget)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
