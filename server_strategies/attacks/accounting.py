@@ -72,9 +72,12 @@ class Run:
         """Yield the progress in [0, 1] at the start of every iteration that the budget holds."""
         total, seconds = self._budget.iterations, self._budget.seconds
         threshold = self._budget.recovery_threshold
+        before = spent = 0.0
         for iteration in range(total):
-            progress, spent = iteration / total, time.monotonic() - self._began
-            if seconds and spent > seconds and iteration:
+            before, spent = spent, time.monotonic() - self._began
+            progress = iteration / total
+            # Half an iteration over the time, or under it, where one takes seconds.
+            if seconds and iteration and spent + (spent - before) / 2 > seconds:
                 self._stop_reason = "seconds"
                 return
             if threshold and iteration % _LOOK == 0 and self._reached(threshold, progress):

@@ -10,6 +10,7 @@ al., 2013).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
@@ -127,7 +128,7 @@ def gauss_newton(
     AttackError
         If the loss is no longer finite.
     """
-    matching = parts.matching
+    matching, began = parts.matching, time.monotonic()
     assert isinstance(matching, Decodable)
     steps = min(budget.iterations, matching.decoding_steps)
     # In few steps no image can be told to be stuck.
@@ -165,7 +166,8 @@ def gauss_newton(
         return found
     rest = replace(budget, iterations=budget.iterations - steps)
     if budget.seconds:
-        rest = replace(rest, seconds=max(budget.seconds - found.seconds, 1e-3))
+        spent = time.monotonic() - began
+        rest = replace(rest, seconds=max(budget.seconds - spent, 1e-3))
     if all_found:
         if not joint or found.stop_reason == "exact":
             return found
