@@ -213,6 +213,7 @@ ATTACKS = Registry(
     "attack",
     {
         "flow_matching": "server_strategies.attacks.flow_matching:FlowMatching",
+        "flow_matching_paper": "server_strategies.attacks.flow_matching_paper:FlowMatchingPaper",
         "sme": "server_strategies.attacks.sme:SME",
         "dlf": "server_strategies.attacks.dlf:DLF",
         "ggl": "server_strategies.attacks.ggl:GGL",

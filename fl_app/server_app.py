@@ -100,7 +100,7 @@ def _prepare(
     info = dataset_info(config.dataset)
     if attack.needs_prior:
         try:
-            load_flow(config.prior.weights)
+            load_flow(attack.weights(config.prior.weights))
         except ValueError as error:
             raise ConfigError(f"prior.weights: {error}") from error
     try:
@@ -170,12 +170,12 @@ def _notices(config: Config, run_id: int, simulated: bool) -> list[str]:
 
 def _prior_notice(config: Config) -> str:
     """Return that the prior saw images like the clients'; "": it did not, or is not used."""
-    if not create_attack(config.attack).needs_prior:
-        return ""
-    if not prior_saw(load_flow(config.prior.weights), config.dataset):
+    attack = create_attack(config.attack)
+    weights = attack.weights(config.prior.weights)
+    if not attack.needs_prior or not prior_saw(load_flow(weights), config.dataset):
         return ""
     return (
-        f"The prior {config.prior.weights} was trained on images of {config.dataset.name}'s train "
+        f"The prior {weights} was trained on images of {config.dataset.name}'s train "
         "split, which clients hold: figures are optimistic. dataset.split=test audits others"
     )
 

@@ -24,7 +24,12 @@ _perceptual = cache(load_lpips)
 
 
 def attack_trial(
-    case: Case, seed: int, clients: Clients, prior: PriorConfig, lpips_weights: str
+    case: Case,
+    seed: int,
+    clients: Clients,
+    prior: PriorConfig,
+    lpips_weights: str,
+    pictures: bool = False,
 ) -> Row:
     """Return the row of one trial.
 
@@ -39,12 +44,16 @@ def attack_trial(
     prior : PriorConfig
     lpips_weights : str
         See `load_lpips`.
+    pictures : bool
+        Whether the row holds the private images and, in their order, those that were found:
+        ``private`` and ``found``, in bytes from 0 to 255, (N, C, H, W) as nested lists.
     """
     observation, knowledge, truth = clients.draw(case, seed)
     seen = knowledge.granting(case.labels)
     seen = seen if case.defense_known else replace(seen, defense=NO_DEFENSE)
     found = run_attack(observation, seen, case.attack, prior, seed)
     attack = create_attack(case.attack)
+    weights = attack.weights(prior.weights)
     options = {option.name: getattr(attack, option.name) for option in attack.options()}
     at_truth = None  # of an attack that matches no update
     if "matching" in options:
@@ -66,10 +75,16 @@ def attack_trial(
     )
     state = clients.state_of(case)
     size, encoding = update_bytes(observation.update, case.defense.quantize)
+    shown = {}
+    if pictures:
+        beside = found.images[list(leakage.assignment)]
+        for name, images in (("private", truth.images), ("found", beside)):
+            shown[name] = (255 * images).round().byte().tolist()
     return {
+        **shown,
         "case": case.name,
         "seed": seed,
-        "prior": short_hash(weights_digest(prior.weights)) if attack.needs_prior else "",
+        "prior": short_hash(weights_digest(weights)) if attack.needs_prior else "",
         "accuracy": state.accuracy if state else None,
         "distortion": _distortion(clients, case, seed, observation),
         "update_bytes": size,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fl_app.commands.arguments import DatasetChoice, dataset_config, prior_weights, typed_path
 from fl_app.commands.group import DefaultGroup, group
 from fl_app.registry import BENCHMARKS
+
+if TYPE_CHECKING:
+    from fl_app.benchmarks.suite import Setting, Suite
+    from fl_app.config import DatasetConfig
 
 bench_app = group("Benchmarks: `flowleak bench NAME` runs one, for short.", DefaultGroup)
 
@@ -80,15 +86,12 @@ def run_benchmark(
     ] = False,
 ) -> None:
     """Measure attacks on freshly drawn clients, print the table, keep every row."""
-    from fl_app.benchmarks.rows import file_beside
     from fl_app.benchmarks.suite import Setting
-    from fl_app.commands.output import screen
     from fl_app.config import ConfigError, PriorConfig
-    from fl_app.util.files import write_text
 
     if name not in BENCHMARKS:
         raise ConfigError(BENCHMARKS.unknown(name))
-    suite, console = BENCHMARKS[name], screen()
+    suite = BENCHMARKS[name]
     setting = Setting(
         dataset_config(dataset),
         split or suite.split,
@@ -101,20 +104,101 @@ def run_benchmark(
         lpips_weights if lpips_weights in ("", "download") else typed_path(lpips_weights),
         dataset_config(private) if private else None,
     )
+    _run(suite, name, setting, lambda trials: setting.command(name, trials), check)
+
+
+def _run(
+    suite: Suite[Any],
+    name: str,
+    setting: Setting,
+    command: Callable[[int], str],
+    check: bool = False,
+) -> None:
+    """Run a benchmark, print its table, and keep it beside the rows.
+
+    `command` takes the number of trials, and returns what makes the results.
+    """
+    from fl_app.benchmarks.rows import file_beside
+    from fl_app.commands.output import screen
+    from fl_app.util.files import write_text
+
+    console = screen()
     results = suite.run(name, setting, console)
     console.print(results.table())
     results.note(suite.notes(results, setting, console))
     for line in results.notes:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    if out:
-        table = file_beside(out, ".md")
-        write_text(table, results.markdown(setting.command(name, trials or results.trials)))
-        console.print(f"Rows: {out}, table: {table}", soft_wrap=True)
+    if setting.path:
+        table = file_beside(setting.path, ".md")
+        write_text(table, results.markdown(command(setting.trials or results.trials)))
+        console.print(f"Rows: {setting.path}, table: {table}", soft_wrap=True)
     missed = results.shortfalls()
     for words in missed:
         console.print(f"Misses its threshold: {words}", style="yellow")
     if check and missed:
         raise typer.Exit(1)
+
+
+@bench_app.command("paper")
+def make_again(
+    table: Annotated[int, typer.Option(help="Of the paper, 1 to 4.")] = 0,
+    figure: Annotated[int, typer.Option(help="Of the paper, 2 to 5.")] = 0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose the weights of eq. 18, on tuning images.")
+    ] = False,
+    budget: Annotated[
+        str, typer.Option(help="smoke: minutes; cpu: a night on two cores; gpu: 15 minutes.")
+    ] = "cpu",
+    dataset: DatasetChoice = "cifar10",
+    trials: Annotated[int, typer.Option(help="Fresh clients for each case, 1 or more.")] = 4,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of all rows, with the table (.md) and the figure (.png)."),
+    ] = None,
+    lpips_weights: Annotated[str, typer.Option(help="As for bench run.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes that share the cores.")] = 1,
+    cases: Annotated[str, typer.Option(help="As for bench run.")] = "",
+) -> None:
+    """Make a table or a figure of the paper again, ours beside what it prints."""
+    from fl_app.benchmarks.paper.elements import BUDGETS
+    from fl_app.benchmarks.paper.suite import paper_suite
+    from fl_app.benchmarks.suite import Setting
+    from fl_app.config import ConfigError
+
+    if sum((bool(table), bool(figure), tune)) != 1:
+        raise ConfigError("one of --table, --figure and --tune is needed")
+    if budget not in BUDGETS:
+        raise ConfigError(f"budget is {budget!r}; allowed: {', '.join(BUDGETS)}")
+    data = dataset_config(dataset)
+    if figure == 2:
+        _velocities(data, budget, out)
+        return
+    element = "" if tune else f"table {table}" if table else f"figure {figure}"
+    suite = paper_suite(element, budget)
+    lpips = lpips_weights if lpips_weights in ("", "download") else typed_path(lpips_weights)
+    setting = Setting(data, suite.split, trials, 0, out, workers, cases, lpips_weights=lpips)
+    words = "--tune" if tune else f"--{element}"
+
+    def command(trials: int) -> str:
+        made = f"flowleak bench paper {words} --budget {budget} --dataset {data.name}"
+        return f"{made} --trials {trials}" + (f" --cases {shlex.quote(cases)}" if cases else "")
+
+    _run(suite, f"paper, {element or 'tuning'}", setting, command)
+
+
+def _velocities(data: DatasetConfig, budget: str, out: Path | None) -> None:
+    from fl_app.benchmarks.paper.figures import velocities
+    from fl_app.benchmarks.rows import file_beside
+    from fl_app.commands.output import screen, table_of
+    from fl_app.config import ConfigError
+    from fl_app.data import load_split
+
+    if not out:
+        raise ConfigError("--figure 2 needs --out NAME.json, beside which NAME.png is drawn")
+    images = load_split(data, "test")
+    count = 8 if budget == "smoke" else 64
+    weights = "compact" if budget == "smoke" else "unet64"
+    screen().print(table_of(velocities(file_beside(out, ".png"), weights, images, count)))
 
 
 @bench_app.command("device")

@@ -131,6 +131,16 @@ class Attack(ABC):
         """Return what the attack consists of: matching objective, priors and schedule."""
         ...
 
+    def weights(self, chosen: str) -> str:
+        """Return the prior's weights that the attack takes: by default those that were chosen.
+
+        Parameters
+        ----------
+        chosen : str
+            See `load_flow`.
+        """
+        return chosen
+
     def assume(self, known: Knowledge) -> Knowledge:
         """Return the knowledge that the attack makes use of: by default all of it."""
         return known
@@ -167,7 +177,7 @@ class Attack(ABC):
         began = time.monotonic()
         budget = budget or Budget()
         if prior is None and self.needs_prior:
-            prior = load_flow("compact", budget.device)
+            prior = load_flow(self.weights("compact"), budget.device)
         known = infer(seen, self.assume(known), budget.device, self.labels)
         parts = self.parts(Task(seen, known, prior, budget))
         if budget.seconds:
