@@ -43,6 +43,17 @@ def test_the_example_runs_and_is_short(tmp_path: Path) -> None:
     assert (tmp_path / "leak.png").exists()
 
 
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    assert "attack_update" in api and "LocalTraining" in api
+
+
 def test_the_readmes_example_is_complete(tmp_path: Path) -> None:
     found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert found and len(ast.parse(found[1]).body) < 10
