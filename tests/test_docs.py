@@ -80,6 +80,15 @@ torch.save(model.state_dict(), "after.pt")
     assert (tmp_path / "leak.png").exists()
 
 
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "examples" / "audit.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in cells)
+    (tmp_path / "audit.py").write_text("\n".join(code))
+    assert "4 images" in run_python("audit.py", folder=tmp_path)
+    assert (tmp_path / "leak.png").exists()
+
+
 def anchors(document: Path) -> set[str]:
     """Return the names that a link to a document may end in, as GitHub makes them."""
     text = _FENCED.sub("", document.read_text(encoding="utf-8"))
