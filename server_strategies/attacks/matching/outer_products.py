@@ -106,9 +106,9 @@ def cheaper_as_sums(
 ) -> tuple[str, ...]:
     """Return the names of the weights that a simulation had better not form.
 
-    Those of linear layers with fewer rows than half their size, and which the model reads in
-    these layers alone: there ``D' H`` is autograd's gradient. Only under SGD, without what
-    is not linear in the gradients.
+    Those of linear layers whose rows, of all steps, have no more numbers than the weight, and which
+    the model reads in these layers alone: there ``D' H`` is autograd's gradient. Only under
+    SGD, without what is not linear in the gradients.
 
     Parameters
     ----------
