@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Threads that outnumber the cores wait for each other in a loop. Set before the libraries are
 # loaded, by this process and by those that tests start; not by the one that starts pytest-xdist's,
 # from which these would have it.
@@ -12,3 +14,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 from helpers.federation import identity as identity
 
 os.environ["COLUMNS"] = "200"  # rich wraps what it prints, and takes 80 where it does not know
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put short files last, so that both of pytest-xdist's processes end at the same time."""
+    items.sort(key=lambda item: "server_strategies/attacks" in item.nodeid)
