@@ -59,6 +59,13 @@ def test_features_of_every_step_are_exact(
     assert (error < 10 * features.error + 1e-6).all()
 
 
+@pytest.mark.parametrize("labels", [(3, 3, 5, 6, 7), (3, 3, 5, 5, 7)])
+def test_what_is_wrong_of_repeated_labels_is_said_to_be_unknown(labels: tuple[int, ...]) -> None:
+    features, x = found(LocalTraining("sgd", lr=0.01, batch_size=1, local_steps=5), labels)
+    error = (features.values - x).norm(dim=1) / x.norm(dim=1)
+    assert (error < 10 * features.error + 1e-6).all()
+
+
 def test_images_of_one_label_in_one_step_are_told_in_their_sum() -> None:
     training = LocalTraining("sgd", lr=0.05, batch_size=4, local_steps=1)
     features, x = found(training, (3, 3, 5, 6))
