@@ -30,7 +30,9 @@ def _cases() -> tuple[Case, ...]:
         return Case(training, attack, model=model, above_mean_colour=above, **more)
 
     def flat(training: LocalTraining, state: str = "init") -> Case:
-        return case(training, attack=_DECODING, head="flatten", state=state)
+        # In training mode a constant image, where decoding starts, has no features at all.
+        attack = _DECODING if training.batch_norm == "eval" else _REGRESSION
+        return case(training, attack=attack, head="flatten", state=state)
 
     sgd, adam = (replace(each, local_steps=1, batch_size=1) for each in (SGD, ADAM))
     frozen, adam_frozen = (replace(each, batch_norm="eval") for each in (sgd, adam))
