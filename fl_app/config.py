@@ -91,10 +91,11 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model that the federation trains, and its normalisation layers."""
+    """The model that the federation trains, its normalisation layers and its head."""
 
     name: str = "convnet"
     norm: str = ""
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,7 @@ class Config:
             training=self.client if self.audit.training == "given" else None,
             defense=self.defense.plain() if self.audit.defense == "given" else Defense(),
             norm=self.model.norm,
+            head=self.model.head,
             precode=self.defense.precode,
             dropout=self.defense.dropout,
         )

@@ -237,6 +237,7 @@ MODELS = Registry(
         "mlp": "fl_app.models.mlp:MLP_FAMILY",
         "mlp_mixer": "fl_app.models.mlp_mixer:MLP_MIXER",
         "resnet8": "fl_app.models.resnet:RESNET8",
+        "resnet8_wide": "fl_app.models.resnet:RESNET8_WIDE",
         "resnet18": "fl_app.models.resnet:RESNET18",
         "vgg11": "fl_app.models.vgg:VGG11_FAMILY",
         "vit_tiny": "fl_app.models.vit:VIT_TINY",

@@ -52,7 +52,7 @@ from fl_app.audit.reference_free import reference_free
 from fl_app.audit.truth import Truth, check_truth, has_truth, joined, read_truth, truth_path
 from fl_app.config import Config
 from fl_app.data import draw_class
-from fl_app.models import chosen_norm
+from fl_app.models import chosen_head, chosen_norm
 from fl_app.protocol import Knowledge, Observation, Reconstruction, round_and_node
 from fl_app.util.plain import plain_settings
 from fl_app.util.reading import BrokenFileError
@@ -302,6 +302,7 @@ class Auditor:
         protocol = {
             "model": known.model_name,
             "norm": chosen_norm(known.model, known.norm) if ours else "",
+            "head": chosen_head(known.model, known.head) if ours else "",
             **plain_settings(self.config.client),
         }
         line = LogLine(

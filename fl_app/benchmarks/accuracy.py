@@ -65,6 +65,7 @@ def federation_of(case: Case) -> Federation | None:
         images=_IMAGES,
         model=case.model,
         norm=case.norm,
+        head=case.head,
         sampled=_SAMPLED,
     )
 

@@ -35,7 +35,7 @@ class Case:
         Whether no other case of its client and its budget may have a higher mean PSNR.
     model : str or callable
         A name in `fl_app.models`, or a function that makes a user's own model.
-    norm : str
+    norm, head : str
         See `create_model`.
     num_examples : int
         Images that the client holds, N; 0: as many as it takes for one pass, K B.
@@ -68,6 +68,7 @@ class Case:
     num_examples: int = 0
     labels: str = "counts"
     norm: str = ""
+    head: str = ""
     state: str = "init"
     recognised: float | None = None
     identified: float | None = None
@@ -88,6 +89,7 @@ class Case:
         known = isinstance(self.model, str)
         name = model_name(self.model).rpartition(":")[2]
         words = [] if self.model == "convnet" and not self.norm else [name]
+        words += [f"head {self.head}"] * bool(self.head)
         norm = chosen_norm(self.model, self.norm) if known else ""
         words += [f"{norm} norm"] * bool(self.norm)
         words += [f"BatchNorm {t.batch_norm}"] * (norm == "batch")

@@ -28,12 +28,12 @@ class Clients:
         Their own.
     info : DatasetInfo
     states : mapping
-        Trained models by model, norm and name of the state.
+        Trained models by model, norm, head and name of the state.
     """
 
     images: ImageSet
     info: DatasetInfo
-    states: Mapping[tuple[str, str, str], State] = field(default_factory=dict)
+    states: Mapping[tuple[str, str, str, str], State] = field(default_factory=dict)
 
     def draw(self, case: Case, seed: int) -> tuple[Observation, Knowledge, Truth]:
         """See `draw_client`."""
@@ -41,7 +41,7 @@ class Clients:
 
     def state_of(self, case: Case) -> State | None:
         """Return the trained model that a case starts from; None: it is initialised."""
-        return self.states.get((case.model, case.norm, case.state))
+        return self.states.get((case.model, case.norm, case.head, case.state))
 
 
 def draw_client(
@@ -81,6 +81,7 @@ def draw_client(
         info.std,
         case.training,
         norm=case.norm,
+        head=case.head,
         precode=case.defense.precode,
         dropout=case.defense.dropout,
     )

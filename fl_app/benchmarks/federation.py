@@ -36,7 +36,7 @@ class Federation:
         Clients that train in a round, drawn anew; 0: all.
     images : int
         Training images of all clients together; all there are, if those are fewer.
-    model, norm : str
+    model, norm, head : str
         See `create_model`.
     """
 
@@ -47,6 +47,7 @@ class Federation:
     images: int = 20_000
     model: str = "convnet"
     norm: str = ""
+    head: str = ""
     sampled: int = 0
 
     @property
@@ -58,6 +59,7 @@ class Federation:
         clients = f"{self.clients} clients" + f", {self.sampled} a round" * bool(self.sampled)
         size = f"{clients}, {self.rounds} rounds, {self.images} images"
         model = f"{self.model} {self.norm} norm" if self.norm else self.model
+        model += f" head {self.head}" if self.head else ""
         return f"{model}, {client}, {size}, {self.defense}"
 
     def create(self, info: DatasetInfo, seed: int) -> torch.nn.Module:
@@ -68,6 +70,7 @@ class Federation:
             info.image_shape,
             seed,
             self.norm,
+            head=self.head,
             precode=self.defense.precode,
             dropout=self.defense.dropout,
         )

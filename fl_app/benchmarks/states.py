@@ -68,6 +68,7 @@ def trained_state(
     data: DatasetConfig,
     model: str,
     norm: str,
+    head: str,
     name: str,
     tell: Callable[[str], None] = lambda line: None,
 ) -> State:
@@ -80,7 +81,7 @@ def trained_state(
     ----------
     data : DatasetConfig
         Whose train split the clients share; the test split gives the accuracy.
-    model, norm : str
+    model, norm, head : str
         See `create_model`.
     name : str
         ``epoch-N`` or ``converged``.
@@ -95,7 +96,7 @@ def trained_state(
     wanted = epochs_of(name)
     if not wanted:
         raise ConfigError("state is 'init', which is not trained")
-    federation = replace(FEDERATION, model=model, norm=norm, rounds=wanted)
+    federation = replace(FEDERATION, model=model, norm=norm, head=head, rounds=wanted)
     kind = replace(federation, rounds=0).name
     print_ = fingerprint(replace(data, split="train"))
     facts = json.dumps({"federation": kind, "data": print_}, sort_keys=True)
@@ -112,7 +113,7 @@ def trained_state(
     test_set = load_split(data, "test")
     before = read_tensors(file(done))[0] if done else None
     states_folder().mkdir(parents=True, exist_ok=True)
-    network, title = federation.create(info, 0), " ".join(filter(None, (model, norm)))
+    network, title = federation.create(info, 0), " ".join(filter(None, (model, norm, head)))
     tell(f"{title} is trained to {name}, epoch {done + 1} to {wanted}; each is kept")
     rounds = global_models(federation, train_set, info, 0, done, before)
     for epoch, weights_now in enumerate(rounds, done + 1):

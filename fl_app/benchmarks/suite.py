@@ -132,11 +132,10 @@ class Setting:
         tell : callable, optional
             Takes a line for each epoch of a state that is not in the cache and is trained now.
         """
-        wanted = {(case.model, case.norm, case.state) for case in cases if case.state != "init"}
-        states = {
-            (model, norm, state): trained_state(self.data, model, norm, state, tell)
-            for model, norm, state in sorted(wanted)
+        wanted = {
+            (case.model, case.norm, case.head, case.state) for case in cases if case.state != "init"
         }
+        states = {kind: trained_state(self.data, *kind, tell) for kind in sorted(wanted)}
         return Clients(self.images, self.info, states)
 
     @property

@@ -16,6 +16,7 @@ def train_state(
     norm: Annotated[
         str, typer.Option(help="By what its activations are normalised; empty: its default.")
     ] = "",
+    head: Annotated[str, typer.Option(help="Before its classifier; empty: its default.")] = "",
 ) -> None:
     """Train a federation's model for benchmarks to start from; an epoch that is there is kept."""
     from fl_app.benchmarks.states import states_folder, trained_state
@@ -23,5 +24,5 @@ def train_state(
 
     console = screen()
 
-    found = trained_state(dataset_config(dataset), model, norm, state, console.print)
+    found = trained_state(dataset_config(dataset), model, norm, head, state, console.print)
     console.print(f"{state}: accuracy {found.accuracy:.1%}, in {states_folder()}", soft_wrap=True)

@@ -21,6 +21,7 @@ def create_model(
     seed: int | None = None,
     norm: str = "",
     *,
+    head: str = "",
     precode: int = 0,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -42,6 +43,8 @@ def create_model(
         Initialises deterministically without touching torch's global state.
     norm : {"", "batch", "group", "layer", "none"}
         By what its activations are normalised, see `chosen_norm`.
+    head : {"", "gap", "flatten", "mlp"}
+        What is between its last feature maps and its classifier, see `chosen_head`.
     precode, dropout : int, float
         See `extensions.extend`. With them `classifier` is a sequence that ends in
         the last layer.
@@ -49,16 +52,17 @@ def create_model(
     Raises
     ------
     ValueError
-        If no model has this name, it can't be normalised so, it does not fit the
-        image size or the number of classes, or an extension's number is out of range.
+        If no model has this name, it can't be normalised so or have this head, it does not
+        fit the image size or the number of classes, or an extension's number is out of range.
     """
-    norm = chosen_norm(name, norm)
+    norm, head = chosen_norm(name, norm), chosen_head(name, head)
+    headed = {"head": head} if head else {}
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; allowed: 2 or more")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        model = MODELS[name].build(num_classes, image_shape, norm)
+        model = MODELS[name].build(num_classes, image_shape, norm, **headed)
         extend(model, precode, dropout)
     return model
 
@@ -78,6 +82,23 @@ def chosen_norm(name: str, norm: str = "") -> str:
         why = f" ({family.reason})" if family.reason else ""
         raise ValueError(f"norm is {norm!r}; allowed for {name}: {', '.join(family.norms)}{why}")
     return norm or family.norms[0]
+
+
+def chosen_head(name: str, head: str = "") -> str:
+    """Return what is before a model's classifier; "" is its family's default, or no choice.
+
+    Raises
+    ------
+    ValueError
+        If no model has this name, or it can't have this head.
+    """
+    if name not in MODELS:
+        raise ValueError(MODELS.unknown(name))
+    heads = MODELS[name].heads
+    if head and head not in heads:
+        allowed = f"allowed for {name}: {', '.join(heads)}" if heads else f"{name} has no choice"
+        raise ValueError(f"head is {head!r}; {allowed}")
+    return head or next(iter(heads), "")
 
 
 def known_model(knowledge: Knowledge, seed: int | None = None) -> nn.Module:
@@ -105,6 +126,7 @@ def known_model(knowledge: Knowledge, seed: int | None = None) -> nn.Module:
         knowledge.image_shape,
         seed,
         knowledge.norm,
+        head=knowledge.head,
         precode=knowledge.precode,
         dropout=knowledge.dropout,
     )

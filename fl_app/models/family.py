@@ -19,16 +19,21 @@ class Family:
     ----------
     build : callable
         ``(num_classes, image_shape, norm) -> nn.Module``, see `create_model` for what
-        that must have: the number of classes, (C, H, W), and one of `norms`.
+        that must have: the number of classes, (C, H, W), and one of `norms`. A family with
+        `heads` is called with ``head=``, one of these, too.
     norms : tuple of str
         What it can be normalised by, its default first.
     reason : str
         Why by nothing else.
+    heads : tuple of str
+        What it can have between its last feature maps and its classifier, the default
+        first; empty: there is no choice.
     """
 
-    build: Callable[[int, tuple[int, int, int], str], nn.Module]
+    build: Callable[..., nn.Module]
     norms: tuple[str, ...] = ("none",)
     reason: str = ""
+    heads: tuple[str, ...] = ()
 
 
 def check_sides(name: str, image_shape: tuple[int, int, int], divisor: int) -> None:

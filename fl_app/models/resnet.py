@@ -12,15 +12,22 @@ from fl_app.models.family import CHANNEL_NORMS, Family, check_sides
 from fl_app.models.norms import channel_norm
 from fl_app.util.vision import import_torchvision
 
+_HEADS = ("gap", "flatten", "mlp")
+_HIDDEN = 1000  # width of the linear layer of `mlp`
+
 
 class ResNet(nn.Module):
     """A residual network of basic blocks (He et al., 2016), for small images.
 
     A 3x3 stem of stride 1 without pooling, stages of torchvision's `BasicBlock`,
     each of twice the width of the one before and, after the first, half its
-    image, then the mean over the image, and a linear classifier.
+    image, then a head and a linear classifier.
     For 10 classes with BatchNorm: ResNet-18, blocks (2, 2, 2, 2) of width 64,
     11,173,962 parameters; ResNet-8, blocks (1, 1, 1) of width 16, 78,042.
+
+    The head ``gap`` is the mean over the image, ``flatten`` all of its places, and ``mlp``
+    that of SME's ResNet-8 (Zhu et al., 2023): the means over 2x2 places with a border of
+    zeros, then a linear layer of 1,000 without an activation.
 
     He's initialisation. Without normalisation each of n blocks would double the
     activations' variance, so there the branches start with 1 / sqrt(n) of it.
@@ -33,6 +40,7 @@ class ResNet(nn.Module):
         Of each stage.
     width : int
         Channels of the first stage.
+    head : {"gap", "flatten", "mlp"}
 
     Raises
     ------
@@ -48,6 +56,7 @@ class ResNet(nn.Module):
         *,
         blocks: Sequence[int],
         width: int,
+        head: str = "gap",
     ) -> None:
         super().__init__()
         channels = image_shape[0]
@@ -70,7 +79,17 @@ class ResNet(nn.Module):
                     shortcut = nn.Sequential(project, normalised(out))
                 layers.append(basic_block(before, out, stride, shortcut, norm_layer=normalised))
                 before = out
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        area = [side // 2 ** (len(blocks) - 1) for side in image_shape[1:]]
+        if head == "gap":
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        elif head == "flatten":
+            layers.append(nn.Flatten())
+            before *= area[0] * area[1]
+        else:
+            pooled = before * (area[0] // 2 + 1) * (area[1] // 2 + 1)
+            before = _HIDDEN
+            layers += [nn.AvgPool2d(2, padding=1), nn.Flatten(), nn.Linear(pooled, before)]
+        self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(before, num_classes)
         for layer in self.body.modules():
             if isinstance(layer, nn.Conv2d):
@@ -81,7 +100,7 @@ class ResNet(nn.Module):
                     layer.conv2.weight.data.div_(sum(blocks) ** 0.5)
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the mean of the last feature maps, shape (batch, width)."""
+        """Return what the head makes of the last feature maps, shape (batch, width)."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,5 +108,8 @@ class ResNet(nn.Module):
         return self.classifier(self.features(x))
 
 
-RESNET8 = Family(partial(ResNet, blocks=(1, 1, 1), width=16), CHANNEL_NORMS)
-RESNET18 = Family(partial(ResNet, blocks=(2, 2, 2, 2), width=64), CHANNEL_NORMS)
+RESNET8 = Family(partial(ResNet, blocks=(1, 1, 1), width=16), CHANNEL_NORMS, heads=_HEADS)
+RESNET8_WIDE = Family(
+    partial(ResNet, blocks=(1, 1, 1), width=32), CHANNEL_NORMS, heads=("mlp", "gap", "flatten")
+)
+RESNET18 = Family(partial(ResNet, blocks=(2, 2, 2, 2), width=64), CHANNEL_NORMS, heads=_HEADS)

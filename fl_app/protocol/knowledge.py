@@ -74,6 +74,9 @@ class Knowledge:
     norm : str
         By what the model's activations are normalised, see `create_model`; "": by
         what its family is by default.
+    head : str
+        What is between the model's last feature maps and its classifier, see
+        `create_model`; "": what its family has by default.
     precode, dropout : int, float
         The model's own, see `Defense`. Who sends a model knows its layers; that
         they are a defence, to be attacked, is what `defense` says.
@@ -91,6 +94,7 @@ class Knowledge:
     inferred: tuple[str, ...] = ()
     defense: Defense = field(default_factory=Defense)
     norm: str = ""
+    head: str = ""
     precode: int = 0
     dropout: float = 0.0
 

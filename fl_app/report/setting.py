@@ -26,7 +26,8 @@ def setting(source: Source) -> Iterator[tuple[str, str]]:
         split = "" if config.dataset.split == "train" else f" ({config.dataset.split} split)"
         yield "Data", ", ".join(filter(None, [f"{config.dataset.name}{split}", of]))
         norm = f", {config.model.norm} norm" if config.model.norm not in ("", "none") else ""
-        yield "Model", f"{config.model.name}{norm}"
+        head = f", head {config.model.head}" if config.model.head else ""
+        yield "Model", f"{config.model.name}{norm}{head}"
         yield "Clients", f"{plural(config.num_clients, 'client')}, {config.dataset.partitioner}"
         yield "Local training", _training_words(config.client)
         yield "Rounds", f"{config.rounds}, {config.strategy.name}"

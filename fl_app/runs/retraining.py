@@ -134,6 +134,7 @@ def _federation(own: Auditor, rounds: int, images: ImageSet) -> Federation:
         images=len(images),
         model=config.model.name,
         norm=config.model.norm,
+        head=config.model.head,
     )
 
 

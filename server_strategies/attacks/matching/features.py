@@ -25,6 +25,7 @@ from server_strategies.attacks.matching.gradient import constant_gradient_speeds
 _ROUNDS = 300  # of alternating least squares
 _APART = 0.5  # relative noise of a second start
 _SETTLED = 1e-10  # relative change of the features at which they end
+_UNSETTLED = 30.0  # most that the error is multiplied by: synthetic clients, none of 300 was wrong
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class StepFeatures:
         Of each image at the weights of its own step, in training order.
     error : Tensor, shape (N,)
         Expected relative error of each, at most 1: by what the features do not fit of the
-        update, the weights' rounding, how well the equations separate an image from the
+        update beyond the weights' rounding, how well the equations separate an image from the
         others, and how far another start ends from this one. Large: the update has the
-        image only in a sum with others.
+        image only in a sum with others, or the least squares have not settled.
     """
 
     values: Tensor
@@ -168,6 +169,8 @@ def _alternate(
     normal = d @ d.T / noise**2 + torch.eye(count, dtype=d.dtype) / max(scale, 1e-30) ** 2
     spread = torch.linalg.inv(normal).diagonal().sqrt()
     size = values.square().mean(1).sqrt().clamp(min=1e-30)
+    # What is left beyond rounding is no noise: the p_n are still wrong, and the features with them.
+    spread = spread * min(noise / max(rounding, 1e-30), _UNSETTLED)
     return StepFeatures(values.float(), (spread / size).clamp(max=1).float())
 
 

@@ -33,7 +33,7 @@ def test_every_line_of_a_table_stands_below_the_papers() -> None:
     [
         ("--table 1", "B=1, .*flow_matching"),
         ("--table 2", "sme"),
-        ("--table 3", "resnet8 .*paper"),
+        ("--table 3", "resnet8_wide .*paper"),
         ("--table 4", "clip.* sme"),
         ("--figure 2", ""),
         ("--figure 3", "B=[12].* sme"),

@@ -39,16 +39,16 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_state_is_trained_once_and_carried_on(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_config().dataset
     told: list[str] = []
-    first = trained_state(data, "mlp", "", "epoch-1", told.append)
-    again = trained_state(data, "mlp", "", "epoch-1", told.append)
+    first = trained_state(data, "mlp", "", "", "epoch-1", told.append)
+    again = trained_state(data, "mlp", "", "", "epoch-1", told.append)
     assert 0 <= first.accuracy == again.accuracy <= 1
     assert told[1:] == [f"mlp, epoch-1: accuracy {first.accuracy:.1%}"]
-    second = trained_state(data, "mlp", "", "epoch-2", told.append)
+    second = trained_state(data, "mlp", "", "", "epoch-2", told.append)
     assert [line[: line.index("epoch-2")] for line in told[2:]] == ["mlp is trained to ", "mlp, "]
     assert len(list(states_folder().iterdir())) == 2
     # What was carried on is what one training in a piece makes.
     monkeypatch.setenv("XDG_CACHE_HOME", str(states_folder() / "other"))
-    whole = trained_state(data, "mlp", "", "epoch-2")
+    whole = trained_state(data, "mlp", "", "", "epoch-2")
     for name, weight in whole.weights.items():
         assert torch.equal(weight, second.weights[name])
         assert not torch.equal(weight, first.weights[name])
@@ -76,7 +76,7 @@ def test_a_client_starts_from_its_cases_state() -> None:
 @pytest.mark.parametrize("model", ["resnet8", "vgg11", "mlp_mixer", "lenet5"])
 def test_states_of_other_models(model: str) -> None:
     data = load_config().dataset
-    state = trained_state(data, model, "", "epoch-1")
+    state = trained_state(data, model, "", "", "epoch-1")
     network = create_model(model, dataset_info(data).num_classes, (3, 32, 32), 1)
     network.load_state_dict(state.weights)
     assert all(torch.isfinite(w).all() for w in state.weights.values())

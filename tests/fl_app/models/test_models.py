@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client_app.training import normalise, train
 from fl_app.config import AttackConfig, ConfigError, PriorConfig
-from fl_app.models import chosen_norm, clients_model, create_model
+from fl_app.models import chosen_head, chosen_norm, clients_model, create_model
 from fl_app.protocol import Knowledge, LocalTraining, Observation
 from fl_app.registry import MODELS
 from fl_app.server_app import _prepare
@@ -28,9 +28,9 @@ ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=2)
 # The smallest image of each; vgg11 halves it five times.
 SIDES = {"lenet5": 12, "vgg11": 32, "resnet18": 16}
 KINDS = [(name, norm) for name, family in MODELS.items() for norm in family.norms]
-# Each norm and mode of one of its kind; the others as they are by default. resnet18 is resnet8,
-# only larger.
-SMALLER = sorted(MODELS.keys() - {"resnet18"})
+# Each norm and mode of one of its kind; the others as they are by default. resnet18 and
+# resnet8_wide are resnet8, only larger.
+SMALLER = sorted(MODELS.keys() - {"resnet18", "resnet8_wide"})
 TRAINED = [
     (name, norm, mode)
     for name, norm in KINDS
@@ -72,6 +72,7 @@ def test_every_model_has_its_size() -> None:
         "mlp": 789_258,
         "mlp_mixer": 1_132_170,
         "resnet8": 78_042,
+        "resnet8_wide": 3_518_370,
         "resnet18": 11_173_962,
         "vgg11": 9_228_362,
         "vit_tiny": 5_362_762,
@@ -96,6 +97,19 @@ def test_every_model_takes_images_of_both_sizes(name: str, norm: str) -> None:
         torch.testing.assert_close(classifier(features), logits)
         # Neither dead nor blown up: an untrained model tells images apart.
         assert 1e-3 < logits.std(0).mean() < 10
+
+
+@pytest.mark.parametrize(
+    ("head", "width", "parameters"),
+    [("gap", 64, 78_042), ("flatten", 64 * 8 * 8, 118_362), ("mlp", 1000, 1_688_402)],
+)
+def test_a_model_has_the_head_that_is_asked_for(head: str, width: int, parameters: int) -> None:
+    model = create_model("resnet8", 10, (3, 32, 32), head=head)
+    assert sum(w.numel() for w in model.parameters()) == parameters
+    assert model.classifier.in_features == width
+    for side in (16, 32):
+        x = torch.rand(2, 1, side, side)
+        assert create_model("resnet8", 5, x.shape[1:], 0, head=head)(x).shape == (2, 5)
 
 
 @pytest.mark.parametrize(("name", "norm", "mode"), TRAINED)
@@ -151,6 +165,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="norm is 'magic'; allowed for vgg11: batch, group, none"):
         create_model("vgg11", 10, (3, 32, 32), norm="magic")
     assert (chosen_norm("convnet"), chosen_norm("resnet8")) == ("none", "batch")
+    with pytest.raises(ValueError, match="head is 'mlp'; vgg11 has no choice"):
+        create_model("vgg11", 10, (3, 32, 32), head="mlp")
+    with pytest.raises(ValueError, match="head is 'cap'; allowed for resnet8: gap, flatten, mlp"):
+        create_model("resnet8", 10, (3, 32, 32), head="cap")
+    heads = [chosen_head(name) for name in ("convnet", "resnet8", "resnet8_wide")]
+    assert heads == ["", "gap", "mlp"]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +180,10 @@ def test_what_does_not_fit_is_refused() -> None:
         (
             {"model": "magic"},
             "model is 'magic'; allowed: convnet, lenet5, mlp, mlp_mixer, resnet18",
+        ),
+        (
+            {"model": "mlp", "overrides": "model.head=gap"},
+            "model: head is 'gap'; mlp has no choice",
         ),
         ({"overrides": "model.name=magic"}, "model: model is 'magic'; allowed: convnet, lenet5"),
         (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from client_app.training import train
+from fl_app.config import AttackConfig, PriorConfig
 from fl_app.models import clients_model, known_model
 from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
 from server_strategies.attacks.feature_regression import FeatureRegression
@@ -17,17 +18,21 @@ from server_strategies.attacks.matching.batch_norm import batch_statistics
 from server_strategies.attacks.matching.gradient import loss_gradient
 from server_strategies.attacks.regression.objective import Regression
 from server_strategies.attacks.regression.probe import Probe
+from server_strategies.attacks.run import run_attack
 from server_strategies.priors.bank import load_bank
 
 SHAPE, MEAN, STD = (3, 16, 16), (0.47, 0.44, 0.39), (0.22, 0.22, 0.22)
 SGD = LocalTraining("sgd", lr=0.01, batch_size=1, local_steps=1)
 
 
-def client(training: LocalTraining, count: int = 1) -> tuple[Observation, Knowledge, Tensor]:
+def client(
+    training: LocalTraining, count: int = 1, head: str = ""
+) -> tuple[Observation, Knowledge, Tensor]:
     """Train ResNet-8 on images of the bank's end, which the regression does not see."""
     images = load_bank(SHAPE)[-count:]
     labels = tuple(range(3, 3 + count))
-    known = Knowledge("resnet8", 10, SHAPE, MEAN, STD, training).granting("by-step", labels)
+    known = Knowledge("resnet8", 10, SHAPE, MEAN, STD, training, head=head)
+    known = known.granting("by-step", labels)
     model = known_model(known, seed=1)
     w0 = {name: value.clone() for name, value in model.state_dict().items()}
     batches = [torch.tensor(batch) for batch in training.batches(count)]
@@ -115,3 +120,14 @@ def test_an_update_that_gives_nothing_away_is_refused() -> None:
     seen, known, _ = client(SGD)
     with pytest.raises(ValueError, match="defence"):
         FeatureRegression()(seen, replace(known, defense=Defense(clip=0.1)))
+
+
+def test_features_of_a_model_without_biases_are_decoded_under_adam() -> None:
+    # It makes nothing at all of the mean colour, where decoding starts.
+    training = replace(SGD, optimizer="adam", lr=1e-3, batch_norm="eval")
+    seen, known, _ = client(training, head="mlp")
+    attack = AttackConfig("flow_matching", 4, options={"flow": 0})
+    found = run_attack(seen, known, attack, PriorConfig(), 0)
+    assert found.matching.startswith("low_rank")
+    assert found.images.isfinite().all()
+    assert found.losses[-1] < 0.5 * found.losses[0]

@@ -27,6 +27,7 @@ from server_strategies.attacks.matching.trajectory import Trajectory
 
 _FINEST = 1e-6  # share of the features' square that the misfit counts as, at the least
 _TRUSTED = 0.05  # misfit from which images are not used to simulate Adam
+_SHORTEST = 1e-2  # least length of features that are scaled to 1, in lengths of a noise image's
 _RENEW = 8  # calls after which the weights that features are taken at are simulated again
 
 
@@ -94,6 +95,11 @@ class LowRank(Trajectory):
             self.lengths = self._known(self.exact, self.spread).norm(dim=1, keepdim=True)
             self.exact = self._known(self.exact, self.spread) / self.lengths
             self.spread = self.spread / self.lengths
+            # A model without biases makes nothing at all of the mean colour, where decoding starts.
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(1, *self.knowledge.image_shape, generator=generator)
+            of_noise = self._features(nhwc(self.w0), noise.to(self.exact))
+            self.shortest = _SHORTEST * float(of_noise.norm())
         self.inwards = exact.replay.inwards.to(device)
         self.weights_at = self._interpolated()
         self.calls = 0
@@ -135,7 +141,7 @@ class LowRank(Trajectory):
         if not self.by_adam:
             return features
         known = self._known(features, self.spread[images])
-        return known / known.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return known / known.norm(dim=1, keepdim=True).clamp_min(self.shortest)
 
     @staticmethod
     def _known(features: Tensor, spread: Tensor) -> Tensor:
@@ -265,6 +271,7 @@ class LowRank(Trajectory):
         if self.by_adam:
             # A gradient is known as a whole: what its features are short of, the slopes have.
             length = self._known(seen, self.spread[images]).norm(dim=1, keepdim=True)
+            length = length.clamp_min(self.shortest)
             inwards, seen = inwards * self.lengths[images] / length, seen / length
         gradient = torch.autograd.grad(features, list(leaves.values()), inwards)
         return list(gradient), self._misfit(images, seen).mean()

@@ -18,17 +18,20 @@ D = 12
 class Net(nn.Module):
     """The features are the input itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = D) -> None:
         super().__init__()
-        self.classifier = nn.Linear(D, 10)
+        self.classifier = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(x.flatten(1))
 
 
-def found(training: LocalTraining, labels: tuple[int, ...]) -> tuple[StepFeatures, Tensor]:
+def found(
+    training: LocalTraining, labels: tuple[int, ...], x: Tensor | None = None
+) -> tuple[StepFeatures, Tensor]:
     torch.manual_seed(0)
-    model, x = Net(), torch.randn(len(labels), D).relu() + 0.1
+    model = Net(D if x is None else x.shape[1])
+    x = torch.randn(len(labels), D).relu() + 0.1 if x is None else x
     w0 = {name: w.clone() for name, w in model.state_dict().items()}
     optimizer = torch.optim.SGD(
         model.parameters(), training.lr, training.momentum, nesterov=training.nesterov
@@ -57,6 +60,17 @@ def test_features_of_every_step_are_exact(
     assert error.max() < 1e-3
     assert features.error.max() < 1e-2
     assert (error < 10 * features.error + 1e-6).all()
+
+
+def test_what_the_least_squares_have_not_settled_is_said_to_be_unknown() -> None:
+    # Inputs as alike as those of a deep model: two of one label are hardly told apart.
+    torch.manual_seed(3)
+    x = (torch.randn(1, 64).relu() + 0.5 * torch.randn(5, 64)).relu()
+    training = LocalTraining("sgd", lr=0.01, batch_size=1, local_steps=5)
+    features, _ = found(training, (3, 3, 5, 6, 7), x)
+    error = (features.values - x).norm(dim=1) / x.norm(dim=1)
+    assert (error < 5 * features.error).all()
+    assert error[:2].min() > 0.5 > 0.1 > error[2:].max()
 
 
 def test_images_of_one_label_in_one_step_are_told_in_their_sum() -> None:
