@@ -31,7 +31,7 @@ from fl_app.benchmarks.states import trained_state
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
 from fl_app.data import ImageSet, dataset_info, fingerprint, halves, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
-from fl_app.registry import PRIORS
+from fl_app.registry import ATTACKS, PRIORS
 from fl_app.runs.folder import git_commit
 from server_strategies.priors.flow import find_weights
 
@@ -66,6 +66,9 @@ class Setting:
     private : DatasetConfig or None
         Where clients draw their images from instead, so that none of them can be among
         those that a state was trained on.
+    updates : Path or None
+        Folder to write the clients' updates to, and to read other tools' images of them from,
+        see `beside`. None: neither.
     """
 
     data: DatasetConfig
@@ -78,6 +81,7 @@ class Setting:
     prior: PriorConfig = field(default_factory=PriorConfig)
     lpips_weights: str = ""
     private: DatasetConfig | None = None
+    updates: Path | None = None
 
     def __post_init__(self) -> None:
         kept = bool(self.path and self.path.exists())
@@ -243,14 +247,30 @@ class AttackSuite(Suite[AttackResults]):
 
     def results(self, name: str, setting: Setting) -> AttackResults:
         """See `Suite`."""
-        return AttackResults(name, self.cases, setting.facts, setting.path)
+        cases = self.cases
+        if setting.updates:
+            from fl_app.benchmarks.beside import cases_beside  # slow to import
+
+            cases += tuple(cases_beside(setting.updates, cases))
+        return AttackResults(name, cases, setting.facts, setting.path)
 
     def trial(self, case: Case, seed: int, clients: Clients, setting: Setting) -> list[Row]:
         """See `Suite`."""
         # Slow to import, and only workers need it.
+        from fl_app.benchmarks.beside import images_beside, update_folder, write_update
         from fl_app.benchmarks.trial import attack_trial
 
-        return [attack_trial(case, seed, clients, setting.prior, setting.lpips_weights)]
+        found = None
+        if setting.updates:
+            folder = update_folder(setting.updates, case, seed)
+            observation, knowledge, _ = clients.draw(case, seed)
+            write_update(folder, observation, knowledge)
+            if case.attack.name not in ATTACKS:
+                found = images_beside(folder, case, observation.num_examples)
+                if found is None:  # the tool has images of other clients
+                    return []
+        prior, weights = setting.prior, setting.lpips_weights
+        return [attack_trial(case, seed, clients, prior, weights, found=found)]
 
 
 @dataclass(frozen=True)

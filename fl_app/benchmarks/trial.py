@@ -10,12 +10,14 @@ from client_app.training import NO_DEFENSE, normalise
 from fl_app.audit.identification import Identifier, choose_likeness
 from fl_app.audit.metrics import MEASURES, Measure, feature_mse, score, target_features
 from fl_app.audit.perceptual import load_lpips
+from fl_app.audit.truth import Truth
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.clients import Clients
 from fl_app.benchmarks.provenance import short_hash
 from fl_app.benchmarks.rows import Row
 from fl_app.config import PriorConfig
-from fl_app.protocol import Observation
+from fl_app.protocol import Knowledge, Observation, Reconstruction
+from server_strategies.attacks.attack import Attack
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.run import create_attack, run_attack
 from server_strategies.priors.flow import weights_digest
@@ -30,6 +32,7 @@ def attack_trial(
     prior: PriorConfig,
     lpips_weights: str,
     pictures: bool = False,
+    found: Reconstruction | None = None,
 ) -> Row:
     """Return the row of one trial.
 
@@ -47,22 +50,19 @@ def attack_trial(
     pictures : bool
         Whether the row holds the private images and, in their order, those that were found:
         ``private`` and ``found``, in bytes from 0 to 255, (N, C, H, W) as nested lists.
+    found : Reconstruction, optional
+        What another tool made of the update, to be scored alone.
     """
     observation, knowledge, truth = clients.draw(case, seed)
     seen = knowledge.granting(case.labels)
     seen = seen if case.defense_known else replace(seen, defense=NO_DEFENSE)
-    found = run_attack(observation, seen, case.attack, prior, seed)
-    attack = create_attack(case.attack)
-    weights = attack.weights(prior.weights)
-    options = {option.name: getattr(attack, option.name) for option in attack.options()}
-    at_truth = None  # of an attack that matches no update
-    if "matching" in options:
-        distance = options.get("distance", "cosine")
-        objective = matching_objective(
-            options["matching"], observation, knowledge, distance=distance
-        )
-        private = normalise(truth.images, knowledge.mean, knowledge.std)
-        at_truth = objective(private, 1.0).item()
+    made, at_truth = "", None
+    if found is None:
+        found = run_attack(observation, seen, case.attack, prior, seed)
+        attack = create_attack(case.attack)
+        weights = attack.weights(prior.weights)
+        made = short_hash(weights_digest(weights)) if attack.needs_prior else ""
+        at_truth = _loss_at_truth(attack, observation, knowledge, truth)
     perceptual, reasons = _perceptual(lpips_weights)
     features = target_features(observation, knowledge)
     measures: dict[str, Measure] = {**MEASURES, **perceptual, "fmse": feature_mse(features)}
@@ -84,7 +84,7 @@ def attack_trial(
         **shown,
         "case": case.name,
         "seed": seed,
-        "prior": short_hash(weights_digest(weights)) if attack.needs_prior else "",
+        "prior": made,
         "accuracy": state.accuracy if state else None,
         "distortion": _distortion(clients, case, seed, observation),
         "update_bytes": size,
@@ -106,8 +106,21 @@ def attack_trial(
         "seconds": found.seconds,
         "iterations_per_second": found.iterations / found.seconds,
         "peak_memory": found.peak_memory,
-        "gflop_per_iteration": found.flops / found.iterations / 1e9,
+        "gflop_per_iteration": found.flops / max(1, found.iterations) / 1e9,
     }
+
+
+def _loss_at_truth(
+    attack: Attack, observation: Observation, knowledge: Knowledge, truth: Truth
+) -> float | None:
+    """Return the matching loss of the private images; None: the attack matches no update."""
+    options = {option.name: getattr(attack, option.name) for option in attack.options()}
+    if "matching" not in options:
+        return None
+    distance = options.get("distance", "cosine")
+    objective = matching_objective(options["matching"], observation, knowledge, distance=distance)
+    private = normalise(truth.images, knowledge.mean, knowledge.std)
+    return objective(private, 1.0).item()
 
 
 def _distortion(clients: Clients, case: Case, seed: int, observation: Observation) -> float:

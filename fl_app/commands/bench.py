@@ -81,6 +81,13 @@ def run_benchmark(
             "where they are to be others than its own."
         ),
     ] = "",
+    updates: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write each client's update to; images that another tool leaves "
+            "beside one, as TOOL@SECONDS.npz, are scored in the same table."
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Exit with 1 where a figure misses its threshold.")
     ] = False,
@@ -103,6 +110,7 @@ def run_benchmark(
         PriorConfig(prior_weights(prior)) if prior else PriorConfig(),
         lpips_weights if lpips_weights in ("", "download") else typed_path(lpips_weights),
         dataset_config(private) if private else None,
+        updates,
     )
     _run(suite, name, setting, lambda trials: setting.command(name, trials), check)
 

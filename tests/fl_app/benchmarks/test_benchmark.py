@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.command import flowleak
+from rich.console import Console
 from typer.testing import CliRunner
 
 from client_app.training import train
@@ -56,6 +59,26 @@ def test_an_attack_that_matches_no_update_has_a_row_too() -> None:
     results = AttackResults("known", (case,))
     results.rows = [row]
     assert case.client in results.markdown("command")
+
+
+def test_another_tools_images_are_scored_in_the_same_table(tmp_path: Path) -> None:
+    suite, updates = AttackSuite((CASE,)), tmp_path / "updates"
+    setting = Setting(load_config().dataset, trials=1, path=tmp_path / "rows.json", updates=updates)
+    suite.run("known", setting, Console(file=io.StringIO()))
+    (folder,) = updates.iterdir()
+    told = json.loads((folder / "client.json").read_text())
+    assert told["examples"] == 4 and told["labels"] == sorted(told["labels"])
+    before = torch.load(folder / "before.pt", weights_only=True)
+    images = setting.clients((CASE,)).draw(CASE, 0)[2].images
+    assert set(before) == set(torch.load(folder / "after.pt", weights_only=True))
+    np.savez(folder / "other@30.npz", images=images.flip(0).numpy())
+    results = suite.run("known", setting, Console(file=io.StringIO()))
+    ours, theirs = results.rows
+    assert theirs["metrics"]["ssim"]["mean"] > 0.99 > ours["metrics"]["ssim"]["mean"]
+    assert "| other 30 s |" in results.markdown("command")
+    np.savez(folder / "few@30.npz", images=images[:2].numpy())
+    with pytest.raises(ValueError, match="needed: 4 of them"):
+        suite.run("known", setting, Console(file=io.StringIO()))
 
 
 def test_a_client_of_more_images_than_there_are_is_refused() -> None:
