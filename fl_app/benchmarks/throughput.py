@@ -29,14 +29,14 @@ class Throughput:
         Counted outcomes; the first one of each worker, which starts it, is none of them.
     seconds : float
         From the first to the last of them.
-    each : float
-        Seconds that an attack may take, and takes.
+    spent : float
+        Seconds that the attacks themselves took, together.
     """
 
     workers: int
     attacks: int
     seconds: float
-    each: float
+    spent: float
 
     @property
     def a_minute(self) -> float:
@@ -46,7 +46,7 @@ class Throughput:
     @property
     def share(self) -> float:
         """Share of the workers' time that attacks fill; the rest is what the queue costs."""
-        return self.attacks * self.each / (self.workers * self.seconds)
+        return self.spent / (self.workers * self.seconds)
 
 
 def throughput(
@@ -82,11 +82,11 @@ def throughput(
 
 
 def _measured(workers: int, attacks: int, job: Job, folder: Path) -> Throughput:
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []  # of an attack, and its own seconds
     failed: list[str] = []
 
     def found(job: Job, result: Reconstruction, device: str) -> None:
-        ends.append(time.monotonic())
+        ends.append((time.monotonic(), result.seconds))
 
     def fail(job: Job, message: str) -> None:
         failed.append(message)
@@ -101,9 +101,9 @@ def _measured(workers: int, attacks: int, job: Job, folder: Path) -> Throughput:
             time.sleep(0.1)
     if failed:
         raise RuntimeError(f"an attack failed: {failed[0]}")
-    counted = ends[workers - 1 :]
-    each = job.attack.seconds
-    return Throughput(workers, len(counted) - 1, counted[-1] - counted[0], each)
+    counted = ends[workers:]
+    spent = sum(own for _, own in counted)
+    return Throughput(workers, len(counted), counted[-1][0] - ends[workers - 1][0], spent)
 
 
 def table(measured: Sequence[Throughput]) -> Table:

@@ -128,8 +128,8 @@ def test_ray_that_does_not_start_in_time_is_started_again_and_throughput_is_coun
     (measured,) = throughput([1], 1, 1.0, tmp_path)
     assert len(starts) == 2 and "is started again" in caplog.text
     assert measured.attacks == 1 and 0 < measured.share <= 1
-    assert Throughput(workers=2, attacks=30, seconds=40.0, each=2.0).a_minute == 45
-    assert Throughput(workers=2, attacks=30, seconds=40.0, each=2.0).share == 0.75
+    assert Throughput(workers=2, attacks=30, seconds=40.0, spent=60.0).a_minute == 45
+    assert Throughput(workers=2, attacks=30, seconds=40.0, spent=60.0).share == 0.75
 
 
 def test_a_cluster_that_is_gone_is_told_and_the_queue_stays(
