@@ -6,15 +6,17 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -304,9 +306,14 @@ class AttackPool:
             TextColumn("{task.description}"),
         )
         last_time, last_line = time.monotonic(), ""
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with (
+            _noted_interrupts() as interrupts,
+            Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        ):
             bar = progress.add_task("", total=1.0)
             while (coming := feed() if feed else 0) or self.unfinished:
+                if interrupts:
+                    raise KeyboardInterrupt
                 if not wait(self._futures, timeout=0.5).not_done:
                     time.sleep(0.5)
                 self._check()
@@ -553,6 +560,30 @@ class AttackPool:
         else:
             self._worked = time.monotonic()
         return min(1.0, done / max(1, len(self._futures) + coming)), "; ".join(words)
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Note each SIGINT in a list, beside what is done for it.
+
+    The KeyboardInterrupt that it raises is lost where it comes in one of Ray's callbacks.
+    """
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    handler = before
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _concise(error: Exception) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,19 @@ def test_ray_that_does_not_start_in_time_is_started_again_and_throughput_is_coun
     assert measured.attacks == 1 and 0 < measured.share <= 1
     assert Throughput(workers=2, attacks=30, seconds=40.0, spent=60.0).a_minute == 45
     assert Throughput(workers=2, attacks=30, seconds=40.0, spent=60.0).share == 0.75
+
+
+def test_a_ctrl_c_that_a_callback_swallows_still_ends_it(tmp_path: Path) -> None:
+    def swallow() -> int:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return 1
+
+    before = signal.getsignal(signal.SIGINT)
+    pool = AttackPool(tmp_path, PoolConfig(), lambda *_: None, lambda *_: None, obedient)
+    with pool, pytest.raises(KeyboardInterrupt):
+        pool.drain(Console(file=io.StringIO()), swallow)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_cluster_that_is_gone_is_told_and_the_queue_stays(
