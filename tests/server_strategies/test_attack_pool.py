@@ -18,7 +18,6 @@ import torch
 from helpers.attacks import pretended
 from rich.console import Console
 
-from fl_app.benchmarks.throughput import Throughput, throughput
 from fl_app.config import AttackConfig, ConfigError, PoolConfig, PriorConfig
 from fl_app.protocol import Knowledge, LocalTraining, Observation, Reconstruction
 from server_strategies import attack_pool
@@ -100,8 +99,18 @@ def test_every_job_gets_one_outcome_whatever_happens_to_its_worker(
     assert "100%" in shown.getvalue()
 
 
-def test_an_attack_whose_outcome_is_being_recorded_counts_as_done(tmp_path: Path) -> None:
-    shown = io.StringIO()
+def test_an_attack_whose_outcome_is_being_recorded_counts_as_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown, starts, init = io.StringIO(), [], ray.init
+
+    def slow_at_first(**options: Any) -> None:
+        starts.append(options)
+        if len(starts) == 1:
+            raise Exception("The current node timed out during startup.")
+        init(**options)
+
+    monkeypatch.setattr(ray, "init", slow_at_first)
 
     def slow(*_: object) -> None:
         deadline = time.monotonic() + 30
@@ -113,25 +122,7 @@ def test_an_attack_whose_outcome_is_being_recorded_counts_as_done(tmp_path: Path
         pool.drain(Console(file=shown, force_terminal=True, width=120))
     frames = shown.getvalue().split("attacks")
     assert any("being scored" in frame and "100%" in frame for frame in frames)
-
-
-def test_ray_that_does_not_start_in_time_is_started_again_and_throughput_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    starts, init = [], ray.init
-
-    def slow_at_first(**options: Any) -> None:
-        starts.append(options)
-        if len(starts) == 1:
-            raise Exception("The current node timed out during startup.")
-        init(**options)
-
-    monkeypatch.setattr(ray, "init", slow_at_first)
-    (measured,) = throughput([1], 1, 1.0, tmp_path)
     assert len(starts) == 2 and "is started again" in caplog.text
-    assert measured.attacks == 1 and 0 < measured.share <= 1
-    assert Throughput(workers=2, attacks=30, seconds=40.0, spent=60.0).a_minute == 45
-    assert Throughput(workers=2, attacks=30, seconds=40.0, spent=60.0).share == 0.75
 
 
 def test_a_ctrl_c_that_a_callback_swallows_still_ends_it(tmp_path: Path) -> None:
