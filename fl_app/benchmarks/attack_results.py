@@ -136,7 +136,7 @@ class AttackResults(Results):
             case.client,
             case.labels,
             f"{line['accuracy']:.0%}" if line["accuracy"] else "untrained",
-            case.name.split(", ", 2)[2],
+            case.attack_words,
             str(line["trials"]),
             count_words(found),
             chance_words(found) if found else "-",

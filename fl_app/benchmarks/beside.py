@@ -29,8 +29,13 @@ def update_folder(root: Path, case: Case, seed: int) -> Path:
     return root / f"{re.sub(r'[^A-Za-z0-9.=]+', '-', case.client)}-{seed}"
 
 
+def is_written(folder: Path) -> bool:
+    """Return whether a client's update lies there, whole."""
+    return (folder / "client.json").exists()
+
+
 def write_update(folder: Path, observation: Observation, knowledge: Knowledge) -> None:
-    """Write an update, with the counts of its labels as SME takes them; one that exists stays.
+    """Write an update, with the counts of its labels as SME takes them.
 
     Parameters
     ----------
@@ -39,8 +44,6 @@ def write_update(folder: Path, observation: Observation, knowledge: Knowledge) -
     knowledge : Knowledge
         With the client's labels.
     """
-    if (folder / "client.json").exists():
-        return
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(dict(observation.w0), folder / "before.pt")
     torch.save(dict(observation.w1), folder / "after.pt")

@@ -110,10 +110,15 @@ class Case:
     @property
     def name(self) -> str:
         """Names the case in the results: everything that decides it but the trial."""
+        return f"{self.client}, labels {self.labels}, {self.attack_words}"
+
+    @property
+    def attack_words(self) -> str:
+        """The attack, its options and its budget."""
         options = "".join(f" {key}={value}" for key, value in sorted(self.attack.options.items()))
         limit = f" {self.attack.seconds:g} s" if self.attack.seconds else ""
         limit = limit or f" x{self.attack.iterations}"
-        return f"{self.client}, labels {self.labels}, {self.attack.name}{options}{limit}"
+        return f"{self.attack.name}{options}{limit}"
 
     @property
     def arena(self) -> tuple[str, int, float]:

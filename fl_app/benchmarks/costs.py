@@ -1,4 +1,4 @@
-"""What an iteration costs: the notes below `flowleak bench matching`, `prior` and `speed`."""
+"""What an iteration costs: the notes below `flowleak bench matching` and `prior`."""
 
 from __future__ import annotations
 

@@ -147,6 +147,14 @@ class Results(ABC):
         said = {key: value for key, value in facts.items() if key not in _IN_PROVENANCE}
         return sections_markdown(self.name, command, lines, said)
 
+    def whole_table(self, title: str) -> Table:
+        """Return all columns for a screen, below a title, without Markdown's bold."""
+        head, *lines = self.cells()
+        table = Table(*head, title=f"{self.name}: {title}")
+        for line in lines:
+            table.add_row(*(cell.strip("*") for cell in line))
+        return table
+
     def summaries(self) -> dict[str, Any]:
         """Return what is written beside the rows; nothing by default."""
         return {}

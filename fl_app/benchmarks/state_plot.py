@@ -58,8 +58,11 @@ def _draw(panel: Axes, summaries: list[tuple[Case, dict[str, Any]]], metric: str
     states = list(dict.fromkeys(case.state for case, _ in summaries))
     accuracy = {case.state: line["accuracy"] for case, line in summaries}
     baseline = {case.state: line[metric]["baseline"] for case, line in summaries}
-    for name in dict.fromkeys(case.attack.name for case, _ in summaries):
-        scores = {c.state: line[metric] for c, line in summaries if c.attack.name == name}
+    budgets = {case.attack_words for case, _ in summaries}
+    for words in dict.fromkeys(case.attack_words for case, _ in summaries):
+        name = words.partition(" ")[0]
+        alone = sum(each.partition(" ")[0] == name for each in budgets) == 1
+        scores = {c.state: line[metric] for c, line in summaries if c.attack_words == words}
         means = [scores[state]["mean"] for state in scores]
         ends = [(scores[s]["low"], scores[s]["high"]) for s in scores]
         known = all(None not in end for end in ends)
@@ -68,7 +71,7 @@ def _draw(panel: Axes, summaries: list[tuple[Case, dict[str, Any]]], metric: str
             [high - mean for mean, (_, high) in zip(means, ends, strict=True)],
         ] if known else None  # fmt: skip
         places = [states.index(state) for state in scores]
-        panel.errorbar(places, means, spread, marker="o", capsize=3, label=name)
+        panel.errorbar(places, means, spread, marker="o", capsize=3, label=name if alone else words)
     panel.plot(range(len(states)), [baseline[s] for s in states], "k:", label="mean colour")
     panel.set_xticks(range(len(states)), states)
     other = panel.twinx()

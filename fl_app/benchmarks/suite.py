@@ -245,6 +245,11 @@ class AttackSuite(Suite[AttackResults]):
     The others are compared with it, trial by trial.
     """
 
+    @property
+    def pictures(self) -> bool:
+        """Whether rows hold images, see `attack_trial`."""
+        return False
+
     def results(self, name: str, setting: Setting) -> AttackResults:
         """See `Suite`."""
         cases = self.cases
@@ -257,20 +262,20 @@ class AttackSuite(Suite[AttackResults]):
     def trial(self, case: Case, seed: int, clients: Clients, setting: Setting) -> list[Row]:
         """See `Suite`."""
         # Slow to import, and only workers need it.
-        from fl_app.benchmarks.beside import images_beside, update_folder, write_update
+        from fl_app.benchmarks.beside import images_beside, is_written, update_folder, write_update
         from fl_app.benchmarks.trial import attack_trial
 
         found = None
         if setting.updates:
             folder = update_folder(setting.updates, case, seed)
-            observation, knowledge, _ = clients.draw(case, seed)
-            write_update(folder, observation, knowledge)
+            if not is_written(folder):
+                write_update(folder, *clients.draw(case, seed)[:2])
             if case.attack.name not in ATTACKS:
-                found = images_beside(folder, case, observation.num_examples)
+                found = images_beside(folder, case, case.count)
                 if found is None:  # the tool has images of other clients
                     return []
         prior, weights = setting.prior, setting.lpips_weights
-        return [attack_trial(case, seed, clients, prior, weights, found=found)]
+        return [attack_trial(case, seed, clients, prior, weights, self.pictures, found)]
 
 
 @dataclass(frozen=True)
@@ -335,11 +340,7 @@ class ReadingResults(Results):
 
     def table(self) -> Table:
         """Return the whole table for a screen."""
-        head, *lines = self.cells()
-        table = Table(*head, title=f"{self.name}: {self.suite.title}")
-        for line in lines:
-            table.add_row(*line)
-        return table
+        return self.whole_table(self.suite.title)
 
     def shortfalls(self) -> list[str]:
         """See `ReadingSuite`."""

@@ -47,6 +47,27 @@ def typed_path(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Return the numbers of an option such as ``1,4,16``.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else, or one of them is 0.
+    """
+    from fl_app.config import ConfigError
+
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"{name} is {text!r}; allowed: numbers of 1 or more, such as 1,4,16")
+    return [int(part) for part in parts]
+
+
+def lpips_folder(weights: str) -> str:
+    """Return where LPIPS' weights are, as typed: nowhere, to be downloaded, or a path."""
+    return weights if weights in ("", "download") else typed_path(weights)
+
+
 def prior_weights(weights: str) -> str:
     """Return a prior's name as it is, and the path of a file as `typed_path` does."""
     return typed_path(weights) if weights.endswith(".safetensors") else weights

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fl_app.commands.arguments import DatasetChoice, dataset_config, prior_weights, typed_path
+from fl_app.commands.arguments import (
+    DatasetChoice,
+    dataset_config,
+    lpips_folder,
+    prior_weights,
+    whole_numbers,
+)
 from fl_app.commands.group import DefaultGroup, group
 from fl_app.registry import BENCHMARKS
 
@@ -108,7 +114,7 @@ def run_benchmark(
         workers,
         cases,
         PriorConfig(prior_weights(prior)) if prior else PriorConfig(),
-        lpips_weights if lpips_weights in ("", "download") else typed_path(lpips_weights),
+        lpips_folder(lpips_weights),
         dataset_config(private) if private else None,
         updates,
     )
@@ -183,7 +189,7 @@ def make_again(
         return
     element = "" if tune else f"table {table}" if table else f"figure {figure}"
     suite = paper_suite(element, budget)
-    lpips = lpips_weights if lpips_weights in ("", "download") else typed_path(lpips_weights)
+    lpips = lpips_folder(lpips_weights)
     setting = Setting(data, suite.split, trials, 0, out, workers, cases, lpips_weights=lpips)
     words = "--tune" if tune else f"--{element}"
 
@@ -218,13 +224,11 @@ def tell_device(
     """Measure what this machine's GPU or CPU does with a search along the trajectory."""
     from fl_app.benchmarks import device
     from fl_app.commands.output import screen
-    from fl_app.config import ConfigError, at_least
+    from fl_app.config import at_least
 
-    sizes = batches.split(",")
-    if not all(size.strip().isdecimal() and int(size) for size in sizes):
-        raise ConfigError(f"batches is {batches!r}; allowed: numbers of 1 or more, such as 1,4,16")
+    sizes = whole_numbers("batches", batches)
     at_least("seconds", seconds, 0.1)
-    speeds = device.device_speeds(dataset_config(dataset), [int(size) for size in sizes], seconds)
+    speeds = device.device_speeds(dataset_config(dataset), sizes, seconds)
     screen().print(device.table(speeds))
 
 

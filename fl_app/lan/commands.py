@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fl_app.commands.arguments import RunsDir
+from fl_app.commands.arguments import RunsDir, whole_numbers
 from fl_app.commands.group import group
 from fl_app.commands.output import print_json, screen, table_of
 from fl_app.config import ConfigError, at_least, from_yaml
@@ -286,12 +286,10 @@ def throughput(
     """Measure how many attacks a minute workers take from the queue, in the cluster or here."""
     at_least("attacks", attacks, 1)
     at_least("seconds", seconds, 1)
-    counts = workers.split(",")
-    if not all(count.strip().isdecimal() and int(count) for count in counts):
-        raise ConfigError(f"workers is {workers!r}; allowed: numbers of 1 or more, such as 1,2,4")
+    counts = whole_numbers("workers", workers)
     from fl_app.benchmarks import throughput as measuring
 
-    measured = measuring.throughput([int(count) for count in counts], attacks, seconds, folder)
+    measured = measuring.throughput(counts, attacks, seconds, folder)
     screen().print(measuring.table(measured))
 
 

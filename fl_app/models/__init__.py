@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_app.models.extensions import extend
+from fl_app.models.family import Family
 from fl_app.models.foreign import foreign_model
 from fl_app.models.norms import batch_norms, set_batch_norm
 from fl_app.protocol import Knowledge
@@ -75,9 +76,7 @@ def chosen_norm(name: str, norm: str = "") -> str:
     ValueError
         If no model has this name, or it can't be normalised so.
     """
-    if name not in MODELS:
-        raise ValueError(MODELS.unknown(name))
-    family = MODELS[name]
+    family = _family(name)
     if norm and norm not in family.norms:
         why = f" ({family.reason})" if family.reason else ""
         raise ValueError(f"norm is {norm!r}; allowed for {name}: {', '.join(family.norms)}{why}")
@@ -92,13 +91,18 @@ def chosen_head(name: str, head: str = "") -> str:
     ValueError
         If no model has this name, or it can't have this head.
     """
-    if name not in MODELS:
-        raise ValueError(MODELS.unknown(name))
-    heads = MODELS[name].heads
+    heads = _family(name).heads
     if head and head not in heads:
         allowed = f"allowed for {name}: {', '.join(heads)}" if heads else f"{name} has no choice"
         raise ValueError(f"head is {head!r}; {allowed}")
     return head or next(iter(heads), "")
+
+
+def _family(name: str) -> Family:
+    if name not in MODELS:
+        raise ValueError(MODELS.unknown(name))
+    family: Family = MODELS[name]
+    return family
 
 
 def known_model(knowledge: Knowledge, seed: int | None = None) -> nn.Module:

@@ -22,22 +22,15 @@ if TYPE_CHECKING:
 _TIME = 0.95  # of Figure 2's velocities
 
 
-def _attack(case: Case) -> str:
-    """Return the attack and its budget, as a legend has it."""
-    attack = case.attack
-    budget = f"{attack.seconds:g} s" if attack.seconds else f"x{attack.iterations}"
-    return f"{attack.name} {budget}"
-
-
 def _lines(
     panel: Axes, results: AttackResults, metric: str, place: Callable[[Case], float]
 ) -> None:
     """Draw a line an attack, with the values of all trials, and the mean colour's, dotted."""
     cases = [case for case in results.cases if results.of(case)]
-    for attack in dict.fromkeys(map(_attack, cases)):
+    for attack in dict.fromkeys(case.attack_words for case in cases):
         points = []
         for case in cases:
-            if _attack(case) == attack:
+            if case.attack_words == attack:
                 values = [row["metrics"][metric]["mean"] for row in results.of(case)]
                 points.append((place(case), sum(values) / len(values)))
                 panel.plot([place(case)] * len(values), values, ".", color="grey", alpha=0.4)
@@ -68,29 +61,6 @@ def batch_sizes(path: Path, results: AttackResults) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def training(path: Path, results: AttackResults) -> None:
-    """Draw Figure 4: SSIM and the model's accuracy over training, see `batch_sizes`."""
-    from matplotlib.figure import Figure
-
-    cases = [case for case in results.cases if results.of(case)]
-    states = list(dict.fromkeys(case.state for case in cases))
-    reached = {case.state: results.summary(case)["accuracy"] for case in cases}
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    panel = figure.subplots()
-    _lines(panel, results, "ssim", lambda case: states.index(case.state))
-    panel.set_xticks(range(len(states)), states)
-    panel.set_ylabel("SSIM")
-    other = panel.twinx()
-    trained = [(states.index(state), 100 * value) for state, value in reached.items() if value]
-    if trained:
-        other.plot(*zip(*trained, strict=True), color="grey")
-    other.set_ylim(0, 100)
-    other.set_ylabel("accuracy of the global model, % (grey)")
-    panel.legend(fontsize=8)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
 def pictures(path: Path, results: AttackResults) -> None:
     """Write Figure 5: the first trial's private images, and what each attack made of them."""
     columns: dict[str, list[torch.Tensor | None]] = {}
@@ -98,7 +68,7 @@ def pictures(path: Path, results: AttackResults) -> None:
         for row in results.of(case)[:1]:
             columns.setdefault("private", list(_images(row["private"])))
             psnr = f"{row['metrics']['psnr']['mean']:.1f} dB"
-            columns["\n".join([*_attack(case).split(), psnr])] = list(_images(row["found"]))
+            columns["\n".join([*case.attack_words.split(), psnr])] = list(_images(row["found"]))
     first = next(case for case in results.cases if results.of(case))
     save_grid(path, columns, [f"{first.client}, labels {first.labels}"])
 

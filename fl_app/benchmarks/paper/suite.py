@@ -11,10 +11,9 @@ from rich.table import Table
 from fl_app.audit.exposure import bounds_of
 from fl_app.benchmarks.attack_results import AttackResults
 from fl_app.benchmarks.case import Case
-from fl_app.benchmarks.clients import Clients
 from fl_app.benchmarks.paper.elements import ELEMENTS, Element, tuning
 from fl_app.benchmarks.paper.published import COLUMNS, TABLE_1, Figures
-from fl_app.benchmarks.rows import Row, file_beside
+from fl_app.benchmarks.rows import file_beside
 from fl_app.benchmarks.suite import AttackSuite, Setting
 from fl_app.config import ConfigError
 from fl_app.util.intervals import spread, spread_words
@@ -47,11 +46,7 @@ class PaperResults(AttackResults):
 
     def table(self) -> Table:
         """Return the table for a screen."""
-        head, *lines = self.cells()
-        table = Table(*head, title=f"{self.name}: {self.element.title}")
-        for line in lines:
-            table.add_row(*(cell.strip("*") for cell in line))
-        return table
+        return self.whole_table(self.element.title)
 
     def _our_line(self, case: Case, columns: int) -> list[str]:
         rows, line = self.of(case), self.summary(case)
@@ -104,23 +99,21 @@ class PaperSuite(AttackSuite):
         facts, made_of = setting.facts, self._made_of
         return PaperResults(name, self.cases, facts, setting.path, element=made_of)
 
-    def trial(self, case: Case, seed: int, clients: Clients, setting: Setting) -> list[Row]:
-        """See `Suite`."""
-        # Slow to import, and only workers need it.
-        from fl_app.benchmarks.trial import attack_trial
-
-        weights, pictures = setting.lpips_weights, self.element == "figure 5"
-        return [attack_trial(case, seed, clients, setting.prior, weights, pictures)]
+    @property
+    def pictures(self) -> bool:
+        """See `AttackSuite`."""
+        return self.element == "figure 5"
 
     def notes(self, results: AttackResults, setting: Setting, console: Console) -> list[str]:
         """Say what the paper leaves open, and draw the figure where results are kept."""
         # Slow to import, and only figures need it.
         from fl_app.benchmarks.paper import figures
+        from fl_app.benchmarks.state_plot import save_state_plot
 
         lines = [*self._made_of.left_open]
         draw: dict[str, Callable[..., None]] = {
             "figure 3": figures.batch_sizes,
-            "figure 4": figures.training,
+            "figure 4": save_state_plot,
             "figure 5": figures.pictures,
         }
         if setting.path and self.element in draw:
