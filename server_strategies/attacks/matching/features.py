@@ -25,7 +25,7 @@ from server_strategies.attacks.matching.gradient import constant_gradient_speeds
 _ROUNDS = 300  # of alternating least squares
 _APART = 0.5  # relative noise of a second start
 _SETTLED = 1e-10  # relative change of the features at which they end
-_UNSETTLED = 30.0  # most that the error is multiplied by: synthetic clients, none of 300 was wrong
+_UNSETTLED = 30.0  # most that the error is multiplied by, so that fits near rounding stay known
 
 
 @dataclass(frozen=True)
