@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
+from safetensors.torch import save
 from torch import Tensor
 
 from fl_app.protocol import Observation
@@ -19,6 +22,7 @@ MOST_IMAGES = 10_000
 """Images of one update that an attack takes; it would allocate any number."""
 
 _ID = re.compile(r"round-[0-9]{4,9}-node-[0-9]{1,20}")
+_SENT = re.compile(r"sent-[0-9a-f]{64}")
 _FACTS = ("num_examples", "round", "node", "client", "nodes", "clients", "examples")
 
 
@@ -30,16 +34,20 @@ class _Needed(TypedDict):
 
 
 class _Facts(_Needed, total=False):
-    """What a file says beside its tensors. Older ones hold no sums and no order."""
+    """What a file says beside its tensors. Older ones hold no sums and no order, and hold w0."""
 
     nodes: Sequence[int]
     clients: Sequence[int]
     examples: Sequence[int]
     order: Sequence[str]
+    sent: str
 
 
 class ObservationStore:
     """Observations as files: safetensors, with JSON in its header.
+
+    The weights that clients were sent lie in a file of their own, which is named by its content:
+    all clients of a round share it.
 
     Parameters
     ----------
@@ -49,6 +57,7 @@ class ObservationStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "observations"
+        self._last: tuple[list[Tensor], str] = [], ""  # sent weights, and the name of their file
 
     def save(self, observation: Observation) -> None:
         """Write an observation, whole or not at all.
@@ -58,13 +67,10 @@ class ObservationStore:
         OSError
             If it could not be written.
         """
-        tensors = {
-            f"{side}.{name}": tensor.contiguous().clone()  # safetensors refuses shared memory
-            for side, weights in (("w0", observation.w0), ("w1", observation.w1))
-            for name, tensor in weights.items()
-        }
         facts = {name: getattr(observation, name) for name in _FACTS}
         facts["order"] = list(observation.w0)  # a safetensors file sorts them
+        facts["sent"] = self._save_sent(observation.w0)
+        tensors = {f"w1.{name}": _own(tensor) for name, tensor in observation.w1.items()}
         path = self._path(observation.id)
         write_tensors(path, tensors, {"observation": json.dumps(facts)})
 
@@ -86,7 +92,13 @@ class ObservationStore:
             raise FileNotFoundError(f"no observation {id_} in {self._folder}; it holds: {known}")
         tensors, metadata = read_tensors(path)
         try:
-            return _observation(tensors, parse_json(metadata.get("observation", ""), _Facts), id_)
+            facts = parse_json(metadata.get("observation", ""), _Facts)
+            if "sent" in facts:
+                sent = read_tensors(self._sent_path(facts["sent"]))[0]
+                tensors |= {f"w0.{name}": tensor for name, tensor in sent.items()}
+            return _observation(tensors, facts, id_)
+        except BrokenFileError:
+            raise
         except (ValueError, RuntimeError) as error:  # torch lacks functions for some types
             raise BrokenFileError(f"{path} is no observation: {error}") from error
 
@@ -95,9 +107,30 @@ class ObservationStore:
         files = self._folder.glob("*.safetensors")
         return sorted(file.stem for file in files if _ID.fullmatch(file.stem))
 
+    def _save_sent(self, w0: Mapping[str, Tensor]) -> str:
+        """Write the weights that a client was sent, unless they are there; return their name."""
+        tensors, name = self._last
+        same = len(tensors) == len(w0) and all(map(operator.is_, tensors, w0.values()))
+        if not (same and self._sent_path(name).is_file()):
+            owned = {key: _own(tensor) for key, tensor in w0.items()}
+            name = f"sent-{hashlib.sha256(save(owned)).hexdigest()}"
+            if not self._sent_path(name).is_file():
+                write_tensors(self._sent_path(name), owned)
+            self._last = list(w0.values()), name
+        return name
+
     def _path(self, id_: str) -> Path:
         check_id(id_)
         return self._folder / f"{id_}.safetensors"
+
+    def _sent_path(self, name: str) -> Path:
+        if not _SENT.fullmatch(name):
+            raise ValueError(f"the name of its sent weights is {name!r}; allowed: sent-DIGEST")
+        return self._folder / f"{name}.safetensors"
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().clone()  # safetensors refuses shared memory
 
 
 def check_id(id_: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from helpers.federation import (
     watch,
 )
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,6 +49,7 @@ from fl_app.data import ImageSet, dataset_info
 from fl_app.models import create_model
 from fl_app.protocol import LocalTraining, Observation
 from fl_app.server_app import create_strategy, wait_for_nodes
+from fl_app.util.reading import BrokenFileError
 from server_strategies.honest_but_curious import HonestButCurious
 from server_strategies.observations import ObservationStore
 
@@ -367,6 +370,41 @@ def test_observation_survives_the_store(tmp_path: Path) -> None:
     assert all(torch.equal(loaded.w1[name], weights[name]) for name in weights)
     with pytest.raises(FileNotFoundError, match=observation.id):
         store.load("round-0001-node-1")
+
+
+def test_clients_of_a_round_share_the_file_of_what_they_were_sent(tmp_path: Path) -> None:
+    store, sent = ObservationStore(tmp_path), {"w": torch.randn(3)}
+    seen = [
+        Observation({"w": w}, {"w": torch.randn(3)}, 1, round_, node, 0)
+        for round_, node, w in ((1, 7, sent["w"]), (1, 8, sent["w"]), (2, 7, sent["w"] + 1))
+    ]
+    for each in seen:
+        store.save(each)
+    files = sorted(path.name[:5] for path in (tmp_path / "observations").iterdir())
+    assert files == ["round"] * 3 + ["sent-"] * 2
+    for each in seen:
+        assert torch.equal(ObservationStore(tmp_path).load(each.id).w0["w"], each.w0["w"])
+
+
+def test_an_observation_without_its_sent_weights_is_broken(tmp_path: Path) -> None:
+    store, weights = ObservationStore(tmp_path), {"w": torch.zeros(1)}
+    seen = Observation(weights, weights, 1, 1, 7, 0)
+    store.save(seen)
+    next((tmp_path / "observations").glob("sent-*")).unlink()
+    with pytest.raises(BrokenFileError, match="sent-"):
+        store.load(seen.id)
+
+
+def test_an_observation_of_an_older_version_holds_what_was_sent(tmp_path: Path) -> None:
+    facts = {"num_examples": 1, "round": 1, "node": 7, "client": 0}
+    (tmp_path / "observations").mkdir()
+    save_file(
+        {"w0.w": torch.zeros(2), "w1.w": torch.ones(2)},
+        tmp_path / "observations" / "round-0001-node-7.safetensors",
+        {"observation": json.dumps(facts)},
+    )
+    loaded = ObservationStore(tmp_path).load("round-0001-node-7")
+    assert loaded.update["w"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
