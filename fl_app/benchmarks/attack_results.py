@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,11 @@ _COLUMNS = [
 _ON_SCREEN = (
     "client", "labels", "accuracy", "attack", "trials", "identified", "PSNR dB", "worst tenth",
     "threshold", "mean colour dB", "single colour dB", "LPIPS VGG", "vs first dB", "s",
+)  # fmt: skip
+
+_MAIN = (
+    "client", "labels", "accuracy", "attack", "trials", "PSNR dB", "mean colour dB", "identified",
+    "among", "SSIM", "LPIPS VGG", "vs first dB", "threshold", "s",
 )  # fmt: skip
 
 _MEANS = (
@@ -114,18 +119,22 @@ class AttackResults(Results):
         """Return the table's main columns for a screen."""
         words = f"95% interval from {FEWEST} on; worst tenth: of all images, those that leak most"
         table = Table(title=f"{self.name}: mean over trials, {words}")
-        shown = [place for place, name in enumerate(_COLUMNS) if name in _ON_SCREEN]
-        for place in shown:
-            wide = _COLUMNS[place] in ("client", "attack")
+        head, *lines = _chosen(self.cells(), _ON_SCREEN)
+        for name in head:
+            wide = name in ("client", "attack")
             width = 18 if wide else None
-            table.add_column(_COLUMNS[place], min_width=width, overflow="fold", no_wrap=not wide)
-        for line in self.cells()[1:]:
-            table.add_row(*(line[place] for place in shown))
+            table.add_column(name, min_width=width, overflow="fold", no_wrap=not wide)
+        for line in lines:
+            table.add_row(*line)
         return table
 
     def cells(self) -> list[list[str]]:
         """Return the lines of the table, its head first: a line a case that was run."""
         return [_COLUMNS, *(self._line(case) for case in self.cases if self.of(case))]
+
+    def main_cells(self) -> list[list[str]]:
+        """See `Results`."""
+        return _chosen(self.cells(), _MAIN)
 
     def _line(self, case: Case) -> list[str]:
         line = self.summary(case)
@@ -201,6 +210,12 @@ class AttackResults(Results):
             if not lpips or lpips["mean"] >= 0:
                 reached = gain_words(lpips, 3) or "not measured"
                 yield f"LPIPS VGG {reached}, the threshold is below 0"
+
+
+def _chosen(cells: list[list[str]], columns: Sequence[str]) -> list[list[str]]:
+    """Return some columns of a table, in their order."""
+    places = [cells[0].index(name) for name in columns]
+    return [[line[place] for place in places] for line in cells]
 
 
 def gain_words(gain: Spread | None, digits: int) -> str:

@@ -73,7 +73,11 @@ def _turns() -> list[Case]:
     one = replace(ADAM, batch_size=1)
     return [
         Case(client, timed(seconds, "flow_matching", every=every), state=state)
-        for client, seconds, state in ((one, 12, "init"), (PAIR[1], 50, "init"), (one, 20, "epoch-3"))
+        for client, seconds, state in (
+            (one, 12, "init"),
+            (PAIR[1], 50, "init"),
+            (one, 20, "epoch-3"),
+        )
         for every in (1, 4)
     ]
 

@@ -16,7 +16,7 @@ IN_SHORT: dict[str, Options] = {
     "gradinversion": {"matching": "auto", "lr": 0.8, "tv": 0.05, "restarts": 2},
 }
 """For 50 seconds of one thread, which hold fewer iterations than the authors' constants are for:
-what brings more in that time; see `family-constants` and docs/attacks.md."""
+what brings more in that time; see `constants` and docs/attacks.md."""
 
 
 def _cases() -> tuple[Case, ...]:

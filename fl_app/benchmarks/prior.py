@@ -11,7 +11,7 @@ from fl_app.benchmarks.suite import AttackSuite, Setting
 
 
 def _cases() -> tuple[Case, ...]:
-    """Return the defaults with the flow and without: the best of either (`prior-strength`)."""
+    """Return the defaults with the flow and without: the best of either (`constants`)."""
     cases = []
     for client, gain in zip(PAIR, (1.5, 2.5), strict=True):
         cases += [Case(client, flow(500, flow=0)), Case(client, flow(500), gain=gain)]

@@ -23,7 +23,7 @@ from fl_app.benchmarks.rows import (
     made_by,
     with_facts,
 )
-from fl_app.util.markdown import markdown_table, sections_markdown
+from fl_app.util.markdown import markdown_table, narrowed, sections_markdown
 
 _IN_PROVENANCE = ("flowleak", "version", "code")  # what the last line need not say again
 
@@ -135,17 +135,32 @@ class Results(ABC):
             self.notes = list(notes)
             self.save()
 
-    def markdown(self, command: str) -> str:
-        """Return table and notes in Markdown, between what made them and what they depend on."""
+    def markdown(self, command: str, shows: str = "") -> str:
+        """Return table and notes in Markdown, between what made them and what they depend on.
+
+        Parameters
+        ----------
+        command : str
+            That makes them.
+        shows : str
+            What the table shows, a sentence.
+        """
         made = made_by(self.rows)
         prior, trials = in_words(self.rows, "prior"), str(self.trials)
         provenance = Provenance(made["version"], made["code"], prior, trials)
-        lines = [provenance.line, "", *markdown_table(self.cells())]
+        lines = [provenance.line, "", *([shows, ""] if shows else [])]
+        cells, main = self.cells(), self.main_cells()
+        if len(main[0]) < len(cells[0]):
+            said, main = narrowed(main)
+            words = "; ".join(f"{name} {value}" for name, value in said)
+            lines += [*([f"In every line: {words}.", ""] if words else []), *markdown_table(main)]
+            lines += ["", "## All columns", ""]
+        lines += markdown_table(cells)
         if self.notes:
             lines += ["", *self.notes]
         facts = {**self._machine, **self._all_facts()}
-        said = {key: value for key, value in facts.items() if key not in _IN_PROVENANCE}
-        return sections_markdown(self.name, command, lines, said)
+        said_below = {key: value for key, value in facts.items() if key not in _IN_PROVENANCE}
+        return sections_markdown(self.name, command, lines, said_below)
 
     def whole_table(self, title: str) -> Table:
         """Return all columns for a screen, below a title, without Markdown's bold."""
@@ -162,6 +177,10 @@ class Results(ABC):
     @abstractmethod
     def cells(self) -> list[list[str]]:
         """Return the lines of the table, its head first."""
+
+    def main_cells(self) -> list[list[str]]:
+        """Return the columns of `cells` that a reader looks at first; all by default."""
+        return self.cells()
 
     @abstractmethod
     def table(self) -> Table:

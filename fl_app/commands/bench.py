@@ -118,7 +118,9 @@ def run_benchmark(
         dataset_config(private) if private else None,
         updates,
     )
-    _run(suite, name, setting, lambda trials: setting.command(name, trials), check)
+    entry = BENCHMARKS.entries.get(name)
+    shows = entry.docstring().partition("\n")[0] if entry else ""
+    _run(suite, name, setting, lambda trials: setting.command(name, trials), check, shows)
 
 
 def _run(
@@ -127,10 +129,12 @@ def _run(
     setting: Setting,
     command: Callable[[int], str],
     check: bool = False,
+    shows: str = "",
 ) -> None:
     """Run a benchmark, print its table, and keep it beside the rows.
 
-    `command` takes the number of trials, and returns what makes the results.
+    `command` takes the number of trials, and returns what makes the results. `shows` is a sentence
+    for the table's file.
     """
     from fl_app.benchmarks.rows import file_beside
     from fl_app.commands.output import screen
@@ -144,7 +148,8 @@ def _run(
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if setting.path:
         table = file_beside(setting.path, ".md")
-        write_text(table, results.markdown(command(setting.trials or results.trials)))
+        made_by = command(setting.trials or results.trials)
+        write_text(table, results.markdown(made_by, shows))
         console.print(f"Rows: {setting.path}, table: {table}", soft_wrap=True)
     missed = results.shortfalls()
     for words in missed:

@@ -23,7 +23,7 @@ from server_strategies.priors.total_variation import TotalVariation
 
 PRIOR_STRENGTH = {"sgd": (0.1, 0.05), "adam": (1.5, 0.45)}
 """The default `prior_strength` and `final_prior_strength`. A smoothed Adam needs more of the
-priors: its late batches hardly enter the update. Chosen by `flowleak bench prior-strength`, Adam's
+priors: its late batches hardly enter the update. Chosen by `flowleak bench constants`, Adam's
 on K=5, B=4, SGD's on four clients. Decoded images with Adam need more
 as well: not all of their features are known."""
 
@@ -31,7 +31,7 @@ _SEARCHED, _DECODED = (0.03, 0.8), (0.0, 0.6)  # the default `tv` and `t_start`
 
 _OF_ROWS = 4
 """The default `every` where single-step rows are matched: an iteration costs less than a run of
-the denoiser. `flowleak bench family-constants`, Adam, K=5, untrained: B=4, 50 s, 24.0 dB for 23.1
+the denoiser. `flowleak bench constants`, Adam, K=5, untrained: B=4, 50 s, 24.0 dB for 23.1
 with 1; B=1, 12 s, 29.9 for 30.4. Where exact features are decoded, 1 is ahead: 24.1 for 20.8."""
 
 

@@ -44,6 +44,10 @@ class PaperResults(AttackResults):
             lines.append(self._our_line(case, columns))
         return lines
 
+    def main_cells(self) -> list[list[str]]:
+        """Return all columns, which are the paper's."""
+        return self.cells()
+
     def table(self) -> Table:
         """Return the table for a screen."""
         return self.whole_table(self.element.title)

@@ -160,7 +160,7 @@ def test_benchmark_resumes_and_fails_below_its_threshold(
     assert made[0] == "older" and made[1] == made[2] != "older"
     with pytest.raises(ValueError, match="trials is 0; allowed: 1 or more, or 0 where --out"):
         flowleak("bench", "quick", "--dataset", "photos", "--trials", "0")
-    with pytest.raises(ValueError, match="benchmark is 'nonsense'; allowed: ablation, "):
+    with pytest.raises(ValueError, match="benchmark is 'nonsense'; allowed: alignment, "):
         flowleak("bench", "nonsense")
 
 
