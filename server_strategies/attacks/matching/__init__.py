@@ -7,11 +7,14 @@ Here are the simulations, `OBJECTIVES`, and the choice among them, `choose`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from fl_app.models import clients_model
 from fl_app.protocol import Knowledge, Observation
 from server_strategies.attacks.matching.adam.decode import Decoded, usable_fingerprints
+from server_strategies.attacks.matching.adam.fingerprints import Fingerprint
 from server_strategies.attacks.matching.adam.one_step import EpsInversion, SignMatch
 from server_strategies.attacks.matching.base import OF_A_GRADIENT, MatchingObjective, Setting
 from server_strategies.attacks.matching.defended import hidden_size
@@ -105,11 +108,13 @@ def matching_objective(
     """
     _check(kind, distance, observation, knowledge)
     model = clients_model(knowledge, observation.w0).to(device)
-    reason, exact, auto, rows = "asked for", None, kind == "auto", 0
+    reason, exact, auto = "asked for", None, kind == "auto"
+    prints: list[Fingerprint] = []
     if auto:
-        kind, reason, rows = _chosen(model, observation, knowledge)
+        kind, reason, prints = _chosen(model, observation, knowledge)
     # Where Adam left enough rows of batches, no more follows from exact features, in a minute.
-    plenty = rows >= PLENTY_OF_ROWS * knowledge.client.steps_a_pass(observation.num_examples)
+    steps = knowledge.client.steps_a_pass(observation.num_examples)
+    plenty = _rows(prints) >= PLENTY_OF_ROWS * steps
     batches = knowledge.client.batch_size > 1
     by_rows = kind == Decoded.name and (batches or (plenty and 0 < seconds < _SHORT))
     if kind == LowRank.name or (auto and not (by_rows or knowledge.defense.secagg)):
@@ -120,8 +125,8 @@ def matching_objective(
         kind, reason = LowRank.name, exact.reason
     if auto:
         if distance not in ("auto", "cosine") and _smooths(kind, knowledge):
-            steps = "Adam is" if knowledge.client.optimizer == "adam" else "its steps are"
-            distance, reason = "cosine", f"{reason}; by the cosine, as {steps} smoothed"
+            what = "Adam is" if knowledge.client.optimizer == "adam" else "its steps are"
+            distance, reason = "cosine", f"{reason}; by the cosine, as {what} smoothed"
         reason = f"auto, {reason}"
     if distance == "auto":
         lengths = not knowledge.client.adaptive and kind not in _OWN_DISTANCE
@@ -138,6 +143,8 @@ def matching_objective(
         objective = LowRank(setting, exact)
     elif kind == Surrogate.name:
         objective = Surrogate(setting, alpha)
+    elif kind == Decoded.name:
+        objective = Decoded(setting, prints)
     else:
         objective = OBJECTIVES[kind](setting)
     objective.relu_smoothing = relu_smoothing
@@ -182,38 +189,42 @@ def choose(model: nn.Module, observation: Observation, knowledge: Knowledge) -> 
 
 def _chosen(
     model: nn.Module, observation: Observation, knowledge: Knowledge
-) -> tuple[str, str, int]:
-    """Return what `choose` does, and how many rows can be decoded."""
+) -> tuple[str, str, list[Fingerprint]]:
+    """Return what `choose` does, and the rows that are to be decoded."""
     training, count = knowledge.client, observation.num_examples
     if knowledge.defense.secagg:
-        return "sum", f"secure aggregation of {len(observation.examples)} clients", 0
+        return "sum", f"secure aggregation of {len(observation.examples)} clients", []
     optimizer, steps = training.optimizer, len(training.batches(count))
     beyond = training.beyond(*OF_A_GRADIENT) if steps == 1 else training.beyond("drop_last")
     if beyond:
-        return "trajectory", f"{steps} step{'s' * (steps > 1)} of {optimizer}, and {beyond}", 0
+        return "trajectory", f"{steps} step{'s' * (steps > 1)} of {optimizer}, and {beyond}", []
     if steps == 1 and optimizer == "sgd":
-        return "gradient", "one step of sgd is its gradient", 0
+        return "gradient", "one step of sgd is its gradient", []
     hidden = ""
     if optimizer != "sgd":
         hidden = hidden_size(list(observation.update.values()), knowledge.defense)
     if steps == 1 and hidden:
-        return "trajectory", f"one step of {optimizer}, but {hidden}", 0
+        return "trajectory", f"one step of {optimizer}, but {hidden}", []
     if steps == 1:
         usable, why = EpsInversion.usable(observation, training)
         if usable:
-            return "inversion", f"one step of {optimizer}, and {why}", 0
-        return "trajectory", f"one step of {optimizer}, but {why}", 0
+            return "inversion", f"one step of {optimizer}, and {why}", []
+        return "trajectory", f"one step of {optimizer}, but {why}", []
     why = f"{steps} steps of {optimizer}"
     if training.passes(count) > 1:
         why += ", later passes in the first's order" if training.reshuffle else ", in one order"
     if hidden:
-        return "trajectory", f"{why}; no fingerprints: {hidden}", 0
+        return "trajectory", f"{why}; no fingerprints: {hidden}", []
     found = usable_fingerprints(model, observation, knowledge)
     if not found or knowledge.labels is None:
-        return "trajectory", why, 0
+        return "trajectory", why, []
     read = len({part.step for part in found})
-    rows = sum(len(part.rows) for part in found)
+    rows = _rows(found)
     why += f"; {rows} rows of the gradients of {read} of them are readable"
     if rows < ENOUGH_ROWS * training.steps_a_pass(count):
-        return "trajectory", f"{why}, too few", 0
-    return "fingerprints", why, rows
+        return "trajectory", f"{why}, too few", []
+    return "fingerprints", why, found
+
+
+def _rows(prints: Sequence[Fingerprint]) -> int:
+    return sum(len(part.rows) for part in prints)

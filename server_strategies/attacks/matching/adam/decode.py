@@ -9,7 +9,7 @@ trajectory, with the decoded images held fixed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import compress
@@ -59,7 +59,12 @@ class Decoded(Trajectory):
     After `restart` the decoded images move little, and `Trajectory` is added for the
     others.
 
-    Parameters are `MatchingObjective`'s; the distance is the trajectory's.
+    Parameters
+    ----------
+    setting : Setting
+        See `MatchingObjective`; the distance is the trajectory's.
+    usable : sequence of Fingerprint, optional
+        Those of the update, where they have been looked for; it takes a second.
 
     Raises
     ------
@@ -71,14 +76,14 @@ class Decoded(Trajectory):
     models = ("drop_last",)
     restart = 0.6  # decoding is cheap per iteration; images that it misses need the rest
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, usable: Sequence[Fingerprint] = ()) -> None:
         # With the decoded images fixed a small smoothing descends well.
         super().__init__(setting, smoothing=0.02, last_smoothing=0.01)
         knowledge = setting.knowledge
         if knowledge.labels is None:
             raise ValueError("matching is 'fingerprints', which needs labels; these are not known")
         self.prints: dict[int, list[Fingerprint]] = {}
-        usable = usable_fingerprints(setting.model, setting.observation, knowledge)
+        usable = usable or usable_fingerprints(setting.model, setting.observation, knowledge)
         for found in sorted(usable, key=lambda part: part.step):
             self.prints.setdefault(found.step, []).append(found)
         if not self.prints:
