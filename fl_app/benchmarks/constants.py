@@ -69,9 +69,15 @@ def _of_family() -> list[Case]:
 
 
 def _turns() -> list[Case]:
-    """Return how often `flow_matching` runs its denoiser: by rows, and by exact features."""
+    """Return how often `flow_matching` runs its denoiser.
+
+    Where steps are simulated, where rows are matched, and where exact features are.
+    """
+    simulated = (
+        Case(PAIR[0], flow(_ITERATIONS, matching="trajectory", every=every)) for every in (1, 2, 4)
+    )
     one = replace(ADAM, batch_size=1)
-    return [
+    read = (
         Case(client, timed(seconds, "flow_matching", every=every), state=state)
         for client, seconds, state in (
             (one, 12, "init"),
@@ -79,7 +85,8 @@ def _turns() -> list[Case]:
             (one, 20, "epoch-3"),
         )
         for every in (1, 4)
-    ]
+    )
+    return [*simulated, *read]
 
 
 SUITE = AttackSuite((*_one_change(), *_of_family(), *_turns()), split="tuning")

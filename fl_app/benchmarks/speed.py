@@ -14,10 +14,14 @@ from fl_app.benchmarks.suite import AttackSuite, Setting
 _SECONDS = {1: (5, 12, 30, 60), 4: (15, 30, 60), 8: (60,)}  # by images a step
 _FIRST = {1: 12, 4: 30, 8: 60}  # budget from which the threshold holds
 _GAIN = 3.0  # dB
+_OTHERS = ("inverting_gradients", "dlf", "gradinversion", "ggl")
 
 
 def _cases() -> tuple[Case, ...]:
-    """Return SME and flow_matching by budget under SGD, then flow_matching under Adam."""
+    """Return SME and flow_matching by budget under SGD, then flow_matching under Adam.
+
+    Then every other attack of several steps by budget, with one image a step.
+    """
     cases = []
     for batch, budgets in _SECONDS.items():
         client = replace(SGD, batch_size=batch)
@@ -37,6 +41,13 @@ def _cases() -> tuple[Case, ...]:
         Case(replace(client, batch_size=1), timed(30, "flow_matching"), state="epoch-3")
         for client in (SGD, ADAM)
     ]
+    cases += [
+        Case(replace(client, batch_size=1), timed(seconds, name))
+        for client, names in ((SGD, _OTHERS), (ADAM, ("sme", *_OTHERS)))
+        for seconds in (12, 30)
+        for name in names
+    ]
+    cases += [Case(one, timed(30, "flow_matching"))]
     return tuple(cases)
 
 
@@ -58,7 +69,7 @@ class _Speed(AttackSuite):
 
 
 SUITE = _Speed(_cases())
-"""What a few seconds bring: flow_matching beside SME, and what an iteration costs.
+"""What a few seconds bring: flow_matching beside the others, and what an iteration costs.
 
-A trial takes one thread 12 minutes. Seconds are only equal on cores that nothing else uses.
+A trial takes one thread 20 minutes. Seconds are only equal on cores that nothing else uses.
 """

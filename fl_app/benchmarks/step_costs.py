@@ -94,7 +94,7 @@ def step_costs(info: DatasetInfo, images: ImageSet, training: LocalTraining) -> 
     exact = matching_objective("trajectory", observation, knowledge, distance="squared")
     task = Task(observation, knowledge, load_flow("compact"), Budget())
     parts = FlowMatching(matching="trajectory").parts(task)
-    used = parts.matching
+    used, every = parts.matching, int(parts.chosen["every"])
 
     def core() -> None:
         torch.mm(square, square)
@@ -108,7 +108,8 @@ def step_costs(info: DatasetInfo, images: ImageSet, training: LocalTraining) -> 
         "plain": lambda: torch.autograd.grad(plain(x), x),
         "matching": lambda: torch.autograd.grad(exact(x, _PROGRESS), x),
         "used": lambda: torch.autograd.grad(used(x, _PROGRESS), x),
-        "denoiser": lambda: prior_slope(parts.priors, pixels, _PROGRESS),
+        # It runs in one of so many iterations.
+        "denoiser": lambda: [prior_slope(parts.priors, pixels, _PROGRESS) for _ in range(every)],
         "exchange": exchange,
         "core": core,
     }
@@ -118,13 +119,14 @@ def step_costs(info: DatasetInfo, images: ImageSet, training: LocalTraining) -> 
         each()
     turns = [{name: _cpu_seconds(each) for name, each in work.items()} for _ in range(_TURNS)]
     spent = {name: statistics.median(turn[name] for turn in turns) for name in work}
+    priors = spent["denoiser"] / every
     looks = spent["exchange"] / EXCHANGES if used.reassignments() else 0.0
     return StepCosts(
         client=case.client,
         plain=spent["plain"],
         matching=spent["matching"],
-        iteration=spent["used"] + spent["denoiser"] + looks,
-        denoiser=spent["denoiser"],
+        iteration=spent["used"] + priors + looks,
+        denoiser=priors,
         exchange=looks,
         flops=float(counter.get_total_flops()),
         peak=2.0 * _SIDE**3 / spent["core"],
