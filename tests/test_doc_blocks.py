@@ -182,9 +182,8 @@ def context_of(program: str, arguments: list[str]) -> click.Context:
     """Return what a command's own parser makes of its arguments."""
     context = PARSERS[program].make_context(program, arguments)
     while isinstance(context.command, click.Group):
-        name, command, rest = context.command.resolve_command(
-            context, [*context._protected_args, *context.args]
-        )
+        left = [*getattr(context, "_protected_args", ()), *context.args]
+        name, command, rest = context.command.resolve_command(context, left)
         assert command is not None
         context = command.make_context(name, rest, parent=context)
     return context
@@ -271,8 +270,6 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a page's reader has it."""
     made = tmp_path_factory.mktemp("pages") / "example"
     shutil.copytree(EXAMPLE, made)
-    (made / "docs").mkdir()
-    (made / "docs" / "results").symlink_to(ROOT / "docs" / "results")
     run = Pretence().write(made / "runs", "audit")
     for name in ("runs/audit-2", "runs/states", "leak"):
         shutil.copytree(run, made / name)
@@ -282,7 +279,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def desk(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     """A session in a copy of that folder; nothing is left of what it imports from there."""
-    folder = shutil.copytree(example, tmp_path / "page", symlinks=True)
+    folder = shutil.copytree(example, tmp_path / "page")
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("FLWR_HOME", str(folder / "flwr"))
@@ -308,6 +305,24 @@ def test_every_block_of_a_page_holds(
 
     monkeypatch.setattr(Attack, "__call__", brief)
     desk.read(page)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("```bash\nflowleak runs\nflowleak report audit --reduct\n```", "3: NoSuchOption"),
+        ("```bash\nflowleak rapport\n```", r"2: \w+: No such command 'rapport'"),
+        ("```bash\nflwr run . -c 'overrides=\"client.rl=1\"'\n```", "2: ConfigError: client.rl"),
+        ("```python\nx = 1\nprint(y)\n```", "3: NameError"),
+        ("```ini\nx = 1\n```", "2: AssertionError: 'ini' is no known kind of block"),
+        ("As `fl_app/nowhere.py` says.", "1: AssertionError: fl_app/nowhere.py is no file"),
+        ("Set `audit.label=counts`.", "1: ConfigError: audit.label"),
+    ],
+)
+def test_a_broken_page_is_named_with_its_line(text: str, words: str, desk: Desk) -> None:
+    Path("page.md").write_text(text)
+    with pytest.raises(BrokenPageError, match=f"page.md:{words}"):
+        desk.read(str(Path("page.md").absolute()))
 
 
 def slow_pages() -> list[str]:
