@@ -69,7 +69,7 @@ PARSED = {
     "flwr": "starts Flower, or asks it: test_end_to_end.py",
     "flowleak attack": "a search, of a real run: tests/fl_app/runs/test_attacking.py",
     "flowleak advise": "a quarter of an hour: test_advising.py",
-    "flowleak score": "needs private images: test_states.py",
+    "flowleak score": "needs private images: test_pairs.py",
     "flowleak view": "serves until Ctrl-C: test_serving.py",
     "flowleak bench status": "test_docs.py runs it",
     "flowleak bench": "minutes to hours on CIFAR-10: tests/fl_app/benchmarks",

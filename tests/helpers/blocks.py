@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from markdown_it import MarkdownIt
+from markdown_it import MarkdownIt  # rich brings it
 
 _KEYWORDS = ("do", "then", "else")  # a command may follow on the same line
 _NO_COMMANDS = ("for", "done")
