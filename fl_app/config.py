@@ -514,10 +514,11 @@ def _merge(layers: list[tuple[str, Any]]) -> Config:
     for origin, layer in layers:
         _refuse_interpolation(origin, layer)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged.merge_with(layer)  # OmegaConf.merge copies all of it each time
         except OmegaConfBaseException as error:
             where = error.full_key or "?"
-            message = (error.msg or "a value where a section should be").splitlines()[0]
+            words = error.msg if error.full_key else ""
+            message = (words or "a value where a section should be").splitlines()[0]
             if isinstance(error, ConfigKeyError):
                 parent = (
                     OmegaConf.select(merged, where.rpartition(".")[0]) if "." in where else None

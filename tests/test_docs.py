@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -52,32 +51,6 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     api = (tmp_path / "site" / "api" / "index.html").read_text()
     assert "attack_update" in api and "LocalTraining" in api
-
-
-def test_the_readmes_example_is_complete(tmp_path: Path) -> None:
-    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert found and len(ast.parse(found[1]).body) < 10
-    # The files that a user has: the weights before and after a client's training.
-    made = (
-        found[1].partition("verdict =")[0]
-        + """
-import torch
-from client_app.training import train
-
-torch.manual_seed(0)
-images, labels = torch.rand(5, 3, 32, 32), torch.tensor([0, 1, 2, 3, 4])
-torch.save(model.state_dict(), "before.pt")
-steps = [torch.tensor([n]) for n in range(5)]
-train(model, images, labels, steps, client.training, (0.5,) * 3, (0.5,) * 3)
-torch.save(model.state_dict(), "after.pt")
-"""
-    )
-    (tmp_path / "made.py").write_text(made)
-    run_python("made.py", folder=tmp_path)
-    (tmp_path / "audit.py").write_text(found[1])
-    shown = run_python("audit.py", folder=tmp_path)
-    assert "5 images" in shown
-    assert (tmp_path / "leak.png").exists()
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from helpers.blocks import blocks
 from helpers.flower_home import PROJECT, flower_home
 
 from fl_app.config import AttackConfig, ConfigError, load_config
@@ -30,10 +30,8 @@ DOCUMENT = PROJECT / "docs" / "adding-an-attack.md"
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Install the package of the document, and return the folder that it is installed in."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    text = DOCUMENT.read_text(encoding="utf-8")
     for language, name in (("toml", "pyproject.toml"), ("python", "smooth_attack.py")):
-        (block,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-        (source / name).write_text(block, encoding="utf-8")
+        (source / name).write_text(blocks(DOCUMENT, language)[0], encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(site), str(source)], check=True, timeout=300)
     return site

@@ -1,4 +1,4 @@
-"""What the server knows of its clients: all that flowleak needs to be told."""
+"""What the server knows of its clients: all that flowleak needs."""
 
 from pytorchexample.task import Net
 

@@ -138,7 +138,7 @@ class Identified(TypedDict):
     count, of : int
         Those identified, and those that have candidates.
     candidates : tuple of int
-        Other images that each was told from: the fewest and the most.
+        Other images that each was compared with: the fewest and the most.
     chance : float
         Share of the images that a guess would identify.
     by : str

@@ -55,7 +55,7 @@ class Identification:
         Its place among the candidates by distance, 1 is the nearest; one as far away
         as another comes last.
     candidates : tuple of int
-        Other images of its class that it is told from. A guess is right once in
+        Other images of its class that it is compared with. A guess is right once in
         ``1 + candidates``.
     by : str
         What the distance is of.
@@ -136,8 +136,8 @@ Identify = Callable[[Tensor, Tensor, Sequence[int]], Identification]
 
 
 def nothing_to_tell_from(*_: object) -> Identification:
-    """Refuse: there are no other images to tell the private ones from."""
-    raise ValueError("no data set to tell the private images from")
+    """Refuse: there are no other images to compare the private ones with."""
+    raise ValueError("no data set to compare the private images with")
 
 
 def choose_likeness(

@@ -32,7 +32,7 @@ class Summary(TypedDict):
 class Score(Summary, total=False):
     """One metric of a line, see `fl_app.audit.metrics.MetricScore`.
 
-    Lines of before have ``low`` and ``high``, an interval over the client's images.
+    Lines of version 0.1.0 have ``low`` and ``high``, an interval over the client's images.
     """
 
     values: Sequence[float | None]

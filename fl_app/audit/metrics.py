@@ -229,7 +229,7 @@ def score(
         For the accuracy of inferred labels; not read where they were given.
     identify : Identify
         Tells which private images are identified. Its ValueError or OSError is the reason
-        why none is told.
+        why none is identified.
 
     Raises
     ------

@@ -140,7 +140,7 @@ def renew(
         "lan"
     ),
 ) -> None:
-    """Make the certificates anew, with the same keys, and say what to copy again, and where."""
+    """Make the certificates again, with the same keys, and say what to copy again, and where."""
     from fl_app.lan.keys import renew_kits
 
     for name, files in renew_kits(folder).items():
@@ -385,7 +385,7 @@ def ray_environment(kit: Kit) -> dict[str, str | None]:
         # Ray's own folder is the machine's, where every other Ray would take this for its cluster.
         "RAY_TMPDIR": _ray_folder(),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker that asks for no GPU may use it
-        # A head that is started again knows nobody: who waits for it should join it anew.
+        # A head that is started again knows nobody: who waits for it should join it again.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     }
 

@@ -168,9 +168,9 @@ def list_kits(folder: Path) -> list[Kit]:
 
 
 def renew_kits(folder: Path) -> dict[str, list[str]]:
-    """Make the certificates of all kits anew; every key and token stays.
+    """Make the certificates of all kits again; every key and token stays.
 
-    The authority's own is made anew when it would end before those that it signs.
+    The authority's own is made again when it would end before those that it signs.
     As it has the same key, machines with its old and its new certificate trust each
     other: they may get their new files in any order.
 
@@ -252,7 +252,7 @@ class _Authority:
         self.certificate = x509.load_pem_x509_certificate(self._path.read_bytes())
 
     def renew(self) -> None:
-        """Make its certificate anew if it ends before one would that it signs now."""
+        """Make its certificate again if it ends before one would that it signs now."""
         if self.certificate.not_valid_after_utc < datetime.now(UTC) + _VALID:
             _write(self._path, _own_certificate(self._key))
             self.certificate = x509.load_pem_x509_certificate(self._path.read_bytes())

@@ -48,7 +48,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What an attack believes a client's private images to be.
+    """An attack's estimate of a client's private images.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Reconstruction:
     matching : str
         How it matched the update, and why so.
     images : Tensor, shape (N, C, H, W)
-        In [0, 1], in training order as the attack believes it.
+        In [0, 1], in the training order that the attack found.
     labels : tuple of int
         N class indices.
     losses : tuple of float

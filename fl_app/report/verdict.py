@@ -115,7 +115,7 @@ def _of_identified(
 
 
 def _of_recognised(source: Source, attack: str, lines: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Return the verdict where there was nothing to tell the private images from."""
+    """Return the verdict where there was nothing to compare the private images with."""
     reasons = dict.fromkeys(line["reasons"].get("identification", "") for line in lines)
     why = next(filter(None, reasons), "no reason is logged")
     beside = [f"Which images are identified is not known: {why}.", *_beside(source, attack)]

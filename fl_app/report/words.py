@@ -21,7 +21,7 @@ _MOST_ROUNDS = 100_000  # that are looked through; a damaged file may say any nu
 NOT_MEASURED = "not measured on this run"
 
 _LABELS: Mapping[str, tuple[str, Any]] = {
-    "by-step": ("which label belongs to which local step; no server is told that", "generous"),
+    "by-step": ("which label belongs to which local step; no server knows that", "generous"),
     "counts": (
         "how many images of each class, as published attacks assume; a server has to infer it",
         "generous",

@@ -130,6 +130,6 @@ def _normalised(taken: Sequence[Observation], known: Knowledge) -> Iterator[Chan
     other = {"batch": "group", "group": "batch"}.get(own, "")
     if other in MODELS[known.model].norms:
         done = taken[0].round - 1
-        begins = f"trained anew for {done} round{'s' * (done > 1)}" if done else "at its start"
+        begins = f"trained again for {done} round{'s' * (done > 1)}" if done else "at its start"
         words = f"{_NORMS[other]} for {_NORMS[own]}, {begins}"
         yield Change(words, norm=other)

@@ -104,7 +104,7 @@ def _measure(federation: Federation, dataset: DatasetConfig, info: DatasetInfo, 
 
 
 def model_before(round_: int, own: Auditor) -> Mapping[str, Tensor]:
-    """Return the global model that a round starts from, trained anew for as many rounds.
+    """Return the global model that a round starts from, trained again for as many rounds.
 
     Raises
     ------

@@ -26,7 +26,7 @@ class Verdict:
     Attributes
     ----------
     found : Reconstruction
-        Its `images`, shape (N, C, H, W) in [0, 1], and `labels` are what the attack believes.
+        Its `images`, shape (N, C, H, W) in [0, 1], and `labels` are the attack's estimate.
     leakage : Leakage or None
         Its scores, where the private images were given.
     private : Tensor, shape (N, C, H, W), or None

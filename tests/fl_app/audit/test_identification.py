@@ -206,7 +206,7 @@ def test_why_nothing_is_identified_is_said() -> None:
     x = images(2)
     found = score(reconstruction_of(x), truth_of(x), MEAN)
     assert found.identification is None
-    assert found.reasons["identification"] == "no data set to tell the private images from"
+    assert found.reasons["identification"] == "no data set to compare the private images with"
 
     def broken(*_: object) -> None:
         raise DataError("the data set is not here")

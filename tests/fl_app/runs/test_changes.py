@@ -36,7 +36,7 @@ def test_the_other_norm_is_tried_where_there_is_one() -> None:
 
     assert norms("convnet") == norms("vit_tiny") == []
     assert norms("resnet8") == ["GroupNorm for BatchNorm, at its start"]
-    words = "BatchNorm for GroupNorm, trained anew for 2 rounds"
+    words = "BatchNorm for GroupNorm, trained again for 2 rounds"
     assert norms("convnet", "group", 3) == [words]
 
 
