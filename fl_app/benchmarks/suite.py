@@ -31,9 +31,9 @@ from fl_app.benchmarks.states import trained_state
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
 from fl_app.data import ImageSet, dataset_info, fingerprint, halves, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
-from fl_app.registry import ATTACKS, PRIORS
+from fl_app.registry import ATTACKS
 from fl_app.runs.folder import git_commit
-from server_strategies.priors.flow import find_weights
+from server_strategies.priors.places import weights_name
 
 _Kept = TypeVar("_Kept", bound=Results)
 
@@ -156,8 +156,7 @@ class Setting:
         """The prior's name, or that of its file; empty for the default."""
         if self.prior == PriorConfig():
             return ""
-        weights = self.prior.weights
-        return weights if weights in PRIORS else find_weights(weights).stem
+        return weights_name(self.prior.weights)
 
     def command(self, name: str, trials: int) -> str:
         """Return the command that makes these results."""

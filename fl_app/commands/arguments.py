@@ -38,7 +38,9 @@ DatasetChoice = Annotated[
 ]
 Weights = Annotated[
     str,
-    typer.Argument(help="A shipped prior's name (`flowleak list priors`), or a .safetensors file."),
+    typer.Argument(
+        help="A prior's name (`flowleak list priors`), a .safetensors file, or hub:OWNER/NAME."
+    ),
 ]
 
 

@@ -76,8 +76,8 @@ def run_benchmark(
     prior: Annotated[
         str,
         typer.Option(
-            help="Of the attacks: a shipped prior's name (`flowleak list priors`), or a "
-            ".safetensors file; empty: the default one."
+            help="Of the attacks: a prior's name (`flowleak list priors`), a .safetensors file, "
+            "or hub:OWNER/NAME; empty: the default one."
         ),
     ] = "",
     private: Annotated[

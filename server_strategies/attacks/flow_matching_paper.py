@@ -38,7 +38,7 @@ class FlowMatchingPaper(Attack):
     t_start: float = option(0.5, "flow time t(k) at the first iteration", low=1e-6, high=1)
     t_end: float = option(0.95, "flow time t(k) at the last iteration", low=1e-6, high=1)
     lr: float = option(0.1, "learning rate of Adam on normalised pixels", low=0)
-    network: str = option("unet64", "velocity network: a prior's name, or a .safetensors file")
+    network: str = option("unet64", "velocity network, as prior.weights names it")
 
     def weights(self, chosen: str) -> str:
         """See `Attack`; the paper's network, whatever was chosen."""
