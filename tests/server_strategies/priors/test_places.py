@@ -39,7 +39,7 @@ def test_what_is_in_git_alone_leaves_the_wheel_and_is_missed_in_one_sentence(
         raise FileNotFoundError(relative)
 
     monkeypatch.setattr(places, "project_file", without)
-    with pytest.raises(ValueError, match="not in its wheel: install a checkout .* or give the pa"):
+    with pytest.raises(ValueError, match=r"not in its wheel: install a checkout .* or give the pa"):
         load_flow("unet64")
     assert "not in its wheel" in flowleak("list", "priors", "--json")
     with pytest.raises(FileNotFoundError):  # that one is in every wheel: the installation is broken
@@ -109,7 +109,7 @@ def test_the_weights_say_what_their_card_says(name: str) -> None:
 
 
 def test_a_card_of_ones_own_needs_a_licence() -> None:
-    with pytest.raises(ValueError, match="the card of own names no licence .* needed: --license"):
+    with pytest.raises(ValueError, match=r"the card of own names no licence .* needed: --license"):
         hub_card("# own\n\n- network: compact\n", "own")
     text = hub_card("# own\n\n- network: compact\n", "own", "mit", "me/pictures")
     data = huggingface_hub.ModelCard(text).data
