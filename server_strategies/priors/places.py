@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import partial
 from pathlib import Path
 
 from fl_app.config import HUB
@@ -106,12 +107,12 @@ def _from_hub(weights: str) -> Path:
         raise ValueError(f"prior weights {weights!r}; allowed: {HUB}OWNER/NAME[@REVISION]")
     with extras():  # slow to import, and no other weights need it
         from huggingface_hub import hf_hub_download
-    kept = {"repo_id": name, "filename": HUB_FILE, "revision": revision or None}
+    download = partial(hf_hub_download, name, HUB_FILE, revision=revision or None)
     try:
         try:  # without a request: the same weights in every process of a run, and later
-            return Path(hf_hub_download(**kept, local_files_only=True))
+            return Path(download(local_files_only=True))
         except OSError:
-            return Path(hf_hub_download(**kept))
+            return Path(download())
     except Exception as error:  # from the network, the hub or the disk
         raise ValueError(
             f"prior weights {weights!r}: no {HUB_FILE} from the hub. Cause: {error}"

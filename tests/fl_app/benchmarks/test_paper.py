@@ -66,7 +66,10 @@ def test_it_is_made_by_one_command(element: str, cases: str, tmp_path: Path) -> 
         return
     table = out.with_suffix(".md").read_text()
     assert f"flowleak bench paper {element} --budget smoke --dataset photos" in table
-    assert "The paper gives no batch size" in table
+    assert "The paper gives no batch size" in table and "recovery threshold" in table
+    head = next(line for line in table.splitlines() if line.startswith("|"))
+    columns = COLUMNS[: ELEMENTS[element.removeprefix("--")].columns]
+    assert all(f"| {name} |" in head for name in columns)
     if element.startswith("--table") and element != "--table 2":  # that one is of two data sets
         assert "**the paper: " in table
 
