@@ -25,7 +25,7 @@ _AT_ONCE = 128  # images in one call of the network; only bounds the memory
 TRAINED_SIZE = 32  # image size of weights whose metadata lack it, as older files do
 
 
-def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
+def load_flow(weights: str, device: torch.device | str = "cpu", fetch: bool = True) -> nn.Module:
     """Load a trained velocity network, frozen.
 
     Parameters
@@ -34,6 +34,8 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
         A name in the registry of priors, or a file or a repository on the hub, see
         `find_weights`.
     device : torch.device or str
+    fetch : bool
+        See `find_weights`.
 
     Returns
     -------
@@ -49,7 +51,7 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     """
     if weights in PRIORS:
         return PRIORS[weights](device)
-    return load_weights(find_weights(weights), device)
+    return load_weights(find_weights(weights, fetch), device)
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> nn.Module:

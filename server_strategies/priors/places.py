@@ -43,7 +43,7 @@ def shipped_weights(name: str) -> Path:
         ) from error
 
 
-def find_weights(weights: str) -> Path:
+def find_weights(weights: str, fetch: bool = True) -> Path:
     """Return the file of a trained velocity network; its model card is beside it, in ``.md``.
 
     Parameters
@@ -53,6 +53,8 @@ def find_weights(weights: str) -> Path:
         ``flowleak prior train``, see `user_path`; or ``hub:OWNER/NAME``, or
         ``hub:OWNER/NAME@REVISION``, of a repository on the Hugging Face hub, which is
         downloaded once and has no card beside it.
+    fetch : bool
+        Whether they may be downloaded. What a run's folder names is not: it may be anybody's.
 
     Raises
     ------
@@ -60,7 +62,7 @@ def find_weights(weights: str) -> Path:
         If there are no such weights.
     """
     if weights.startswith(HUB):
-        return _from_hub(weights)
+        return _from_hub(weights, fetch)
     if weights.endswith(".safetensors"):
         path = user_path(weights)
         if not path.is_file():
@@ -94,13 +96,13 @@ def weights_digest(weights: str) -> str | None:
         See `load_flow`.
     """
     try:
-        data = find_weights(weights).read_bytes()
+        data = find_weights(weights, fetch=False).read_bytes()
     except (ValueError, OSError):
         return None  # or it is missing, which the attack that needs it tells
     return hashlib.sha256(data).hexdigest()
 
 
-def _from_hub(weights: str) -> Path:
+def _from_hub(weights: str, fetch: bool) -> Path:
     """Return a repository's weights in the hub's cache, downloaded where they are not there."""
     name, _, revision = weights.removeprefix(HUB).partition("@")
     if not _HUB_NAME.fullmatch(name):
@@ -108,11 +110,17 @@ def _from_hub(weights: str) -> Path:
     with extras():  # slow to import, and no other weights need it
         from huggingface_hub import hf_hub_download
     download = partial(hf_hub_download, name, HUB_FILE, revision=revision or None)
+    try:  # without a request: the same weights in every process of a run, and later
+        return Path(download(local_files_only=True))
+    except OSError as error:
+        if not fetch:
+            raise ValueError(
+                f"prior weights {weights!r} are not on this machine, and what a run names is not "
+                f"downloaded; first: hf download {name} {HUB_FILE}"
+                + (f" --revision {revision}" if revision else "")
+            ) from error
     try:
-        try:  # without a request: the same weights in every process of a run, and later
-            return Path(download(local_files_only=True))
-        except OSError:
-            return Path(download())
+        return Path(download())
     except Exception as error:  # from the network, the hub or the disk
         raise ValueError(
             f"prior weights {weights!r}: no {HUB_FILE} from the hub. Cause: {error}"

@@ -67,6 +67,10 @@ def test_a_prior_is_loaded_from_the_hub_once(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     chosen = load_config({"prior": "hub:owner/name"}).prior.weights
+    with pytest.raises(ValueError, match="not downloaded; first: hf download owner/name model"):
+        load_flow(chosen, fetch=False)  # as a run's folder names it
+    assert places.weights_digest(chosen) is None
+    asked.clear()
     network, shipped = load_flow(chosen), load_flow("compact")
     assert network.facts == shipped.facts
     assert asked == [("owner/name", None, True), ("owner/name", None, False)]
