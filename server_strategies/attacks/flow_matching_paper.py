@@ -1,8 +1,9 @@
 """The paper's attack to the letter, beside what `flow_matching` makes of it.
 
 The paper leaves open: the weights of eq. 18, the mapping of iterations to flow time, the learning
-rates, the first alpha, and where it stops. The weight of eq. 17 is the largest that costs no
-more than 0.1 dB on an untrained tuning client, by ``flowleak bench paper --tune``.
+rates, the first alpha, and the matching loss at which it stops (its recovery threshold). The weight
+of eq. 17 is the largest that costs no more than 0.1 dB on an untrained tuning client, by
+``flowleak bench paper --tune``. The threshold is in ``conf/attack/flow_matching_paper.yaml``.
 """
 
 from __future__ import annotations
