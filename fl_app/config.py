@@ -37,6 +37,8 @@ _KEYS = {
 # What every run's config.yaml has, of whatever version; the last one is written last.
 _ALWAYS = ("name", "seed", "rounds", "watch", "audit", *GROUPS)
 
+HUB = "hub:"
+"""Begins a prior's weights on the Hugging Face hub: ``hub:OWNER/NAME``."""
 LAST_SEED = 2**32 - 1
 """The largest seed that every library takes."""
 
@@ -466,11 +468,11 @@ def _registry(group: str) -> Registry:
 
 
 def _read(group: str, name: str) -> DictConfig:
-    """Read one file of a group, or the defaults of a plug-in that has none."""
+    """Read one file of a group, or the defaults of a plug-in, or a prior, that has none."""
     files = config_files(group)
     if name in files:
         return DictConfig(read_settings(files[name]))
-    if name in choices(group):
+    if name in choices(group) or (group == "prior" and name.startswith(HUB)):
         return DictConfig({_KEYS[group]: name})
     raise ConfigError(f"{group} is {name!r}; allowed: {', '.join(choices(group)) or 'none yet'}")
 

@@ -151,7 +151,7 @@ def quick_config(run_config: dict[str, str]) -> Config:
 
 @pytest.fixture(autouse=True)
 def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_prior(*_: object) -> None:
+    def no_prior(*_: object, **__: object) -> None:
         raise ValueError("off")
 
     monkeypatch.setattr(attacking, "open_pool", InlinePool)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.command import flowleak
+from typer.main import get_command
 
+from fl_app.commands.main import app
 from fl_app.registry import ATTACKS, OURS
 
 ROOT = Path(__file__).parents[1]
@@ -121,3 +125,17 @@ def test_the_table_of_options_is_that_of_the_fields() -> None:
     lines = block("docs/attacks.md", "options").splitlines()[2:]
     rows = [re.split(r"(?<!\\) \| ", line.strip("| ").replace("`", "")) for line in lines]
     assert [tuple(cell.replace(r"\|", "|") for cell in row) for row in rows] == options()
+
+
+def test_the_script_for_a_gpu_names_options_that_exist() -> None:
+    found = re.search(r"```bash\n(.*?)```", (ROOT / "docs" / "gpu.md").read_text(), re.DOTALL)
+    assert found
+    lines = found[1].replace("\\\n", " ").splitlines()
+    commands = [line.partition("flowleak ")[2] for line in lines if "flowleak " in line]
+    assert len(commands) == 5
+    for words in map(shlex.split, commands):
+        command: Any = get_command(app)
+        for word in words[:2]:
+            command = command.commands[word]
+        known = {name for parameter in command.params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, words

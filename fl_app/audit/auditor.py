@@ -357,7 +357,7 @@ class Auditor:
     @cached_property
     def _prior(self) -> tuple[nn.Module | None, dict[str, str]]:
         try:
-            return load_flow(self.config.prior.weights), {}
+            return load_flow(self.config.prior.weights, fetch=False), {}
         except (ValueError, OSError) as error:
             return None, {"prior_residual": str(error)}
 

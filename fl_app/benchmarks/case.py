@@ -118,6 +118,8 @@ class Case:
         options = "".join(f" {key}={value}" for key, value in sorted(self.attack.options.items()))
         limit = f" {self.attack.seconds:g} s" if self.attack.seconds else ""
         limit = limit or f" x{self.attack.iterations}"
+        if self.attack.recovery_threshold:
+            limit += f" or a loss of {self.attack.recovery_threshold:g}"
         return f"{self.attack.name}{options}{limit}"
 
     @property

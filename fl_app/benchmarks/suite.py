@@ -31,9 +31,9 @@ from fl_app.benchmarks.states import trained_state
 from fl_app.config import ConfigError, DatasetConfig, PriorConfig, check_seed
 from fl_app.data import ImageSet, dataset_info, fingerprint, halves, load_split
 from fl_app.protocol import DatasetInfo, Knowledge, Observation
-from fl_app.registry import ATTACKS, PRIORS
+from fl_app.registry import ATTACKS
 from fl_app.runs.folder import git_commit
-from server_strategies.priors.flow import find_weights
+from server_strategies.priors.places import weights_name
 
 _Kept = TypeVar("_Kept", bound=Results)
 
@@ -146,23 +146,22 @@ class Setting:
     def facts(self) -> dict[str, Any]:
         """What results depend on beside the cases, and what makes them."""
         facts = {"dataset": self.data.name, "split": self.split, "first_seed": self.seed}
-        prior = {"prior": self._prior_name} if self._prior_name else {}
+        prior = {"prior": self.prior_name} if self.prior_name else {}
         private = {"private": fingerprint(self.private)} if self.private else {}
         made = {"commit": git_commit(), "version": version(), "code": code_hash()}
         return {**facts, **prior, **private, **made}
 
     @property
-    def _prior_name(self) -> str:
+    def prior_name(self) -> str:
         """The prior's name, or that of its file; empty for the default."""
         if self.prior == PriorConfig():
             return ""
-        weights = self.prior.weights
-        return weights if weights in PRIORS else find_weights(weights).stem
+        return weights_name(self.prior.weights)
 
     def command(self, name: str, trials: int) -> str:
         """Return the command that makes these results."""
         words = ["flowleak", "bench", name, "--dataset", self.data.name, "--split", self.split]
-        words += ["--prior", self._prior_name] if self._prior_name else []
+        words += ["--prior", self.prior_name] if self.prior_name else []
         words += ["--trials", str(trials), "--seed", str(self.seed)]
         words += ["--workers", str(self.workers)] if self.workers > 1 else []
         words += ["--private", self.private.name] if self.private else []

@@ -20,7 +20,7 @@ from fl_app.protocol import Knowledge, Observation, Reconstruction
 from server_strategies.attacks.attack import Attack
 from server_strategies.attacks.matching import matching_objective
 from server_strategies.attacks.run import create_attack, run_attack
-from server_strategies.priors.flow import weights_digest
+from server_strategies.priors.places import weights_digest
 
 _perceptual = cache(load_lpips)
 

@@ -38,7 +38,9 @@ DatasetChoice = Annotated[
 ]
 Weights = Annotated[
     str,
-    typer.Argument(help="A shipped prior's name (`flowleak list priors`), or a .safetensors file."),
+    typer.Argument(
+        help="A prior's name (`flowleak list priors`), a .safetensors file, or hub:OWNER/NAME."
+    ),
 ]
 
 
@@ -69,7 +71,22 @@ def lpips_folder(weights: str) -> str:
 
 
 def prior_weights(weights: str) -> str:
-    """Return a prior's name as it is, and the path of a file as `typed_path` does."""
+    """Return a prior's name as it is, and the path of a file as `typed_path` does.
+
+    One of the hub is downloaded: what a run names later is not.
+
+    Raises
+    ------
+    ValueError
+        If it can't be.
+    """
+    from fl_app.config import HUB
+
+    if weights.startswith(HUB):
+        from server_strategies.priors.places import find_weights
+
+        find_weights(weights)
+        return weights
     return typed_path(weights) if weights.endswith(".safetensors") else weights
 
 

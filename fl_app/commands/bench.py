@@ -76,8 +76,8 @@ def run_benchmark(
     prior: Annotated[
         str,
         typer.Option(
-            help="Of the attacks: a shipped prior's name (`flowleak list priors`), or a "
-            ".safetensors file; empty: the default one."
+            help="Of the attacks: a prior's name (`flowleak list priors`), a .safetensors file, "
+            "or hub:OWNER/NAME; empty: the default one."
         ),
     ] = "",
     private: Annotated[
@@ -177,12 +177,15 @@ def make_again(
     lpips_weights: Annotated[str, typer.Option(help="As for bench run.")] = "",
     workers: Annotated[int, typer.Option(help="Processes that share the cores.")] = 1,
     cases: Annotated[str, typer.Option(help="As for bench run.")] = "",
+    prior: Annotated[
+        str, typer.Option(help="As for bench run; the paper's own attack keeps its network.")
+    ] = "",
 ) -> None:
     """Make a table or a figure of the paper again, ours beside what it prints."""
     from fl_app.benchmarks.paper.elements import BUDGETS
     from fl_app.benchmarks.paper.suite import paper_suite
     from fl_app.benchmarks.suite import Setting
-    from fl_app.config import ConfigError
+    from fl_app.config import ConfigError, PriorConfig
 
     if sum((bool(table), bool(figure), tune)) != 1:
         raise ConfigError("one of --table, --figure and --tune is needed")
@@ -195,11 +198,13 @@ def make_again(
     element = "" if tune else f"table {table}" if table else f"figure {figure}"
     suite = paper_suite(element, budget)
     lpips = lpips_folder(lpips_weights)
-    setting = Setting(data, suite.split, trials, 0, out, workers, cases, lpips_weights=lpips)
+    chosen = PriorConfig(prior_weights(prior)) if prior else PriorConfig()
+    setting = Setting(data, suite.split, trials, 0, out, workers, cases, chosen, lpips)
     words = "--tune" if tune else f"--{element}"
 
     def command(trials: int) -> str:
         made = f"flowleak bench paper {words} --budget {budget} --dataset {data.name}"
+        made += f" --prior {setting.prior_name}" if setting.prior_name else ""
         return f"{made} --trials {trials}" + (f" --cases {shlex.quote(cases)}" if cases else "")
 
     _run(suite, f"paper, {element or 'tuning'}", setting, command)

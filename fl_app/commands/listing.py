@@ -13,7 +13,7 @@ import typer
 
 from fl_app.commands.output import print_json, screen, table_of
 from fl_app.config import GROUPS, ConfigError, config_files, load_config
-from fl_app.registry import ATTACKS, OURS, REGISTRIES, Entry, Registry
+from fl_app.registry import ATTACKS, OURS, PRIORS, REGISTRIES, Entry, Registry
 from fl_app.util.extras import MissingExtraError
 
 # Up to a line that ends with a full stop, or to the paragraph's end.
@@ -59,8 +59,8 @@ def list_choices(
         bool,
         typer.Option(
             "--json",
-            help="Print a JSON list instead. Keys: name, description, source, package; of options: "
-            "attack, option, default, allowed, help.",
+            help="Print a JSON list instead. Keys: name, description, source, package; of priors "
+            "also file; of options: attack, option, default, allowed, help.",
         ),
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead.")] = False,
@@ -71,6 +71,8 @@ def list_choices(
     if name and kind != "attacks":
         raise ConfigError(f"name is {name!r}; {kind} have no options to list, allowed: attacks")
     found = options_of(name) if name else [asdict(choice) for choice in choices(kind)]
+    if kind == "priors":
+        found = [{**each, "file": _file_of(each["name"])} for each in found]
     if json_:
         print_json(found)
         return
@@ -148,6 +150,19 @@ def _choice(entry: Entry, file: Path | None) -> Choice:
         " ".join(source[1].split()) if source else "",
         entry.package,
     )
+
+
+def _file_of(prior: str) -> str:
+    """Return where a prior's weights are, or why they are not there; empty: its package knows."""
+    from server_strategies.priors.places import find_weights
+
+    entry = PRIORS.entries.get(prior)
+    if entry and entry.package != OURS:
+        return ""
+    try:
+        return str(find_weights(prior))
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def _first_comment(file: Path) -> str:

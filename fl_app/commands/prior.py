@@ -52,8 +52,8 @@ def train_prior(
     start: Annotated[
         str,
         typer.Option(
-            help="Weights to begin with: a shipped prior's name (`flowleak list priors`), or a "
-            ".safetensors file; default: at random."
+            help="Weights to begin with: a prior's name (`flowleak list priors`), a .safetensors "
+            "file, or hub:OWNER/NAME; default: at random."
         ),
     ] = TrainingSettings.start,
     folder: Annotated[
@@ -110,22 +110,52 @@ def draw_image_bank(
     console.print(f"Images: {out}", highlight=False, soft_wrap=True)
 
 
+@prior_app.command("card")
+def write_hub_card(
+    weights: Weights,
+    out: Annotated[Path, typer.Option(help="Folder of model.safetensors and README.md.")] = Path(
+        "hub"
+    ),
+    license_: Annotated[
+        str,
+        typer.Option(
+            "--license", help="Of the weights, such as apache-2.0 or other; empty: the card's."
+        ),
+    ] = "",
+    training_data: Annotated[
+        str, typer.Option(help="ORG/NAME of the training images on the hub; empty: the card's.")
+    ] = "",
+) -> None:
+    """Write a folder for the Hugging Face hub: a prior, with its card in the hub's format."""
+    from server_strategies.priors.card import write_hub_folder
+    from server_strategies.priors.places import weights_name
+
+    weights = prior_weights(weights)
+    write_hub_folder(weights, weights_name(weights), out, license_, training_data)
+    screen().print(
+        f"Folder: {out}. To upload it: hf upload OWNER/NAME {out}", highlight=False, soft_wrap=True
+    )
+
+
 @prior_app.command("evaluate")
 def evaluate_prior(
     weights: Weights,
     dataset: DatasetChoice = "cifar10",
     images: Annotated[int, typer.Option(help="Test images to denoise, 1 or more.")] = 64,
 ) -> None:
-    """Measure how well a flow prior denoises, and write it into its model card."""
+    """Measure how well a flow prior denoises; its card, where it has one, keeps the table."""
     from fl_app.benchmarks.denoising import denoising_table, evaluate_denoising, write_card
-    from server_strategies.priors.flow import find_weights
+    from fl_app.config import HUB
+    from server_strategies.priors.places import find_weights
 
     console = screen()
     weights = prior_weights(weights)
-    card = find_weights(weights).with_suffix(".md")
+    card = None if weights.startswith(HUB) else find_weights(weights).with_suffix(".md")
     data, test = _test_split(dataset)
     rows = evaluate_denoising(weights, test.images, images)
     console.print(denoising_table(rows))
+    if card is None:  # the hub's cache is not ours to write to
+        return
     command = f"flowleak prior evaluate {card.stem} --dataset {data.name} --images {images}"
     what = f"{images} of {len(test):,} {data.name} test images"
     write_card(card, rows, what, command, _commit())
@@ -151,7 +181,7 @@ def check_assumptions(
     from fl_app.data import dataset_info
     from fl_app.util.files import write_text
     from fl_app.util.markdown import sections_markdown
-    from server_strategies.priors.flow import weights_digest
+    from server_strategies.priors.places import weights_digest
 
     weights = prior_weights(weights)
     data, test = _test_split(dataset)

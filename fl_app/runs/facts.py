@@ -23,7 +23,7 @@ from fl_app.runs.described import NO_DATA, client_of, described_config
 from fl_app.runs.folder import DESCRIBED
 from fl_app.util.plain import plain_settings
 from fl_app.util.text import printable
-from server_strategies.priors.flow import weights_digest
+from server_strategies.priors.places import weights_digest
 
 _DATA = "data"  # the entry of config.yaml
 

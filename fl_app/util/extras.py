@@ -12,6 +12,7 @@ _EXTRA = {
     "cma": "cma",
     "datasets": "data",
     "flwr_datasets": "data",
+    "huggingface_hub": "data",
     "PIL": "data",
     "pyarrow": "data",
     "skimage": "data",

@@ -1,8 +1,9 @@
 """The paper's attack to the letter, beside what `flow_matching` makes of it.
 
 The paper leaves open: the weights of eq. 18, the mapping of iterations to flow time, the learning
-rates, the first alpha, and where it stops. The weight of eq. 17 is the largest that costs no
-more than 0.1 dB on an untrained tuning client, by ``flowleak bench paper --tune``.
+rates, the first alpha, and the matching loss at which it stops (its recovery threshold). The weight
+of eq. 17 is the largest that costs no more than 0.1 dB on an untrained tuning client, by
+``flowleak bench paper --tune``. The threshold is in ``conf/attack/flow_matching_paper.yaml``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class FlowMatchingPaper(Attack):
     t_start: float = option(0.5, "flow time t(k) at the first iteration", low=1e-6, high=1)
     t_end: float = option(0.95, "flow time t(k) at the last iteration", low=1e-6, high=1)
     lr: float = option(0.1, "learning rate of Adam on normalised pixels", low=0)
-    network: str = option("unet64", "velocity network: a prior's name, or a .safetensors file")
+    network: str = option("unet64", "velocity network, as prior.weights names it")
 
     def weights(self, chosen: str) -> str:
         """See `Attack`; the paper's network, whatever was chosen."""

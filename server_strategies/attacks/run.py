@@ -66,7 +66,9 @@ def run_attack(
     """
     chosen, began = create_attack(attack), time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_flow(chosen.weights(prior.weights), device) if chosen.needs_prior else None
+    network = None
+    if chosen.needs_prior:
+        network = load_flow(chosen.weights(prior.weights), device, fetch=False)
     budget = Budget(attack.iterations, attack.seconds, seed, device, attack.recovery_threshold)
     found = chosen(observation, knowledge, network, budget, report)
     return replace(found, seconds=time.monotonic() - began)

@@ -7,18 +7,17 @@ that D(x_t, t) = x_t + (1 - t) v(x_t, t) is a denoiser.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_app.registry import OURS, PRIORS
-from fl_app.util.files import project_file, user_path
+from fl_app.registry import PRIORS
 from fl_app.util.reading import BrokenFileError
 from fl_app.util.tensors import read_tensors
 from server_strategies.priors.networks import create_network
+from server_strategies.priors.places import find_weights
 from server_strategies.priors.tiles import Tiled
 
 MODES = ("denoiser", "velocity")
@@ -26,66 +25,17 @@ _AT_ONCE = 128  # images in one call of the network; only bounds the memory
 TRAINED_SIZE = 32  # image size of weights whose metadata lack it, as older files do
 
 
-def shipped_weights(name: str) -> Path:
-    """Return the file of a shipped network; its model card is beside it, in ``.md``."""
-    return project_file(f"server_strategies/priors/weights/{name}.safetensors")
-
-
-def find_weights(weights: str) -> Path:
-    """Return the file of a trained velocity network; its model card is beside it, in ``.md``.
-
-    Parameters
-    ----------
-    weights : str
-        The name of a shipped prior, or the path of a ``.safetensors`` file made by
-        ``flowleak prior train``, see `user_path`.
-
-    Raises
-    ------
-    ValueError
-        If there are no such weights.
-    """
-    if weights.endswith(".safetensors"):
-        path = user_path(weights)
-        if not path.is_file():
-            raise ValueError(f"prior weights {weights!r}: {path} is no file; give its whole path")
-        return path
-    try:
-        return shipped_weights(weights)
-    except FileNotFoundError as error:
-        shipped = [entry.name for entry in PRIORS.entries.values() if entry.package == OURS]
-        if weights in shipped:
-            raise
-        raise ValueError(
-            f"prior weights {weights!r} are not shipped; allowed: {', '.join(shipped)}, "
-            "or the path of a .safetensors file"
-        ) from error
-
-
-def weights_digest(weights: str) -> str | None:
-    """Return the SHA-256 of a prior's weights, None where they are in no file: a plug-in's.
-
-    Parameters
-    ----------
-    weights : str
-        See `load_flow`.
-    """
-    try:
-        data = find_weights(weights).read_bytes()
-    except (ValueError, OSError):
-        return None  # or it is missing, which the attack that needs it tells
-    return hashlib.sha256(data).hexdigest()
-
-
-def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
+def load_flow(weights: str, device: torch.device | str = "cpu", fetch: bool = True) -> nn.Module:
     """Load a trained velocity network, frozen.
 
     Parameters
     ----------
     weights : str
-        A name in the registry of priors, or the path of a ``.safetensors`` file made by
-        ``flowleak prior train``.
+        A name in the registry of priors, or a file or a repository on the hub, see
+        `find_weights`.
     device : torch.device or str
+    fetch : bool
+        See `find_weights`.
 
     Returns
     -------
@@ -101,7 +51,7 @@ def load_flow(weights: str, device: torch.device | str = "cpu") -> nn.Module:
     """
     if weights in PRIORS:
         return PRIORS[weights](device)
-    return load_weights(find_weights(weights), device)
+    return load_weights(find_weights(weights, fetch), device)
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from server_strategies.priors.flow import load_weights, shipped_weights
+from server_strategies.priors.flow import load_weights
+from server_strategies.priors.places import shipped_weights
 
 
 def compact(device: torch.device | str = "cpu") -> nn.Module:

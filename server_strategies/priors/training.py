@@ -20,8 +20,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fl_app.util.files import whole_file, write_text
 from fl_app.util.progress import progress_bar
 from server_strategies.priors.checkpoint import load_checkpoint, save_checkpoint
-from server_strategies.priors.flow import find_weights, generate, load_flow
+from server_strategies.priors.flow import generate, load_flow
 from server_strategies.priors.networks import check_shape, create_network
+from server_strategies.priors.places import weights_name
 from server_strategies.priors.settings import TrainingSettings
 
 VALIDATION_TIMES = (0.2, 0.5, 0.8, 0.9, 0.95)
@@ -301,7 +302,7 @@ class Trainer:
                 )
             network.load_state_dict(other.state_dict())
             seen = facts.get("images_seen", "an unknown number of")
-            self.began = f"{find_weights(start).stem}, which had seen {seen} images"
+            self.began = f"{weights_name(start)}, which had seen {seen} images"
         return network
 
     def _resume(self) -> None:

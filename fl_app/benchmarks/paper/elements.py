@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from client_app.training import NO_DEFENSE
 from fl_app.benchmarks.case import Case
 from fl_app.benchmarks.common import ADAM, SGD
 from fl_app.benchmarks.paper.published import TABLE_1, TABLE_2, TABLE_3, TABLE_4, Figures
-from fl_app.config import UNBOUNDED, AttackConfig
+from fl_app.config import UNBOUNDED, AttackConfig, load_config
 from fl_app.protocol import Defense, LocalTraining
+from server_strategies.attacks.flow_matching_paper import FlowMatchingPaper
 
 BUDGETS = ("smoke", "cpu", "gpu")
 """Minutes; a night on two cores; 15 minutes of one large GPU."""
@@ -20,21 +22,19 @@ OURS = ("flow_matching_paper", "flow_matching")
 """The paper's attack to the letter, and what became of it."""
 
 _PAPERS_ADAM = replace(ADAM, lr=0.1)
-_ITERATIONS = {
-    "smoke": dict.fromkeys((*BASELINES, *OURS), 2),
-    # DLF and SME: their authors' own numbers, which the paper multiplies by 25 and 30.
-    "cpu": {"gradinversion": 500, "ggl": 500, "dlf": 400, "sme": 1_000},
-    "gpu": {
-        "gradinversion": 500,
-        "ggl": 500,
-        "dlf": 10_000,
-        "sme": 30_000,
-        "flow_matching_paper": 20_000,
-        "flow_matching": 20_000,
-    },
+_PRESETS = {
+    # DLF and SME: their authors' own iterations, which the paper multiplies by 25 and 30.
+    "cpu": ("gradinversion_paper", "ggl", "dlf", "sme"),
+    "gpu": ("gradinversion_paper", "ggl", "dlf_paper", "sme_paper", "flow_matching_paper"),
 }
+"""Files of conf/attack, by budget."""
+
 _EQUAL_SECONDS = {"cpu": 120.0, "gpu": 60.0}  # of both of `OURS`
-_STATES = {"smoke": ("init",), "cpu": ("init", "epoch-3"), "gpu": ("init", "epoch-3", "epoch-10")}
+_STATES = {
+    "smoke": ("init",),
+    "cpu": ("init", "epoch-3"),
+    "gpu": ("init", "epoch-3", "epoch-10", "converged"),
+}
 _DEFENSES = {
     "noise": Defense(noise="gaussian", sigma=1.0, relative=True),
     "clip": Defense(clip=0.05),
@@ -51,6 +51,24 @@ _OPEN = (
     "0.01 stand beside it.",
 )
 _OPEN_NOISE = "The paper's standard deviations are lost: here in units of the update's own."
+_OPEN_CLIP = "What is clipped at 0.05 is not said: each coordinate of the update."
+_OPEN_GGL = (
+    "GGL estimates the bound of clipping and the share of zeros from the update, as its authors "
+    "do. The other attacks know the defence."
+)
+_OPEN_STATE = "The training's state is not given: untrained, and after whole epochs."
+
+
+def _open_attack() -> str:
+    """Return what the paper leaves open of its own attack, and what was taken."""
+    attack, budget = FlowMatchingPaper(), load_config({"attack": "flow_matching_paper"}).attack
+    return (
+        f"Of its own attack the weights of eq. 18 are lost ({attack.flow:g} for the flow, by "
+        f"`--tune`, and SME's {attack.tv:g} for total variation), t(k) is not given (linear, "
+        f"{attack.t_start:g} to {attack.t_end:g}), nor are the first alpha ({attack.alpha:g}), the "
+        f"learning rate ({attack.lr:g}) and the recovery threshold (a loss of "
+        f"{budget.recovery_threshold:g}, where {budget.iterations:,} iterations do not end first)."
+    )
 
 
 @dataclass(frozen=True)
@@ -76,12 +94,28 @@ class Element:
     left_open: tuple[str, ...] = _OPEN
     columns: int = 9
 
+    @property
+    def lines(self) -> list[str]:
+        """What the paper leaves open, with what it does of its own attack; none without cases."""
+        return [*self.left_open, _open_attack()] if self.left_open else []
+
+
+@cache
+def _presets(budget: str) -> tuple[AttackConfig, ...]:
+    """Return the attacks of Table 2 by their iterations."""
+    if budget == "smoke":
+        return tuple(AttackConfig(name, 2) for name in (*BASELINES, *OURS))
+    found = [load_config({"attack": name}).attack for name in _PRESETS[budget]]
+    if found[-1].name in OURS:  # what became of it, at as many iterations
+        found.append(AttackConfig(OURS[1], found[-1].iterations))
+    return tuple(found)
+
 
 def attacks(budget: str, baselines: bool = True) -> Iterator[AttackConfig]:
     """Yield the attacks of Table 2, and ours at equal seconds."""
-    for name, iterations in _ITERATIONS[budget].items():
-        if baselines or name in OURS:
-            yield AttackConfig(name, iterations)
+    for attack in _presets(budget):
+        if baselines or attack.name in OURS:
+            yield attack
     for name in OURS if budget in _EQUAL_SECONDS else ():
         yield AttackConfig(name, UNBOUNDED, _EQUAL_SECONDS[budget])
 
@@ -133,11 +167,17 @@ def _table_3(budget: str) -> tuple[Case, ...]:
 
 def _table_4(budget: str) -> tuple[Case, ...]:
     return tuple(
-        Case(client, attack, defense=defense)
+        Case(client, _aware(attack), defense=defense)
         for defense in _DEFENSES.values()
         for attack in attacks(budget)
         for client in _clients(budget)[-1:]
     )
+
+
+def _aware(attack: AttackConfig) -> AttackConfig:
+    """Return an attack as its authors set it against defences."""
+    options = {"defense": "estimated"} if attack.name == "ggl" else attack.options
+    return replace(attack, options=options)
 
 
 def _figure_3(budget: str) -> tuple[Case, ...]:
@@ -193,7 +233,9 @@ ELEMENTS = {
     "table 1": Element(
         "Gaussian noise against reconstruction", _table_1, _of_table_1, (*_OPEN, _OPEN_NOISE), 2
     ),
-    "table 2": Element("Attacks on CIFAR-10 and Tiny-ImageNet", _table_2, _of_table_2),
+    "table 2": Element(
+        "Attacks on CIFAR-10 and Tiny-ImageNet", _table_2, _of_table_2, (*_OPEN, _OPEN_STATE)
+    ),
     "table 3": Element(
         "Models",
         _table_3,
@@ -201,7 +243,9 @@ ELEMENTS = {
         (*_OPEN, "BatchNorm's mode is not given: evaluation. ResNet-8 is taken for SME's."),
         7,
     ),
-    "table 4": Element("Defences", _table_4, _of_table_4, (*_OPEN, _OPEN_NOISE), 7),
+    "table 4": Element(
+        "Defences", _table_4, _of_table_4, (*_OPEN, _OPEN_NOISE, _OPEN_CLIP, _OPEN_GGL), 7
+    ),
     "figure 3": Element("MSE over the batch size", _figure_3),
     "figure 4": Element("SSIM and accuracy over training", _figure_4),
     "figure 5": Element("Pictures", _figure_5),
@@ -210,10 +254,12 @@ ELEMENTS = {
 
 
 def tuning() -> tuple[Case, ...]:
-    """Return clients by which the weight of eq. 17 is chosen, trained and untrained."""
+    """Return clients by which the weights of eq. 18 are chosen, trained and untrained."""
     sgd = replace(SGD, batch_size=1)
+    weights = [{"flow": flow} for flow in (0.0, 1e-3, 1e-2, 1e-1)]
+    weights += [{"tv": tv} for tv in (0.0, 1e-3, 1e-1)]
     return tuple(
-        Case(sgd, AttackConfig("flow_matching_paper", 150, options={"flow": flow}), state=state)
+        Case(sgd, AttackConfig("flow_matching_paper", 150, options=dict(chosen)), state=state)
         for state in ("init", "epoch-3")
-        for flow in (0.0, 1e-3, 1e-2, 1e-1)
+        for chosen in weights
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +17,12 @@ from fl_app.benchmarks.paper.published import COLUMNS, TABLE_1, Figures
 from fl_app.benchmarks.rows import file_beside
 from fl_app.benchmarks.suite import AttackSuite, Setting
 from fl_app.config import ConfigError
+from fl_app.runs.facts import prior_saw
 from fl_app.util.intervals import spread, spread_words
+from server_strategies.attacks.run import create_attack
+from server_strategies.priors.flow import load_flow
 
+_SAW = "its prior saw the train split"
 _METRICS = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "fmse", "mse", "tv")
 _DIGITS = (2, 3, 3, 3, 3, 4, 3, 3, 3)  # of `COLUMNS`
 
@@ -27,6 +32,7 @@ class PaperResults(AttackResults):
     """Rows in the paper's layout: its own line, then ours with everything that it leaves open."""
 
     element: Element = field(kw_only=True)
+    setting: Setting = field(kw_only=True)
 
     def cells(self) -> list[list[str]]:
         """Return the lines of the table, its head first."""
@@ -67,11 +73,26 @@ class PaperResults(AttackResults):
         iterations = sum(row["iterations"] for row in rows) / len(rows)
         found = line["identified"]
         return [
-            case.attack.name, f"{seconds}{iterations:.0f}", f"{case.client}, {case.labels}",
+            self.attack_words(case), f"{seconds}{iterations:.0f}",
+            f"{case.client}, {case.labels}",
             f"{line['accuracy']:.0%}" if line["accuracy"] else "untrained", str(len(rows)),
             *cells, f"{line['psnr']['baseline']:.1f}",
             "{count} of {of}".format(**found) if found else "-",
         ]  # fmt: skip
+
+    def attack_words(self, case: Case) -> str:
+        """Return an attack's name and options, and whether its prior knows images like these."""
+        options = (f"{key}={value}" for key, value in case.attack.options.items())
+        words = " ".join([case.attack.name, *options])
+        attack = create_attack(case.attack)
+        if attack.needs_prior:
+            weights = attack.weights(self.setting.prior.weights)
+            if prior_saw(_network(weights), replace(self.setting.data, split="train")):
+                words += f" ({_SAW})"
+        return words
+
+
+_network = cache(load_flow)
 
 
 def _paper_line(name: str, figures: Figures, columns: int) -> list[str]:
@@ -101,7 +122,8 @@ class PaperSuite(AttackSuite):
     def results(self, name: str, setting: Setting) -> PaperResults:
         """See `Suite`."""
         facts, made_of = setting.facts, self._made_of
-        return PaperResults(name, self.cases, facts, setting.path, element=made_of)
+        kept = (name, self.cases, facts, setting.path)
+        return PaperResults(*kept, element=made_of, setting=setting)
 
     @property
     def pictures(self) -> bool:
@@ -114,7 +136,7 @@ class PaperSuite(AttackSuite):
         from fl_app.benchmarks.paper import figures
         from fl_app.benchmarks.state_plot import save_state_plot
 
-        lines = [*self._made_of.left_open]
+        lines = self._made_of.lines
         draw: dict[str, Callable[..., None]] = {
             "figure 3": figures.batch_sizes,
             "figure 4": save_state_plot,

@@ -17,6 +17,8 @@ from torch import Tensor
 from fl_app.protocol import Defense
 
 _AT_BOUND = 1e-3  # relative distance from the bound of a clipped coordinate: weights are rounded
+_PILE = 1e-4  # share of an update's coordinates that are as large as its largest, if it was clipped
+_EDGE = 1e-3  # and of those from the least kept one up to its double, if it was pruned
 _SMALL = 0.9  # share of a step's coordinate update, up to which Adam's gradient is below 9 epsilons
 
 
@@ -171,6 +173,48 @@ def consistent(
         low.append(at_least)
         high.append(at_most)
     return Consistent(observed, low, high, sigma, rescale or norm_clipped(size, defense))
+
+
+def estimated(update: Sequence[Tensor], known: Defense, adaptive: bool = False) -> Defense:
+    """Return a defence with the clipping and the pruning that an update itself shows.
+
+    As the authors of GGL estimate them (Li et al., 2022): the bound of a norm is the update's
+    norm, and the share that was set to zero is that of its zeros, which is an upper bound where
+    training left coordinates unchanged. They take the kind of the defence for known. Here
+    clipping by value and pruning are also seen where they are not: many coordinates are
+    then as large as the largest, or many lie just above the least that is not zero. Clipping by
+    norm leaves no trace.
+
+    Parameters
+    ----------
+    update : sequence of Tensor
+        The observed one, one tensor a parameter.
+    known : Defense
+        What is known of the defence. Where it adds noise or rounds, it is returned: both
+        hide the zeros and the bound.
+    adaptive : bool
+        Whether the client's optimiser scales coordinates, by which many become as large as the
+        largest: clipping by value is then not seen.
+    """
+    size = torch.cat([part.detach().flatten() for part in update]).abs()
+    changed = size[size > 0]
+    hidden = known.noise != "none" or known.quantize != "none" or known.local_dp or known.custom
+    if hidden or not len(changed):
+        return known
+    clip, clip_by, sparsify = known.clip, known.clip_by, known.sparsify
+    largest, least = changed.max(), changed.min()
+    if clip and clip_by == "norm":
+        clip = size.norm().item()
+    elif clip or (not adaptive and _many(size >= largest * (1 - _AT_BOUND), _PILE)):
+        clip, clip_by = largest.item(), "value"
+    if sparsify or _many((size > 0) & (size <= 2 * least), _EDGE):
+        sparsify = 1 - len(changed) / len(size)
+    return replace(known, clip=clip, clip_by=clip_by, sparsify=sparsify)
+
+
+def _many(chosen: Tensor, share: float) -> bool:
+    """Return whether a share of coordinates, and ten of them, are chosen."""
+    return int(chosen.sum()) >= max(10, share * chosen.numel())
 
 
 def noise_sigma(size: Tensor, defense: Defense) -> float:

@@ -20,7 +20,7 @@ from fl_app.config import AttackConfig, ConfigError
 from fl_app.protocol import LocalTraining
 from fl_app.registry import BENCHMARKS
 from fl_app.util.origin import ROOT
-from server_strategies.priors.flow import weights_digest
+from server_strategies.priors.places import weights_digest
 
 SOURCE = '''"""A module."""
 

@@ -11,7 +11,7 @@ from fl_app.config import Config, DatasetConfig, PriorConfig, from_yaml
 from fl_app.data.base import DataError, find_folder
 from fl_app.runs.folder import anchored, create_run
 from fl_app.util.files import runs_folder, user_path
-from server_strategies.priors.flow import find_weights
+from server_strategies.priors.places import find_weights
 
 
 @pytest.fixture

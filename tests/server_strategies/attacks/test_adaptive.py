@@ -16,18 +16,21 @@ from fl_app.config import AttackConfig, PriorConfig
 from fl_app.data import ImageSet
 from fl_app.models import create_model, known_model
 from fl_app.models.extensions import RandomLayer, given_noise, local_loss, random_layers
-from fl_app.protocol import Defense, Knowledge, LocalTraining, Observation
+from fl_app.protocol import Budget, Defense, Knowledge, LocalTraining, Observation
+from server_strategies.attacks.attack import Task
+from server_strategies.attacks.ggl import GGL
 from server_strategies.attacks.infer import infer
 from server_strategies.attacks.matching import OBJECTIVES, choose
 from server_strategies.attacks.matching.adam.decode import usable_fingerprints
 from server_strategies.attacks.matching.adam.one_step import EpsInversion
-from server_strategies.attacks.matching.defended import consistent
+from server_strategies.attacks.matching.defended import consistent, estimated
 from server_strategies.attacks.matching.distance import SquaredDistance
 from server_strategies.attacks.matching.gradient_match import GradientMatch
 from server_strategies.attacks.matching.summed import Summed
 from server_strategies.attacks.matching.surrogate import Surrogate
 from server_strategies.attacks.matching.trajectory import Trajectory
 from server_strategies.attacks.run import run_attack
+from server_strategies.priors.flow import load_flow
 
 SGD = LocalTraining("sgd", lr=0.05, batch_size=2, local_steps=3)
 ADAM = LocalTraining("adam", lr=1e-3, batch_size=2, local_steps=3)
@@ -450,6 +453,40 @@ def test_a_single_gradient_is_compared_with_the_consistent_ones(kind: str, decay
         objective = Surrogate(setting, alpha=0.0) if surrogate else GradientMatch(setting)
         losses.append(float(objective(seen[2], 1.0)))
     assert losses[1] < 1e-6 < 1e-3 < losses[0]
+
+
+def test_an_update_shows_its_clipping_and_its_pruning() -> None:
+    generator = torch.Generator().manual_seed(0)
+    update = [0.01 * torch.randn(20_000, generator=generator), torch.zeros(0)]
+    none, norm = Defense(), Defense(clip=0.5, clip_by="norm")
+    assert estimated(update, none) == none
+    for defense in (Defense(clip=0.012), Defense(sparsify=0.3), Defense(clip=0.02, sparsify=0.1)):
+        found = estimated(defended(update, defense), none)
+        assert found.clip == pytest.approx(defense.clip)
+        assert found.sparsify == pytest.approx(defense.sparsify, abs=1e-3)
+    # Clipping by norm is seen where it is known to be, and its bound is the update's norm.
+    assert estimated(defended(update, norm), none) == none
+    assert estimated(defended(update, norm), replace(norm, clip=9.0)).clip == pytest.approx(0.5)
+    # Adam's steps are alike, and noise hides the zeros and the bound.
+    signs = [0.001 * part.sign() for part in update]
+    assert estimated(signs, none).clip > 0 and estimated(signs, none, adaptive=True).clip == 0
+    noisy = Defense(sparsify=0.2, noise="gaussian", sigma=1e-4)
+    assert estimated(update, noisy) == noisy
+
+
+@pytest.mark.parametrize(
+    "defense", [Defense(clip=1e-4), Defense(sparsify=0.9), Defense(clip=0.05, clip_by="norm")]
+)
+def test_ggl_estimates_the_defence_and_does_to_its_gradient_what_it_did(defense: Defense) -> None:
+    seen = client(replace(SGD, batch_size=2, local_steps=1), count=2)
+    observation, unaware, aware = seen_through(seen, defense)
+    told = aware if defense.clip_by == "norm" else unaware  # its kind, see `estimated`
+    losses = []
+    for attack, knowledge in ((GGL(), unaware), (GGL(defense="estimated"), told)):
+        parts = attack.parts(Task(observation, knowledge, load_flow("compact"), Budget()))
+        losses.append(float(parts.matching(seen[2], 1.0)))
+    assert losses[1] < 0.02 * losses[0], losses
+    assert parts.chosen.keys() == {"clip", "sparsify"} and any(parts.chosen.values())
 
 
 @pytest.mark.parametrize("relative", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.clients import MEAN, SHAPE, STD, client
 from torch import Tensor
+from torch.nn import functional as F
 
 from fl_app.config import AttackConfig, PriorConfig
 from fl_app.models import create_model
@@ -284,6 +285,15 @@ def test_the_consensus_is_of_registered_images() -> None:
     assert torch.equal(register(group, image), torch.stack([image, image]))
     consistency = GroupConsistency(1.0, restarts=2)
     assert consistency(torch.cat([image, image]), 0.9).item() == pytest.approx(0)
+    # Restarts that a few pixels separate: to the mean, as they do not know the image.
+    smooth = F.avg_pool2d(F.pad(image, (2,) * 4, "circular"), 5, 1)
+    shifts = [(0, 0), (0, 0), (0, 0), (1, -2), (-2, 1)]
+    group = torch.stack([smooth.roll(shift, (2, 3)) for shift in shifts])
+    assert torch.equal(register(group, group.mean(0)), smooth.expand_as(group))
+    apart = GroupConsistency(1.0, restarts=5)
+    first, second = (apart(group.flatten(0, 1), progress).item() for progress in (0.4, 0.9))
+    assert first == pytest.approx(float((group - group.mean(0)).square().mean()), rel=1e-4)
+    assert second == pytest.approx(float((group - smooth).square().mean()), rel=1e-4)
 
 
 def test_the_order_of_a_pass_does_not_matter_but_its_images_do() -> None:
