@@ -169,7 +169,8 @@ def score(
         Path,
         typer.Option(
             help="Folder whose truth/ holds the clients' private batches; for a run from files as "
-            "--truth of `flowleak attack`."
+            "--truth of `flowleak attack`; for a recorded federation of your own a folder of such "
+            "files, each named as its update in observations/, in .pt."
         ),
     ],
     client: ClientFile = None,

@@ -159,7 +159,7 @@ _MEASURES: Sequence[tuple[str, str, str]] = (
     ),
     (
         "Train with DP-SGD on the clients, and state epsilon",
-        "The only one with a guarantee against every attacker; it costs the most accuracy.",
+        "A guarantee against every attacker, as strong as its epsilon is small; it costs accuracy.",
         "DP-SGD at epsilon",
     ),
     (

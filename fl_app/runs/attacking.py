@@ -282,10 +282,10 @@ def score_later(
         raise FileNotFoundError(f"{truth_dir / 'truth'} is no folder; clients write it there")
     auditor = open_auditor(run_dir, tell, truth_dir, client, on_line)
     store, lines = ObservationStore(run_dir), auditor.lines()
-    scored = {line["job"] for line in lines if line["metrics"]}
+    scored = {_of(line) for line in lines if line["metrics"]}
     problems = []
     for line in lines:
-        if line["status"] != "ok" or line["metrics"] or line["job"] in scored:
+        if line["status"] != "ok" or line["metrics"] or _of(line) in scored:
             continue
         try:
             _score_line(auditor, store, line)
@@ -293,6 +293,11 @@ def score_later(
             where = f"round {line['round']}, node {line['node']}, {line['attack']}"
             problems.append(f"{where} is not scored: {error}")
     return auditor.lines()[len(lines) :], problems
+
+
+def _of(line: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return what an attack's lines share; those of updates in files have no job."""
+    return tuple(line[name] for name in ("job", "round", "node", "attack"))
 
 
 def _score_line(auditor: Auditor, store: ObservationStore, line: Mapping[str, Any]) -> None:

@@ -110,7 +110,8 @@ def attack_pair(
     files = replies(pair.before, pair.after)
     seen = _read(files, examples, known, console)
     names = {each.node: files[each.node][1].name for each in seen}
-    truths = _truths(pair.truth, client, seen, names, console) if pair.truth else []
+    named = [(each, names[each.node]) for each in seen]
+    truths = _truths(pair.truth, client, named, console) if pair.truth else []
     config = _config(pair, attack, out, lpips_weights)
     run_dir = create_described_run(config, client, str(pair.client.absolute()), names)
     store = ObservationStore(run_dir)
@@ -153,20 +154,20 @@ def _read(
 def _truths(
     path: Path,
     client: Client,
-    seen: Sequence[Observation],
-    names: Mapping[int, str],
+    named: Sequence[tuple[Observation, str]],
     console: Console,
 ) -> list[Truth]:
-    """Return the private images of clients; of several, one without a file that fits is named."""
-    if len(names) > 1 and not path.is_dir():
+    """Return the private images of updates; of several, one without a file that fits is named."""
+    if len(named) > 1 and not path.is_dir():
+        such = ", ".join(Path(name).with_suffix(".pt").name for _, name in named[:2])
         raise ConfigError(
-            f"truth is {path}; allowed for {len(names)} clients: a folder with a file for each, by "
-            "the names of their replies"
+            f"truth is {path}; allowed for {len(named)} updates: a folder with a file for each, "
+            f"such as {such}"
         )
     truths = []
-    for each in seen:
+    for each, name in named:
         try:
-            file = private_file(path, names[each.node])
+            file = private_file(path, name)
             truth = read_private(file, client, each.num_examples)
         except BrokenFileError as error:
             if not path.is_dir():
@@ -178,13 +179,15 @@ def _truths(
 
 
 def take_private(run_dir: Path, path: Path, file: Path | None, console: Console) -> None:
-    """Write the private images in a user's files into a run from files, so that it can be scored.
+    """Write the private images in a user's files into a run of its clients, for scores.
 
     Parameters
     ----------
     run_dir : Path
+        A run from files, or a recorded federation of the user's own.
     path : Path
-        As `Pair.truth`.
+        As `Pair.truth`. The files of a recorded federation are named by their update, as those in
+        ``observations/`` are: ``round-NNNN-node-ID.pt``.
     file : Path or None
         That describes the clients, see `client_of`.
     console : Console
@@ -193,20 +196,20 @@ def take_private(run_dir: Path, path: Path, file: Path | None, console: Console)
     Raises
     ------
     ConfigError, BrokenFileError
-        If the run is not from files, or the one file can't be used.
+        If no file describes the run's clients, or the one file can't be used.
     """
     described = read_settings(run_dir / "config.yaml").get(DESCRIBED)
-    described = described if isinstance(described, Mapping) else {}
-    names = described.get(REPLIES)
-    if not isinstance(names, Mapping):
+    if not isinstance(described, Mapping):
         raise ConfigError(
-            f"truth is {path}; allowed for {run_dir.name}, which was not made from files: a folder "
-            "that holds truth/, as clients write it"
+            f"truth is {path}; allowed for {run_dir.name}, whose clients are flowleak's own: a "
+            "folder that holds truth/, as clients write it"
         )
     store = ObservationStore(run_dir)
     seen = [store.load(id_) for id_ in store.ids()]
-    replies_ = {int(node): str(name) for node, name in names.items()}
-    for truth in _truths(path, client_of(described, file), seen, replies_, console):
+    names = described.get(REPLIES)
+    replies_ = {str(node): str(name) for node, name in names.items()} if names else {}
+    named = [(each, replies_.get(str(each.node), each.id)) for each in seen]
+    for truth in _truths(path, client_of(described, file), named, console):
         write_truth(run_dir, truth)
 
 
@@ -218,6 +221,7 @@ def private_file(path: Path, reply: str) -> Path:
     path : Path
         It, or a folder that holds it under the name of the client's reply.
     reply : str
+        Or what else names the update.
 
     Raises
     ------

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import ArrayRecord
 from helpers.command import flowleak
 from helpers.foreign import Small, client, trained
@@ -108,7 +109,10 @@ def test_a_folder_holds_the_replies_of_several_clients(pair: Path) -> None:
         return [json.loads(each) for each in log.splitlines()]
 
     assert [int(line["node"]) for line in lines()] == [0, 2]
-    with pytest.raises(ConfigError, match="allowed for 2 clients: a folder with a file for each"):
+    with pytest.raises(
+        ConfigError,
+        match=r"allowed for 2 updates: a folder with a file for each, such as a.pt, b.pt",
+    ):
         flowleak(*arguments, "--truth", "truth.pt")
     # The private images come later, of one client.
     (pair / "private").mkdir()
@@ -117,6 +121,13 @@ def test_a_folder_holds_the_replies_of_several_clients(pair: Path) -> None:
     assert "Not scored: private holds no private images of a.pt" in printed
     scored = [line for line in lines() if line["metrics"]]
     assert [int(line["node"]) for line in scored] == [2]
+    # A recorded federation has no files of replies: its updates name those of the images.
+    settings = yaml.safe_load((pair / "leak/config.yaml").read_text())
+    del settings["described"]["replies"]
+    (pair / "leak/config.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copy(pair / "truth.pt", pair / "private" / "round-0001-node-0.pt")
+    flowleak("score", "./leak", "--truth", "private")
+    assert [int(line["node"]) for line in lines() if line["metrics"]] == [2, 0]
     assert replies(pair / "before.pt", pair / "after.pt") == [
         (pair / "before.pt", pair / "after.pt")
     ]
