@@ -564,9 +564,10 @@ class AttackPool:
 
 @contextmanager
 def _noted_interrupts() -> Iterator[list[int]]:
-    """Note each SIGINT in a list, beside what is done for it.
+    """Note each SIGINT in a list; the second one does what the first would have done.
 
-    The KeyboardInterrupt that it raises is lost where it comes in one of Ray's callbacks.
+    A KeyboardInterrupt comes between any two instructions: it is lost in one of Ray's callbacks,
+    and leaves a lock held where it comes beside one, for which `AttackPool.close` would wait.
     """
     noted: list[int] = []
     before = signal.getsignal(signal.SIGINT)
@@ -577,7 +578,8 @@ def _noted_interrupts() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
-        handler(number, frame)
+        if len(noted) > 1 or handler is not signal.default_int_handler:
+            handler(number, frame)
 
     signal.signal(signal.SIGINT, note)
     try:
