@@ -29,7 +29,8 @@ class Fitting:
         columns = [[str(column.header), *map(str, column.cells)] for column in self.table.columns]
         lines = [[line for cell in column for line in cell.splitlines()] for column in columns]
         needed = sum(min(_FEWEST, max(map(cell_len, each), default=0)) for each in lines)
-        if needed + self.table._extra_width <= options.max_width:
+        lines_between = len(columns) - 1 + 2 * self.table.show_edge if self.table.box else 0
+        if needed + lines_between <= options.max_width:
             yield self.table
             return
         heads = [" ".join(column[0].replace("-\n", "").split()) for column in columns]
