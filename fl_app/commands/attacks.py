@@ -38,7 +38,8 @@ def attack(
         str,
         typer.Option(
             help="A name (`flowleak list attacks`), several with commas between, or all; "
-            "default: finish what the run left unfinished."
+            "default: finish what the run left unfinished, and attack the updates that have no "
+            "attack yet by the run's own, of a recorded federation flow_matching."
         ),
     ] = "",
     budget: Annotated[
@@ -120,7 +121,7 @@ def attack(
         raise typer.BadParameter("name a run, or give --before and --after")
     from fl_app.audit.table import leakage_table
     from fl_app.config import ConfigError
-    from fl_app.runs.attacking import finish_attacks, watch_input
+    from fl_app.runs.attacking import finish_attacks, not_attacked, watch_input
     from fl_app.runs.comparison import AttackComparison
     from fl_app.runs.facts import open_auditor
     from fl_app.runs.folder import find_run
@@ -144,10 +145,12 @@ def attack(
     warn(auditor.bad_lines())
     earlier = len(auditor.lines())
     with told_lines(on_line) as auditor.on_line:
-        if attack:
-            chosen = _attack_config(attack, set_ or [])
+        if not follow or attack:
+            chosen = config.attack
+            if attack or set_:
+                chosen = _attack_config(attack or chosen.name, set_ or [])
             with only_one(folder):
-                for id_ in store.ids():
+                for id_ in store.ids() if attack else not_attacked(folder, auditor):
                     new = new_id(id_, chosen)
                     enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
         finish_attacks(auditor, console, watch_input() if follow else lambda: True)

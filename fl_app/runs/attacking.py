@@ -27,6 +27,7 @@ from server_strategies.attack_pool import (
     AttackPool,
     Job,
     QueueEntry,
+    pending,
     queue_path,
     read_queue,
 )
@@ -293,6 +294,13 @@ def score_later(
             where = f"round {line['round']}, node {line['node']}, {line['attack']}"
             problems.append(f"{where} is not scored: {error}")
     return auditor.lines()[len(lines) :], problems
+
+
+def not_attacked(folder: Path, auditor: Auditor) -> list[str]:
+    """Return the ids of a run's observations that have neither a line nor a job in the queue."""
+    lines = {observation_id(line["round"], int(line["node"])) for line in auditor.lines()}
+    waiting = {entry.observation for entry in pending(folder)}
+    return [id_ for id_ in ObservationStore(folder).ids() if id_ not in lines | waiting]
 
 
 def _of(line: Mapping[str, Any]) -> tuple[object, ...]:

@@ -19,15 +19,27 @@ from fl_app.runs.folder import create_run
 from server_strategies.attack_pool import pending
 
 
+def test_what_was_recorded_and_never_attacked_is_attacked_by_the_runs_own_attack(
+    tmp_path: Path,
+) -> None:
+    settings = f"client.batch_size=1 client.local_steps=1 runs_dir={tmp_path} name=x"
+    config = load_config({"client": "sgd", "attack": "sme", "overrides": settings})
+    run, _, _ = recorded_run(config)
+    flowleak("attack", "x", "--set", "iterations=2", "--runs-dir", str(tmp_path))
+    lines = read_lines(run / "leakage.jsonl")[0]
+    assert [(line["attack"], line["iterations"]) for line in lines] == [("sme", 2)]
+    assert "Nothing to do" in flowleak("attack", "x", "--runs-dir", str(tmp_path))
+
+
 def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
     settings = "client.batch_size=2 client.local_steps=2 client.lr=0.01"
     config = load_config({"client": "sgd", "overrides": f"{settings} runs_dir={tmp_path} name=x"})
     run, _, _ = recorded_run(config)
     runs_dir = ["--runs-dir", str(tmp_path)]
 
-    assert "Nothing to do" in flowleak("attack", "x", *runs_dir)
     shown = flowleak("attack", "x", "--attack", "sme", "--set", "iterations=2", *runs_dir)
     assert "sme" in shown
+    assert "Nothing to do" in flowleak("attack", "x", *runs_dir)
     lines = read_lines(run / "leakage.jsonl")[0]
     assert [(line["status"], line["iterations"]) for line in lines] == [("ok", 2)]
     assert pending(run) == []
