@@ -487,10 +487,11 @@ def _register(kit: Kit, connection: str) -> None:
             except httpx.HTTPStatusError as error:
                 if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
                     raise
-                # It is registered already, in the SuperLink's database.
+                # It is in the SuperLink's database: registered, or unregistered by hand for good.
     finally:
         control.close()
-    _tell(f"Ready: {len(nodes)} clients may join {kit.server}:{kit.port}")
+    keys = f"the {len(nodes)} clients with a key in {kit.file('nodes')}"
+    _tell(f"Ready: {keys} may join {kit.server}:{kit.port}, but for those you unregistered")
 
 
 def _public_key(path: Path) -> bytes:
