@@ -99,7 +99,7 @@ def attack(
     on_line: OnLineName = "",
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Attack a run's recorded Observations again, or one update from two files of weights.
+    """Attack a run's recorded Observations, for the first time or again, or two files of weights.
 
     The lines join the run's log. Several attacks, or one with a budget, make a comparison: what
     has its line already is not run again, and comparison.md, .json and .png in the run's folder
@@ -150,7 +150,13 @@ def attack(
             if attack or set_:
                 chosen = _attack_config(attack or chosen.name, set_ or [])
             with only_one(folder):
-                for id_ in store.ids() if attack else not_attacked(folder, auditor):
+                chosen_ids = store.ids() if attack else not_attacked(folder, auditor)
+                if set_ and not chosen_ids:
+                    raise ConfigError(
+                        "--set is for an attack to come, and every update of the run has one: "
+                        f"name another, --attack {chosen.name}"
+                    )
+                for id_ in chosen_ids:
                     new = new_id(id_, chosen)
                     enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
         finish_attacks(auditor, console, watch_input() if follow else lambda: True)

@@ -14,7 +14,7 @@ EVIDENCE = (
     "config.yaml", "leakage.jsonl", "models", "observations", "reconstructions", "training.json",
     "truth",
 )  # fmt: skip
-"""What the hash is of, of a run's folder: what no command writes again."""
+"""What the hash is of, of a run's folder. What attacks, scores or deletes later changes it."""
 
 
 def evidence_digest(folder: Path) -> str:

@@ -29,6 +29,8 @@ def test_what_was_recorded_and_never_attacked_is_attacked_by_the_runs_own_attack
     lines = read_lines(run / "leakage.jsonl")[0]
     assert [(line["attack"], line["iterations"]) for line in lines] == [("sme", 2)]
     assert "Nothing to do" in flowleak("attack", "x", "--runs-dir", str(tmp_path))
+    with pytest.raises(ValueError, match="name another, --attack sme"):
+        flowleak("attack", "x", "--set", "iterations=3", "--runs-dir", str(tmp_path))
 
 
 def test_a_run_is_listed_shown_and_attacked_again(tmp_path: Path) -> None:
