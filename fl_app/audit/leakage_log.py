@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from fl_app.protocol import observation_id
 from fl_app.util.reading import MOST_BYTES, BrokenFileError, check_regular, parse_json
 from fl_app.util.schema import LARGEST_FLOAT, problem
 
@@ -228,6 +229,11 @@ class BadLine:
     def __str__(self) -> str:
         where = f"{self.path}, line {self.number}" if self.number else str(self.path)
         return f"{where} is left out: {self.why}"
+
+
+def observation_of(line: Mapping[str, Any]) -> str:
+    """Return the id of the Observation that a line is of."""
+    return observation_id(line["round"], int(line["node"]))
 
 
 def thinned(losses: Sequence[float]) -> list[float]:

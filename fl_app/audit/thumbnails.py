@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fl_app.audit.leakage_log import observation_of
 from fl_app.protocol import observation_id
 from fl_app.util.arrays import Array, read_arrays, read_header
 from fl_app.util.reading import BrokenFileError, parse_json
@@ -102,8 +103,7 @@ def _nodes(folder: Path, line: Mapping[str, Any]) -> list[int]:
     """Return whose images an update is of, in their order."""
     if not line["clients"]:
         return [int(line["node"])]
-    id_ = observation_id(line["round"], int(line["node"]))
-    path = folder / "observations" / f"{id_}.safetensors"
+    path = folder / "observations" / f"{observation_of(line)}.safetensors"
     try:
         facts = parse_json(read_header(path).get("observation", ""), dict[str, Any])
         return [int(node) for node in facts.get("nodes", ())]

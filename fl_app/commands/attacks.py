@@ -121,14 +121,12 @@ def attack(
         raise typer.BadParameter("name a run, or give --before and --after")
     from fl_app.audit.table import leakage_table
     from fl_app.config import ConfigError
-    from fl_app.runs.attacking import finish_attacks, not_attacked, watch_input
+    from fl_app.runs.attacking import finish_attacks, queue_attacks, watch_input
     from fl_app.runs.comparison import AttackComparison
     from fl_app.runs.facts import open_auditor
     from fl_app.runs.folder import find_run
-    from fl_app.runs.lock import only_one
     from fl_app.util.files import runs_folder
-    from server_strategies.attack_pool import QueueEntry, enqueue, new_id, pending
-    from server_strategies.observations import ObservationStore
+    from server_strategies.attack_pool import pending
 
     console = screen()
     folder = find_run(runs_folder(str(runs_dir)), run)
@@ -140,25 +138,20 @@ def attack(
             compared.run(folder, console, client, take)
         _report(folder)
         return
-    store, auditor = ObservationStore(folder), open_auditor(folder, tell, client=client)
-    config = auditor.config
+    auditor = open_auditor(folder, tell, client=client)
     warn(auditor.bad_lines())
     earlier = len(auditor.lines())
     with told_lines(on_line) as auditor.on_line:
-        if not follow or attack:
-            chosen = config.attack
+        if attack or not follow:
+            chosen = auditor.config.attack
             if attack or set_:
                 chosen = _attack_config(attack or chosen.name, set_ or [])
-            with only_one(folder):
-                chosen_ids = store.ids() if attack else not_attacked(folder, auditor)
-                if set_ and not chosen_ids:
-                    raise ConfigError(
-                        "--set is for an attack to come, and every update of the run has one: "
-                        f"name another, --attack {chosen.name}"
-                    )
-                for id_ in chosen_ids:
-                    new = new_id(id_, chosen)
-                    enqueue(folder, QueueEntry(id_, chosen, config.prior, config.seed, new))
+            queued = queue_attacks(auditor, chosen, again=bool(attack))
+            if set_ and not queued:
+                raise ConfigError(
+                    "--set is for an attack to come, and every update of the run has one: "
+                    f"name another, --attack {chosen.name}"
+                )
         finish_attacks(auditor, console, watch_input() if follow else lambda: True)
     lines, left = auditor.lines()[earlier:], len(pending(folder))
     if left:

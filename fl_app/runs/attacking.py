@@ -17,16 +17,19 @@ from typing import IO, Any
 from rich.console import Console
 
 from fl_app.audit.auditor import Auditor
+from fl_app.audit.leakage_log import observation_of
 from fl_app.audit.on_line import OnLine
 from fl_app.audit.reconstructions import read_reconstruction
 from fl_app.config import AttackConfig
-from fl_app.protocol import Knowledge, Observation, Reconstruction, observation_id
+from fl_app.protocol import Knowledge, Observation, Reconstruction
 from fl_app.runs.facts import open_auditor
 from fl_app.runs.lock import only_one
 from server_strategies.attack_pool import (
     AttackPool,
     Job,
     QueueEntry,
+    enqueue,
+    new_id,
     pending,
     queue_path,
     read_queue,
@@ -56,6 +59,29 @@ def open_pool(auditor: Auditor) -> AttackPool:
             job.observation, job.attack.name, error, job.id
         ),
     )
+
+
+def queue_attacks(auditor: Auditor, attack: AttackConfig, again: bool) -> int:
+    """Queue an attack on a run's Observations, and return on how many.
+
+    Parameters
+    ----------
+    auditor : Auditor
+    attack : AttackConfig
+    again : bool
+        On all of them; else on those that have neither a line in the log nor a job in the queue.
+    """
+    folder, config = auditor.run_dir, auditor.config
+    with only_one(folder):
+        had = set()
+        if not again:
+            had |= {observation_of(line) for line in auditor.lines()}
+            had |= {entry.observation for entry in pending(folder)}
+        chosen = [id_ for id_ in ObservationStore(folder).ids() if id_ not in had]
+        for id_ in chosen:
+            job = new_id(id_, attack)
+            enqueue(folder, QueueEntry(id_, attack, config.prior, config.seed, job))
+    return len(chosen)
 
 
 def finish_attacks(
@@ -296,13 +322,6 @@ def score_later(
     return auditor.lines()[len(lines) :], problems
 
 
-def not_attacked(folder: Path, auditor: Auditor) -> list[str]:
-    """Return the ids of a run's observations that have neither a line nor a job in the queue."""
-    lines = {observation_id(line["round"], int(line["node"])) for line in auditor.lines()}
-    waiting = {entry.observation for entry in pending(folder)}
-    return [id_ for id_ in ObservationStore(folder).ids() if id_ not in lines | waiting]
-
-
 def _of(line: Mapping[str, Any]) -> tuple[object, ...]:
     """Return what an attack's lines share; those of updates in files have no job."""
     return tuple(line[name] for name in ("job", "round", "node", "attack"))
@@ -316,7 +335,7 @@ def _score_line(auditor: Auditor, store: ObservationStore, line: Mapping[str, An
     ValueError, FileNotFoundError
         If a file that this needs is missing, or can't be used.
     """
-    observation = store.load(observation_id(line["round"], int(line["node"])))
+    observation = store.load(observation_of(line))
     if not auditor.has_truth(observation):
         return
     auditor.truth(observation)
