@@ -1,6 +1,7 @@
-"""What all tests share: the cores, among pytest-xdist's processes, and a wide screen."""
+"""What all tests share: the cores, among pytest-xdist's processes, Ctrl-C, and a wide screen."""
 
 import os
+import signal
 
 import pytest
 
@@ -13,9 +14,12 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 from helpers.federation import identity as identity
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background so, and what tests start would not hear Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["COLUMNS"] = "200"  # rich wraps what it prints, and takes 80 where it does not know
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put short files last, so that both of pytest-xdist's processes end at the same time."""
+    """Put short files last, so that pytest-xdist's processes end at the same time."""
     items.sort(key=lambda item: "server_strategies/attacks" in item.nodeid)
